@@ -1,0 +1,80 @@
+"""What can go wrong in the engine; torch-free, so that the service can translate it.
+
+Every class has a stable `code`; its docstring is the default message.
+"""
+
+from typing import ClassVar
+
+__all__ = [
+    "CalibrationDiverged",
+    "CalibrationInterrupted",
+    "CheckpointInvalid",
+    "DatasetUnavailable",
+    "EngineError",
+    "SpecError",
+    "UnsupportedModel",
+]
+
+
+class EngineError(Exception):
+    """The engine failed."""
+
+    code: ClassVar[str] = "engine_error"
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or type(self).__doc__)
+
+    @property
+    def message(self) -> str:
+        """The sentence to show."""
+        return str(self.args[0])
+
+
+class SpecError(EngineError, ValueError):
+    """The quantization asked for is not possible."""
+
+    code: ClassVar[str] = "invalid_spec"
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        super().__init__(f"{field} = {value!r} is not possible: {remedy}")
+        self.field = field
+        self.value = value
+        self.remedy = remedy
+
+
+class UnsupportedModel(EngineError):
+    """The model cannot be quantized."""
+
+    code: ClassVar[str] = "unsupported_model"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class DatasetUnavailable(EngineError):
+    """The calibration or evaluation text cannot be used."""
+
+    code: ClassVar[str] = "dataset_unavailable"
+
+
+class CalibrationDiverged(EngineError):
+    """A loss or a weight became non-finite."""
+
+    code: ClassVar[str] = "calibration_diverged"
+
+    def __init__(self, layer: str, message: str) -> None:
+        super().__init__(f"{layer}: {message}")
+        self.layer = layer
+
+
+class CalibrationInterrupted(EngineError):
+    """The calibration was asked to stop; what is finished stays on disk."""
+
+    code: ClassVar[str] = "calibration_interrupted"
+
+
+class CheckpointInvalid(EngineError):
+    """A checkpoint directory does not hold what its manifest promises."""
+
+    code: ClassVar[str] = "checkpoint_invalid"

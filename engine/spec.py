@@ -1,0 +1,265 @@
+"""What a quantization is: one torch-free vocabulary for request, engine and file.
+
+A weight grid of n bits has the codes 0 .. 2^n - 1. With bit balance (n <= 2) it has one code
+more, 0 .. 2^n (ABQ-LLM section 3.3), and is stored in the planes that those codes need: `w2*`
+takes three. A stored weight costs `planes + (SCALE_BITS + ZERO_POINT_BITS) / group` bits.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self
+
+from engine.errors import SpecError
+
+__all__ = [
+    "FULL_BITS",
+    "PER_CHANNEL",
+    "CalibrationSpec",
+    "LayerOverride",
+    "QuantSpec",
+    "Recipe",
+    "WeightGrid",
+]
+
+FULL_BITS = 16
+PER_CHANNEL = -1
+SCALE_BITS = 16
+ZERO_POINT_BITS = 8
+GROUP_STEP = 32
+"""Groups are whole words of the stored bit-planes."""
+MAX_OVERRIDES = 256
+NOTATION = re.compile(r"w(\d+)(\*?)a(\d+)(\*?)(?:kv(\d+))?(?:g(\d+))?(?:kv(\d+))?", re.IGNORECASE)
+
+
+class Recipe(StrEnum):
+    """Named compositions of transform, clipping, rounding and loss."""
+
+    RTN = "rtn"
+    """Round to nearest on the min-max grid; nothing is trained."""
+    LWC = "lwc"
+    """Learnable weight clipping, trained on the output error of each decoder layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSpec:
+    """Which text calibrates, how much of it, and how long."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    dataset: str = "builtin"
+    """`builtin`, or `local:<root>/<file>`: a text file below a root the operator configured."""
+    samples: int = 32
+    """Windows of tokens."""
+    length: int = 512
+    """Tokens in a window."""
+    epochs: int = 8
+    """Passes over the samples for each decoder layer; 0 trains nothing."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("calibration.samples", self.samples, 1, 4096)
+        _check_range("calibration.length", self.length, 16, 32768)
+        _check_range("calibration.epochs", self.epochs, 0, 100)
+        _check_range("calibration.seed", self.seed, 0, 2**31 - 1)
+        if self.dataset != "builtin" and not self.dataset.startswith("local:"):
+            raise SpecError(
+                "calibration.dataset", self.dataset, "use builtin or local:<root>/<file>"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightGrid:
+    """How the weights of one linear layer are rounded."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    bit_balance: bool
+
+    @property
+    def max_code(self) -> int:
+        """The largest code; codes start at 0."""
+        return (1 << self.bits) - (0 if self.bit_balance else 1)
+
+    @property
+    def planes(self) -> int:
+        """Bit-planes that store a code."""
+        return self.max_code.bit_length()
+
+    def group_of(self, in_features: int) -> int:
+        """Inputs that share one scale."""
+        return in_features if self.group_size == PER_CHANNEL else self.group_size
+
+    def promised_bits(self, in_features: int) -> float:
+        """Stored bits per weight, scales and zero-points included."""
+        return self.planes + (SCALE_BITS + ZERO_POINT_BITS) / self.group_of(in_features)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOverride:
+    """Other bits for the linear layers whose full name matches a shell-style pattern."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    pattern: str
+    """For example `*.down_proj` or `model.layers.0.*`."""
+    w_bits: int | None = None
+    """16 leaves the layer in full precision."""
+    a_bits: int | None = None
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.pattern or len(self.pattern) > 256:
+            raise SpecError("overrides.pattern", self.pattern, "use 1 to 256 characters")
+        if self.w_bits is None and self.a_bits is None and self.group_size is None:
+            raise SpecError("overrides", self.pattern, "set w_bits, a_bits or group_size")
+        if self.w_bits is not None:
+            _check_range("overrides.w_bits", self.w_bits, 1, 8, also=FULL_BITS)
+        if self.a_bits is not None:
+            _check_range("overrides.a_bits", self.a_bits, 2, 8, also=FULL_BITS)
+        if self.group_size is not None:
+            _check_group("overrides.group_size", self.group_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantSpec:
+    """A whole quantization; the paper writes its bits as `w4a8`, `w2*a8`, `w4a16g64`, `w4a8kv8`."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    w_bits: int
+    a_bits: int = FULL_BITS
+    kv_bits: int = FULL_BITS
+    group_size: int = PER_CHANNEL
+    symmetric: bool = False
+    bit_balance: bool = False
+    overrides: tuple[LayerOverride, ...] = ()
+    recipe: Recipe = Recipe.LWC
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+
+    def __post_init__(self) -> None:
+        _check_range("w_bits", self.w_bits, 1, 8)
+        _check_range("a_bits", self.a_bits, 2, 8, also=FULL_BITS)
+        _check_range("kv_bits", self.kv_bits, 2, 8, also=FULL_BITS)
+        _check_group("group_size", self.group_size)
+        if self.bit_balance and self.w_bits > 2:
+            raise SpecError(
+                "bit_balance", self.bit_balance, "it adds a level to 1 or 2 bits; use w_bits 1 or 2"
+            )
+        if self.symmetric and self.w_bits == 1 and not self.bit_balance:
+            raise SpecError(
+                "symmetric", self.symmetric, "one bit has no symmetric grid; add bit_balance"
+            )
+        if len(self.overrides) > MAX_OVERRIDES:
+            raise SpecError("overrides", len(self.overrides), f"use at most {MAX_OVERRIDES}")
+
+    @classmethod
+    def from_notation(cls, notation: str, **others: Any) -> Self:
+        """Read the paper's notation; `others` are further fields.
+
+        Raises:
+            SpecError: if the text is not of the form `w<bits>[*]a<bits>[g<size>][kv<bits>]`.
+        """
+        match = NOTATION.fullmatch(notation.strip())
+        if match is None or (match[5] and match[7]):
+            raise SpecError("spec", notation, "write w<bits>[*]a<bits>[g<group size>][kv<bits>]")
+        if match[4]:
+            raise SpecError(
+                "a_bits", f"{match[3]}*", "only weights can be bit-balanced; drop the *"
+            )
+        kv_bits = match[5] or match[7] or FULL_BITS
+        return cls(
+            w_bits=int(match[1]),
+            bit_balance=bool(match[2]),
+            a_bits=int(match[3]),
+            kv_bits=int(kv_bits),
+            group_size=int(match[6]) if match[6] else PER_CHANNEL,
+            **others,
+        )
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote; unknown fields are refused.
+
+        Raises:
+            SpecError: naming the field, the value and what would do.
+        """
+        values = _known_fields(cls, record, "")
+        if "calibration" in values:
+            values["calibration"] = CalibrationSpec(
+                **_known_fields(CalibrationSpec, values["calibration"], "calibration.")
+            )
+        overrides = [
+            _known_fields(LayerOverride, o, "overrides.") for o in values.get("overrides", ())
+        ]
+        values["overrides"] = tuple(LayerOverride(**each) for each in overrides)
+        recipe = values.get("recipe", Recipe.LWC)
+        if recipe not in list(Recipe):
+            raise SpecError("recipe", recipe, f"use one of {', '.join(Recipe)}")
+        return cls(**{**values, "recipe": Recipe(recipe)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Write every field, as request and manifest hold them."""
+        return {**asdict(self), "overrides": [asdict(each) for each in self.overrides]}
+
+    @property
+    def notation(self) -> str:
+        """The paper's short form of the default bits."""
+        star = "*" if self.bit_balance else ""
+        group = "" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
+        kv = "" if self.kv_bits == FULL_BITS else f"kv{self.kv_bits}"
+        return f"w{self.w_bits}{star}a{self.a_bits}{group}{kv}"
+
+    def weight_grid(self, layer: str) -> WeightGrid | None:
+        """The grid of one linear layer by its full name; None leaves it in full precision."""
+        bits, group_size = self.w_bits, self.group_size
+        for override in self._matching(layer):
+            bits = override.w_bits if override.w_bits is not None else bits
+            group_size = override.group_size if override.group_size is not None else group_size
+        if bits == FULL_BITS:
+            return None
+        balanced = self.bit_balance and bits <= 2
+        symmetric = self.symmetric and (bits > 1 or balanced)
+        return WeightGrid(
+            bits=bits, group_size=group_size, symmetric=symmetric, bit_balance=balanced
+        )
+
+    def activation_bits(self, layer: str) -> int:
+        """Bits of the inputs of one linear layer by its full name."""
+        bits = self.a_bits
+        for override in self._matching(layer):
+            bits = override.a_bits if override.a_bits is not None else bits
+        return bits
+
+    def _matching(self, layer: str) -> list[LayerOverride]:
+        return [each for each in self.overrides if fnmatchcase(layer, each.pattern)]
+
+
+def _known_fields(cls: type, record: object, prefix: str) -> dict[str, Any]:
+    if not isinstance(record, Mapping):
+        raise SpecError(prefix.rstrip(".") or "spec", record, "write a JSON object")
+    names = [each.name for each in fields(cls)]
+    for name in record:
+        if name not in names:
+            raise SpecError(f"{prefix}{name}", record[name], f"use one of {', '.join(names)}")
+    return dict(record)
+
+
+def _check_range(name: str, value: Any, low: int, high: int, also: int | None = None) -> None:
+    # bool is an int in Python, and True is no number of bits
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if is_number and (low <= value <= high or value == also):
+        return
+    other = f" or {also}" if also is not None else ""
+    raise SpecError(name, value, f"use {low} to {high}{other}")
+
+
+def _check_group(name: str, value: Any) -> None:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if not is_number or (value != PER_CHANNEL and (value < 1 or value % GROUP_STEP)):
+        raise SpecError(
+            name, value, f"use {PER_CHANNEL} (per channel) or a multiple of {GROUP_STEP}"
+        )

@@ -1,0 +1,1 @@
+"""Arbitrary-bit kernels: torch references and Triton programs."""
