@@ -1,0 +1,128 @@
+"""Whether a quantization fits a model, and what it will take; torch-free, from sizes alone."""
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from engine.architecture import Architecture, LinearShape
+from engine.errors import SpecError
+from engine.spec import FULL_BITS, GROUP_STEP, PER_CHANNEL, SCALE_BITS, ZERO_POINT_BITS, QuantSpec
+
+__all__ = ["Estimate", "check_spec", "estimate_bytes", "promised_bits"]
+
+FP_BYTES = 2
+"""A full-precision weight is stored in 16 bits."""
+TRAIN_BYTES = 4
+"""Calibration computes in fp32."""
+TRAIN_COPIES = 6
+"""A block's weights, their fake-quantized twins, and what backward keeps of both."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a quantization will take, from sizes alone."""
+
+    parameters: int
+    bits_per_weight: float
+    source_bytes: int
+    result_bytes: int
+    state_bytes: int
+    """Resumable block checkpoints."""
+    memory_bytes: int
+    """Peak while one block trains: weights, activations of all samples, attention scratch."""
+    calibration_flops: float
+
+    @property
+    def disk_bytes(self) -> int:
+        """Source, block checkpoints, and the result with a tenth of slack."""
+        return self.source_bytes + self.state_bytes + self.result_bytes * 11 // 10
+
+
+def check_spec(architecture: Architecture, spec: QuantSpec) -> None:
+    """Refuse a quantization that this model cannot take.
+
+    Raises:
+        SpecError: naming the field, the value, the layer and what would do.
+    """
+    names = [each.name for each in architecture.linears]
+    for index, override in enumerate(spec.overrides):
+        if not any(fnmatchcase(name, override.pattern) for name in names):
+            example = names[-1]
+            raise SpecError(
+                f"overrides[{index}].pattern",
+                override.pattern,
+                f"it matches no linear layer of this model; a layer is called {example}",
+            )
+    for linear in architecture.linears:
+        _check_group_size(architecture, spec, linear)
+    if not any(spec.weight_grid(name) for name in names):
+        raise SpecError("overrides", len(spec.overrides), "leave at least one layer below 16 bits")
+    if spec.calibration.length > architecture.max_positions:
+        raise SpecError(
+            "calibration.length",
+            spec.calibration.length,
+            f"the model has {architecture.max_positions} positions; use at most that",
+        )
+
+
+def promised_bits(architecture: Architecture, spec: QuantSpec) -> float:
+    """Stored bits per quantized weight: planes, scales and zero-points; biases are no weights."""
+    quantized = [each for each in architecture.linears if spec.weight_grid(each.name)]
+    return sum(_stored_bits(each, spec) for each in quantized) / sum(
+        each.weights for each in quantized
+    )
+
+
+def estimate_bytes(architecture: Architecture, spec: QuantSpec) -> Estimate:
+    """Estimate disk, memory and arithmetic of a quantization."""
+    quantized = [each for each in architecture.linears if spec.weight_grid(each.name)]
+    packed = sum(_stored_bits(each, spec) for each in quantized) // 8
+    parameters = architecture.parameter_count
+    rest = parameters - sum(each.weights for each in quantized)
+    layer_weights = sum(each.weights for each in architecture.linears_per_layer)
+    tokens = spec.calibration.samples * spec.calibration.length
+    # both chains and the targets, each over all samples
+    activations = 3 * tokens * architecture.hidden * TRAIN_BYTES
+    # what one sample's backward keeps: about eight hidden and four intermediate activations
+    backward = spec.calibration.length * TRAIN_BYTES * (
+        8 * architecture.hidden + 4 * architecture.intermediate
+    )  # fmt: skip
+    embedding = architecture.vocab * architecture.hidden * TRAIN_BYTES
+    passes = 3 * 2 + spec.calibration.epochs * 6
+    return Estimate(
+        parameters=parameters,
+        bits_per_weight=promised_bits(architecture, spec),
+        source_bytes=parameters * FP_BYTES,
+        result_bytes=packed + rest * FP_BYTES,
+        state_bytes=packed,
+        memory_bytes=TRAIN_COPIES * TRAIN_BYTES * layer_weights
+        + activations
+        + backward
+        + embedding,
+        calibration_flops=float(passes * tokens * layer_weights * architecture.layers),
+    )
+
+
+def _check_group_size(architecture: Architecture, spec: QuantSpec, linear: LinearShape) -> None:
+    grid = spec.weight_grid(linear.name)
+    if grid is None or linear.in_features % grid.group_of(linear.in_features) == 0:
+        return
+    common = math.gcd(*(each.in_features for each in architecture.linears_per_layer))
+    fitting = [size for size in range(GROUP_STEP, common + 1, GROUP_STEP) if common % size == 0]
+    raise SpecError(
+        "group_size",
+        grid.group_size,
+        f"it does not divide the K = {linear.in_features} inputs of {linear.name}; use"
+        f" {', '.join(map(str, (PER_CHANNEL, *fitting)))}",
+    )
+
+
+def _stored_bits(linear: LinearShape, spec: QuantSpec) -> int:
+    grid = spec.weight_grid(linear.name)
+    if grid is None:
+        return linear.weights * FULL_BITS
+    # a plane is stored in whole 32-bit words
+    columns = math.ceil(linear.in_features / 32) * 32
+    groups = linear.in_features // grid.group_of(linear.in_features)
+    per_row = columns * grid.planes + groups * (SCALE_BITS + ZERO_POINT_BITS)
+    return linear.out_features * per_row
