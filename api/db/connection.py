@@ -47,8 +47,7 @@ def database_now(session: Session) -> datetime:
         moment = session.scalar(text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')"))
         return datetime.fromisoformat(str(moment)).replace(tzinfo=UTC)
     # clock_timestamp moves inside a transaction, now() does not
-    now = session.scalar(text("SELECT clock_timestamp()"))
-    assert isinstance(now, datetime)
+    now: datetime = session.scalar(text("SELECT clock_timestamp()"))
     return now.astimezone(UTC)
 
 
