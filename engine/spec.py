@@ -14,22 +14,13 @@ from typing import Any, ClassVar, Self
 
 from engine.errors import SpecError
 
-__all__ = [
-    "FULL_BITS",
-    "PER_CHANNEL",
-    "CalibrationSpec",
-    "LayerOverride",
-    "QuantSpec",
-    "Recipe",
-    "WeightGrid",
-]
+__all__ = ["CalibrationSpec", "LayerOverride", "QuantSpec", "Recipe", "WeightGrid"]
 
 FULL_BITS = 16
 PER_CHANNEL = -1
 SCALE_BITS = 16
 ZERO_POINT_BITS = 8
-GROUP_STEP = 32
-"""Groups are whole words of the stored bit-planes."""
+GROUP_STEP = 32  # groups are whole words of the stored bit-planes
 MAX_OVERRIDES = 256
 NOTATION = re.compile(r"w(\d+)(\*?)a(\d+)(\*?)(?:kv(\d+))?(?:g(\d+))?(?:kv(\d+))?", re.IGNORECASE)
 
@@ -146,13 +137,9 @@ class QuantSpec:
         _check_range("kv_bits", self.kv_bits, 2, 8, also=FULL_BITS)
         _check_group("group_size", self.group_size)
         if self.bit_balance and self.w_bits > 2:
-            raise SpecError(
-                "bit_balance", self.bit_balance, "it adds a level to 1 or 2 bits; use w_bits 1 or 2"
-            )
+            raise SpecError("bit_balance", self.bit_balance, "use w_bits 1 or 2 with it")
         if self.symmetric and self.w_bits == 1 and not self.bit_balance:
-            raise SpecError(
-                "symmetric", self.symmetric, "one bit has no symmetric grid; add bit_balance"
-            )
+            raise SpecError("symmetric", self.symmetric, "with one bit add bit_balance")
         if len(self.overrides) > MAX_OVERRIDES:
             raise SpecError("overrides", len(self.overrides), f"use at most {MAX_OVERRIDES}")
 
@@ -170,12 +157,11 @@ class QuantSpec:
             raise SpecError(
                 "a_bits", f"{match[3]}*", "only weights can be bit-balanced; drop the *"
             )
-        kv_bits = match[5] or match[7] or FULL_BITS
         return cls(
             w_bits=int(match[1]),
             bit_balance=bool(match[2]),
             a_bits=int(match[3]),
-            kv_bits=int(kv_bits),
+            kv_bits=int(match[5] or match[7] or FULL_BITS),
             group_size=int(match[6]) if match[6] else PER_CHANNEL,
             **others,
         )
@@ -260,6 +246,4 @@ def _check_range(name: str, value: Any, low: int, high: int, also: int | None = 
 def _check_group(name: str, value: Any) -> None:
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if not is_number or (value != PER_CHANNEL and (value < 1 or value % GROUP_STEP)):
-        raise SpecError(
-            name, value, f"use {PER_CHANNEL} (per channel) or a multiple of {GROUP_STEP}"
-        )
+        raise SpecError(name, value, f"use a multiple of {GROUP_STEP}, or -1 for a whole channel")
