@@ -1,0 +1,209 @@
+"""The quantized linear layer as a checkpoint stores it and as a model runs it."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from engine.numerics.affine import AffineParams, dequantize_weight, quantize_weight
+from engine.spec import FULL_BITS, WeightGrid
+from kernels.activation_quant import quantize_activations
+from kernels.cpu_linear import CpuWeight, cpu_linear, prepare_cpu_weight
+from kernels.float_linear import float_linear
+from kernels.int_linear import PackedWeight, integer_linear
+from kernels.layouts import pack_codes, packed_words, unpack_codes
+
+__all__ = ["QuantLinear", "multiply_codes"]
+
+Operand = CpuWeight | PackedWeight | torch.Tensor
+"""What a device multiplies with; a tensor is a float weight ``[N, K]``."""
+BYTE_PLANES = 8
+
+
+class QuantLinear(nn.Module):
+    """A linear layer on packed weights.
+
+    Buffers have the names and shapes of the checkpoint: ``weight_packed`` int32
+    ``[P, N, ceil(K / 32)]``, ``weight_scale`` float16 ``[N, S]``, ``weight_zero_point`` uint8
+    ``[N, S]`` and ``bias`` ``[N]`` or None. What the machine multiplies with is derived from them
+    by `prepare`: int8 columns on a CPU (one byte a weight; `kernels.cpu_linear` says why), a
+    dequantized float32 weight on a CPU where activations stay in full precision, and the packed
+    planes themselves on a GPU.
+    """
+
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid: WeightGrid,
+        a_bits: int,
+        bias_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.grid = grid
+        self.a_bits = a_bits
+        group = grid.group_of(self.in_features)
+        assert self.in_features % group == 0, f"group {group} must divide {self.in_features}"
+        n, groups = self.out_features, self.in_features // group
+        words = packed_words(self.in_features)
+        self.register_buffer("weight_packed", torch.zeros(grid.planes, n, words, dtype=torch.int32))
+        self.register_buffer("weight_scale", torch.zeros(n, groups, dtype=torch.float16))
+        self.register_buffer("weight_zero_point", torch.zeros(n, groups, dtype=torch.uint8))
+        self.register_buffer(
+            "bias", None if bias_dtype is None else torch.zeros(n, dtype=bias_dtype)
+        )
+        self._operand: Operand | None = None
+
+    @classmethod
+    def from_weight(
+        cls,
+        w_NK: torch.Tensor,  # noqa: N803  shape suffix
+        params: AffineParams,
+        grid: WeightGrid,
+        a_bits: int,
+        bias: torch.Tensor | None = None,
+    ) -> Self:
+        """Round a float ``[N, K]`` weight onto a placed grid and pack it."""
+        return cls.from_codes(quantize_weight(w_NK, params, grid), params, grid, a_bits, bias)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes_NK: torch.Tensor,  # noqa: N803  shape suffix
+        params: AffineParams,
+        grid: WeightGrid,
+        a_bits: int,
+        bias: torch.Tensor | None = None,
+    ) -> Self:
+        """Pack uint8 ``[N, K]`` codes, on their device."""
+        n, k = codes_NK.shape
+        with torch.device("meta"):
+            module = cls(k, n, grid, a_bits)
+        module.weight_packed = pack_codes(codes_NK, grid.planes)
+        module.weight_scale = params.scale.detach().clone()
+        module.weight_zero_point = params.zero_point.detach().clone()
+        module.bias = None if bias is None else bias.detach().clone()
+        return module
+
+    @classmethod
+    def empty(cls, linear: nn.Linear, grid: WeightGrid, a_bits: int) -> Self:
+        """Make a layer of a linear's sizes, device and bias, with buffers still to be filled."""
+        bias: torch.Tensor | None = linear.bias
+        bias_dtype = None if bias is None else bias.dtype
+        with linear.weight.device:
+            return cls(linear.in_features, linear.out_features, grid, a_bits, bias_dtype)
+
+    @property
+    def params(self) -> AffineParams:
+        """Where the codes lie."""
+        return AffineParams(scale=self.weight_scale, zero_point=self.weight_zero_point)
+
+    def codes(self) -> torch.Tensor:
+        """Unpack the codes: uint8 ``[N, K]``."""
+        return unpack_codes(self.weight_packed, self.in_features)
+
+    def dequantized(self) -> torch.Tensor:
+        """The float32 ``[N, K]`` weight that the codes stand for."""
+        return dequantize_weight(self.codes(), self.params)
+
+    def prepare(self) -> Self:
+        """Derive what this device multiplies with; call after loading or moving."""
+        # a dense weight kept on the GPU would undo the packing
+        keeps_packed = self.a_bits == FULL_BITS and self.weight_packed.device.type != "cpu"
+        self._operand = None if keeps_packed else self._derive_operand()
+        return self
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer to float ``[..., K]``; the result has the dtype of ``x``."""
+        operand = self._operand if self._operand is not None else self._derive_operand()
+        return _multiply(x, operand, self.a_bits, self.bias)
+
+    @override
+    def _apply(
+        self,
+        fn: Callable[[torch.Tensor], torch.Tensor],
+        recurse: bool = True,
+    ) -> Self:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+        # a change of dtype is meant for activations and bias; the stored scale is float16
+        device = self.weight_packed.device
+        moved = torch.empty_like(scale, device=device) if scale.is_meta else scale.to(device)
+        self.weight_scale = moved
+        self._operand = None
+        return self
+
+    @override
+    def extra_repr(self) -> str:
+        """Say the bits in the model's printout."""
+        return (
+            f"in={self.in_features}, out={self.out_features}, w_bits={self.grid.bits}, "
+            f"a_bits={self.a_bits}, group_size={self.grid.group_size}"
+        )
+
+    def _derive_operand(self) -> Operand:
+        on_cpu = self.weight_packed.device.type == "cpu"
+        if on_cpu or self.a_bits == FULL_BITS:
+            return _derive_from_codes(self.codes(), self.params, self.a_bits)
+        return PackedWeight.from_stored(
+            self.weight_packed, self.weight_scale, self.weight_zero_point, self.in_features
+        )
+
+
+def multiply_codes(
+    x: torch.Tensor,
+    codes_NK: torch.Tensor,  # noqa: N803  shape suffix
+    params: AffineParams,
+    a_bits: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute what `QuantLinear` computes, from codes that are not packed yet.
+
+    Args:
+        x: float ``[..., K]``.
+        codes_NK: uint8 ``[N, K]``.
+        params: where the codes lie.
+        a_bits: bits of the activations; 16 leaves them as they are.
+        bias: float ``[N]`` or None.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+    """
+    if codes_NK.device.type == "cpu" or a_bits == FULL_BITS:
+        return _multiply(x, _derive_from_codes(codes_NK, params, a_bits), a_bits, bias)
+    packed = PackedWeight.from_stored(
+        pack_codes(codes_NK, BYTE_PLANES), params.scale, params.zero_point, codes_NK.shape[1]
+    )
+    return _multiply(x, packed, a_bits, bias)
+
+
+def _derive_from_codes(
+    codes_NK: torch.Tensor,  # noqa: N803  shape suffix
+    params: AffineParams,
+    a_bits: int,
+) -> CpuWeight | torch.Tensor:
+    if a_bits == FULL_BITS:
+        return dequantize_weight(codes_NK, params)
+    return prepare_cpu_weight(codes_NK, params.scale, params.zero_point)
+
+
+def _multiply(
+    x: torch.Tensor, operand: Operand, a_bits: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if isinstance(operand, torch.Tensor):
+        return float_linear(x, operand, bias)
+    tokens = quantize_activations(x.reshape(-1, x.shape[-1]), a_bits)
+    if isinstance(operand, CpuWeight):
+        out_MN = cpu_linear(tokens, operand, bias)  # noqa: N806  shape suffix
+    else:
+        out_MN = integer_linear(tokens, operand, bias)  # noqa: N806  shape suffix
+    return out_MN.to(x.dtype).view(*x.shape[:-1], out_MN.shape[1])

@@ -1,0 +1,160 @@
+"""Affine quantization of weights: a scale and a zero-point per row and group.
+
+    low   = min(min w, 0)    high = max(max w, 0)          of the group
+    asymmetric:  scale = (high - low) / max_code           zero_point = round(-low / scale)
+    symmetric:   scale = max(|low|, |high|) / half         zero_point = half = max_code // 2
+    code  = clamp(round(w / scale) + zero_point, 0, max_code)        w ~ (code - zero_point) * scale
+
+The scale is rounded to float16 first and codes are computed with the rounded scale, so what is
+stored is what was optimized. Rounding is half to even. Zero is inside the range, so the
+zero-point is always a code.
+
+Shape legend: N rows, K columns, G columns in a group, S = K / G groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.spec import PER_CHANNEL, WeightGrid
+
+__all__ = [
+    "AffineParams",
+    "GroupRange",
+    "affine_params",
+    "dequantize_weight",
+    "fake_quantize",
+    "fake_quantize_activations",
+    "quantize_weight",
+    "weight_range",
+]
+
+MIN_SCALE = 1e-5
+MAX_SCALE = 65504.0
+"""The largest float16."""
+MIN_ACTIVATION_SCALE = 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRange:
+    """What a grid has to cover in every group."""
+
+    low: torch.Tensor
+    """float32 ``[N, S]``, not above zero."""
+    high: torch.Tensor
+    """float32 ``[N, S]``, not below zero."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AffineParams:
+    """Where the codes of a weight matrix lie: ``w ~ (code - zero_point) * scale``."""
+
+    scale: torch.Tensor
+    """float16 ``[N, S]``."""
+    zero_point: torch.Tensor
+    """uint8 ``[N, S]``, itself a code."""
+
+
+def weight_range(w_NK: torch.Tensor, group_size: int) -> GroupRange:
+    """Measure the range of every group; it always includes zero.
+
+    Args:
+        w_NK: float ``[N, K]``, any strides.
+        group_size: columns that share a scale and divide K, or `PER_CHANNEL`.
+
+    Raises:
+        ValueError: if the group size does not divide K.
+    """
+    low_NS, high_NS = torch.aminmax(_split_groups(w_NK.float(), group_size), dim=-1)
+    return GroupRange(low=low_NS.clamp(max=0), high=high_NS.clamp(min=0))
+
+
+def affine_params(group_range: GroupRange, grid: WeightGrid) -> AffineParams:
+    """Place the grid on a range."""
+    scale_NS = _exact_scale(group_range, grid).to(torch.float16)
+    zero_point_NS = _zero_point(group_range, scale_NS.float(), grid)
+    return AffineParams(scale=scale_NS, zero_point=zero_point_NS.to(torch.uint8))
+
+
+def quantize_weight(w_NK: torch.Tensor, params: AffineParams, grid: WeightGrid) -> torch.Tensor:
+    """Round to the nearest code: uint8 ``[N, K]``."""
+    w_NSG = _split_groups(w_NK.float(), w_NK.shape[1] // params.scale.shape[1])
+    q_NSG = torch.round(w_NSG / params.scale.float().unsqueeze(-1))
+    q_NSG = q_NSG.add_(params.zero_point.unsqueeze(-1)).clamp_(0, grid.max_code)
+    return q_NSG.to(torch.uint8).view(w_NK.shape)
+
+
+def dequantize_weight(codes_NK: torch.Tensor, params: AffineParams) -> torch.Tensor:
+    """Return the float32 ``[N, K]`` that codes stand for; the product is exact."""
+    codes_NSG = _split_groups(codes_NK, codes_NK.shape[1] // params.scale.shape[1])
+    centred_NSG = codes_NSG.float() - params.zero_point.unsqueeze(-1)
+    return (centred_NSG * params.scale.float().unsqueeze(-1)).view(codes_NK.shape)
+
+
+def fake_quantize(w_NK: torch.Tensor, group_range: GroupRange, grid: WeightGrid) -> torch.Tensor:
+    """Quantize and dequantize, differentiable in the weight and in the range.
+
+    Rounding of codes and of the scale is straight-through, the clamp passes no gradient outside,
+    and the zero-point is a constant (OmniQuant). The value equals
+    ``dequantize_weight(quantize_weight(...))``.
+
+    Returns:
+        float32 ``[N, K]``.
+    """
+    scale_NS = _exact_scale(group_range, grid)
+    scale_NS = scale_NS + (scale_NS.to(torch.float16).float() - scale_NS).detach()
+    zero_point_NS1 = _zero_point(group_range, scale_NS, grid).detach().unsqueeze(-1)
+    scale_NS1 = scale_NS.unsqueeze(-1)
+    w_NSG = _split_groups(w_NK.float(), w_NK.shape[1] // scale_NS.shape[1])
+    q_NSG = (_round_through(w_NSG / scale_NS1) + zero_point_NS1).clamp(0, grid.max_code)
+    return ((q_NSG - zero_point_NS1) * scale_NS1).view(w_NK.shape)
+
+
+def fake_quantize_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Quantize and dequantize over the last dimension, straight-through, one scale a vector.
+
+    The formula is that of `kernels.activation_quant`.
+
+    Args:
+        x: float ``[..., K]``.
+        bits: 2..8.
+
+    Returns:
+        float32 ``[..., K]``.
+    """
+    max_code = (1 << bits) - 1
+    x = x.float()
+    low = x.amin(-1, keepdim=True).clamp(max=0)
+    high = x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / max_code).clamp(min=MIN_ACTIVATION_SCALE)
+    zero_point = torch.round(-low / scale).clamp(0, max_code).detach()
+    q = (_round_through(x / scale) + zero_point).clamp(0, max_code)
+    return (q - zero_point) * scale
+
+
+def _exact_scale(group_range: GroupRange, grid: WeightGrid) -> torch.Tensor:
+    if grid.symmetric:
+        reach_NS = torch.maximum(group_range.high, -group_range.low)
+        scale_NS = reach_NS / (grid.max_code // 2)
+    else:
+        scale_NS = (group_range.high - group_range.low) / grid.max_code
+    return scale_NS.clamp(MIN_SCALE, MAX_SCALE)
+
+
+def _zero_point(group_range: GroupRange, scale_NS: torch.Tensor, grid: WeightGrid) -> torch.Tensor:
+    if grid.symmetric:
+        return torch.full_like(scale_NS, grid.max_code // 2)
+    # the rounded scale may be a little short, so -low / scale may pass the last code
+    return torch.round(-group_range.low / scale_NS).clamp(0, grid.max_code)
+
+
+def _round_through(x: torch.Tensor) -> torch.Tensor:
+    return x + (torch.round(x) - x).detach()
+
+
+def _split_groups(w_NK: torch.Tensor, group_size: int) -> torch.Tensor:
+    n, k = w_NK.shape
+    group = k if group_size == PER_CHANNEL else group_size
+    if k % group:
+        raise ValueError(f"group_size {group} does not divide K = {k}")
+    return w_NK.reshape(n, k // group, group)

@@ -1,0 +1,82 @@
+"""Per-token asymmetric quantization of activations.
+
+    low        = min(min_k x, 0)            high = max(max_k x, 0)
+    scale      = max((high - low) / (2^bits - 1), 1e-5)             fp32, per token
+    zero_point = clamp(round(-low / scale), 0, 2^bits - 1)          rounding half to even
+    code       = clamp(round(x / scale) + zero_point, 0, 2^bits - 1)
+    x          ~ (code - zero_point) * scale
+
+A token that holds a value that is not finite gets the scale NaN and codes of zero, so that it
+stays visible in every result and touches no other token.
+
+Shape legend: M tokens, K features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = [
+    "MIN_ACTIVATION_SCALE",
+    "QuantizedActivations",
+    "dequantize_activations",
+    "quantize_activations",
+]
+
+MIN_ACTIVATION_SCALE = 1e-5
+MIN_BITS = 2
+MAX_BITS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedActivations:
+    """Quantized tokens: ``x ~ (codes - zero_point) * scale``."""
+
+    codes: torch.Tensor
+    """uint8 ``[M, K]``."""
+    scale: torch.Tensor
+    """float32 ``[M, 1]``."""
+    zero_point: torch.Tensor
+    """int32 ``[M, 1]``, itself a code."""
+    bits: int
+    """2..8; codes are below ``2 ** bits``."""
+
+
+def quantize_activations(x_MK: torch.Tensor, bits: int) -> QuantizedActivations:
+    """Quantize every token with its own scale and zero-point.
+
+    Args:
+        x_MK: float16, bfloat16 or float32 ``[M, K]``, any strides; the arithmetic is float32.
+        bits: 2..8.
+
+    Returns:
+        Fresh contiguous tensors on the device of ``x_MK``.
+
+    Raises:
+        ValueError: if ``bits`` is out of range or the shape is not ``[M, K]``.
+    """
+    if not MIN_BITS <= bits <= MAX_BITS or x_MK.dim() != 2:
+        raise ValueError(
+            f"need 2-d tokens and {MIN_BITS} to {MAX_BITS} bits, got {x_MK.dim()}-d and {bits}"
+        )
+    max_code = (1 << bits) - 1
+    x_MK = x_MK.float()
+    low_M1, high_M1 = torch.aminmax(x_MK, dim=1, keepdim=True)
+    low_M1 = low_M1.clamp(max=0)
+    scale_M1 = (high_M1.clamp(min=0) - low_M1).div_(max_code).clamp_(min=MIN_ACTIVATION_SCALE)
+    zero_point_M1 = (-low_M1).div_(scale_M1).round_().clamp_(0, max_code)
+    codes_MK = (x_MK / scale_M1).round_().add_(zero_point_M1).clamp_(0, max_code)
+    # an infinity or NaN reaches the scale; NaN itself has no defined integer
+    scale_M1 = torch.where(torch.isfinite(scale_M1), scale_M1, torch.nan)
+    return QuantizedActivations(
+        codes=codes_MK.nan_to_num_(nan=0.0).to(torch.uint8),
+        scale=scale_M1,
+        zero_point=zero_point_M1.nan_to_num_(nan=0.0).to(torch.int32),
+        bits=bits,
+    )
+
+
+def dequantize_activations(activations: QuantizedActivations) -> torch.Tensor:
+    """Return the float32 ``[M, K]`` that the codes stand for."""
+    centred_MK = activations.codes.to(torch.int32) - activations.zero_point
+    return centred_MK.float() * activations.scale
