@@ -1,0 +1,171 @@
+"""Where models come from and go to: values and the ports `ModelSource` and `ModelHub`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = [
+    "ModelFacts",
+    "ModelHub",
+    "ModelSource",
+    "OnProgress",
+    "PublishedModel",
+    "RemoteFile",
+    "ResolvedModel",
+    "TensorHeader",
+]
+
+OnProgress = Callable[[int, int], None]
+"""Takes bytes done and bytes in all; an exception from it stops the download."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteFile:
+    """A file of a model at its pinned revision."""
+
+    path: str
+    bytes: int
+    sha256: str | None = None
+    """Known for large files only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedModel:
+    """A model at one immutable revision."""
+
+    model: str
+    """As requested: `owner/name` or `local:<root>/<folder>`."""
+    sha: str
+    """40 hexadecimal digits; every later read names it."""
+    files: tuple[RemoteFile, ...]
+    """All files of the repository, also those that are never fetched."""
+    gated: bool = False
+    private: bool = False
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    tags: tuple[str, ...] = ()
+    pipeline_tag: str | None = None
+
+    def find_file(self, path: str) -> RemoteFile | None:
+        """The file of that path, or None."""
+        return next((each for each in self.files if each.path == path), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorHeader:
+    """One tensor as the header of its safetensors file describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of values in the tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a model's config and tensor headers say; no weight was read for it."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorHeader]
+    weight_files: tuple[RemoteFile, ...]
+    """The shards that hold `tensors`: those of the index, or the one file."""
+    fetched_files: tuple[RemoteFile, ...]
+    """All that a download takes: the shards and the allow-listed small files."""
+
+    @property
+    def parameters(self) -> int:
+        """Values in all tensors."""
+        return sum(each.elements for each in self.tensors.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the shards."""
+        return sum(each.bytes for each in self.weight_files)
+
+    @property
+    def source_bytes(self) -> int:
+        """Size of all that a download takes."""
+        return sum(each.bytes for each in self.fetched_files)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The safetensors names of the data types present, sorted."""
+        return tuple(sorted({each.dtype for each in self.tensors.values()}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedModel:
+    """A model that was pushed."""
+
+    repo_id: str
+    revision: str
+    """The commit that holds exactly the pushed files."""
+    url: str
+
+    def to_json(self) -> dict[str, str]:
+        """Write the fields, as the artifact row holds them."""
+        return {"repo_id": self.repo_id, "revision": self.revision, "url": self.url}
+
+
+class ModelSource(Protocol):
+    """Gives models. All errors are `api.errors.ServiceError`s that name the request field."""
+
+    def resolve(self, model: str, revision: str | None) -> ResolvedModel:
+        """Pin a model to an immutable revision; None is the default branch.
+
+        Raises:
+            ModelNotFound: there is no such model, or it is not visible.
+            RevisionNotFound: the model has no such revision.
+            ModelGated: its terms were not accepted with the configured token.
+            HubUnavailable: the Hub did not answer in time.
+        """
+
+    def inspect(self, resolved: ResolvedModel) -> ModelFacts:
+        """Read config and tensor headers within fixed limits; fetches no weights.
+
+        Raises:
+            UnsupportedFormat: there are no safetensors weights, or they are malformed.
+            ConfigRejected: the config is no acceptable JSON object.
+            HubUnavailable: the Hub did not answer in time.
+        """
+
+    def download(self, resolved: ResolvedModel, folder: Path, on_progress: OnProgress) -> None:
+        """Fetch what the facts list into `folder`; goes on from what an earlier call left there.
+
+        Progress comes from the calling thread, at most twice a second and once at the end.
+
+        Raises:
+            HubUnavailable: the Hub did not answer, or served other bytes than it announced.
+        """
+
+
+class ModelHub(ModelSource, Protocol):
+    """Gives models and takes them."""
+
+    def check_target(self, repo_id: str) -> None:
+        """Refuse early what `publish` would refuse late.
+
+        Raises:
+            InvalidRequest: the name is malformed, there is no token, the token may not write
+                there, or the repository holds something that this service did not push.
+        """
+
+    def publish(
+        self, folder: Path, repo_id: str, *, private: bool, card: str, tag: str
+    ) -> PublishedModel:
+        """Push all files of `folder` and the model card as one commit, and tag that commit.
+
+        Running it again with the same tag changes nothing and gives the same answer.
+
+        Raises:
+            InvalidRequest: as `check_target`.
+            HubUnavailable: the Hub did not answer in time.
+        """
