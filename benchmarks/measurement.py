@@ -1,0 +1,63 @@
+"""One measurement on disk: rows beside the hardware, versions and commit they came from."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["MEASUREMENTS", "write_measurement"]
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASUREMENTS = ROOT / "docs" / "measurements"
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
+
+
+def write_measurement(
+    name: str, rows: Sequence[Mapping[str, Any]], folder: Path = MEASUREMENTS
+) -> Path:
+    """Write `<name>.json` with `rows` and where they were measured; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _read_commit(),
+        "hardware": _describe_hardware(),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: metadata.version(package) for package in PACKAGES},
+        },
+        "rows": list(rows),
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def _describe_hardware() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "cpu": _read_cpu_name(), "cores": len(os.sched_getaffinity(0))}
+
+
+def _read_cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _read_commit() -> str:
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # a copy of the tree without its history still measures; the commit is then passed in
+    return answer.stdout.strip() or os.environ.get("ABQ_COMMIT", "unknown")
