@@ -1,0 +1,92 @@
+"""The safetensors files of a model directory, read tensor by tensor through memory maps."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import CheckpointInvalid, UnsupportedModel
+
+__all__ = ["TensorFiles"]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorFiles:
+    """Which file holds which tensor."""
+
+    directory: Path
+    file_of: dict[str, str]
+    """Tensor name to file name."""
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Read the index, or the header of the only file.
+
+        Raises:
+            UnsupportedModel: if there are no safetensors files.
+            CheckpointInvalid: if the index points outside the directory or a file is missing.
+        """
+        if (directory / INDEX_NAME).is_file():
+            return cls(directory=directory, file_of=_read_index(directory))
+        if not (directory / SINGLE_NAME).is_file():
+            raise UnsupportedModel(
+                "files", "the model has no safetensors weights; convert it, pickles are never read"
+            )
+        with _opened(directory / SINGLE_NAME) as tensors:
+            return cls(directory=directory, file_of=dict.fromkeys(tensors.keys(), SINGLE_NAME))
+
+    @property
+    def files(self) -> list[Path]:
+        """Every weight file, sorted by name."""
+        return [self.directory / name for name in sorted(set(self.file_of.values()))]
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Load some tensors, converted to `dtype`.
+
+        Raises:
+            CheckpointInvalid: naming the tensor that is missing or the file that is broken.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.file_of:
+                raise CheckpointInvalid(f"the model lacks the tensor {name}")
+            by_file.setdefault(self.file_of[name], []).append(name)
+        found: dict[str, torch.Tensor] = {}
+        for file, members in by_file.items():
+            with _opened(self.directory / file) as tensors:
+                # a clone, so that nothing points into the map of a file that may be deleted
+                found |= {name: tensors.get_tensor(name).to(dtype, copy=True) for name in members}
+        return found
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    path = directory / INDEX_NAME
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise CheckpointInvalid(f"{INDEX_NAME} is larger than {MAX_INDEX_BYTES} bytes")
+    try:
+        file_of = json.loads(path.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointInvalid(f"{INDEX_NAME} holds no weight_map") from error
+    if not isinstance(file_of, dict):
+        raise CheckpointInvalid(f"{INDEX_NAME} holds no weight_map")
+    for name in {str(file) for file in file_of.values()}:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointInvalid(f"{INDEX_NAME} names {name!r}, which is no file of the model")
+        if not (directory / name).is_file():
+            raise CheckpointInvalid(f"{name} is missing")
+    return {str(tensor): str(file) for tensor, file in file_of.items()}
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointInvalid(f"{path.name} is no readable safetensors file") from error
