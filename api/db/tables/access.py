@@ -18,6 +18,8 @@ class Tenant(Base):
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     name: Mapped[str] = mapped_column(String(100), unique=True)
     created_at: Mapped[datetime]
+    last_served_at: Mapped[datetime | None]
+    """When a worker last claimed one of its jobs; who waited longest comes first."""
 
 
 class ApiKey(Base):

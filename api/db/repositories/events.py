@@ -1,0 +1,63 @@
+"""The story of a job: events are appended, never changed, and read on from any point."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from api.db.connection import database_now
+from api.db.tables.jobs import Job, JobEvent
+from api.errors import JobNotFound
+
+__all__ = ["append_event", "insert_event", "latest_event_id", "list_events"]
+
+
+def append_event(session: Session, job_id: str, kind: str, data: Mapping[str, Any]) -> int:
+    """Add an event to a job's story and return its id, larger than all before it.
+
+    Raises:
+        JobNotFound: there is no such job.
+    """
+    # the update locks the job first: ids of one job are then in the order of the commits, and
+    # a client that reads on from the last id it saw misses nothing
+    attempt = session.scalar(
+        update(Job).where(Job.id == job_id).values(version=Job.version + 1).returning(Job.attempt)
+    )
+    if attempt is None:
+        raise JobNotFound
+    return insert_event(session, job_id, attempt, kind, data)
+
+
+def insert_event(
+    session: Session, job_id: str, attempt: int, kind: str, data: Mapping[str, Any]
+) -> int:
+    """Add an event in a transaction that has already changed, and so locked, the job."""
+    event = JobEvent(
+        job_id=job_id,
+        attempt=attempt,
+        type=kind,
+        data=dict(data),
+        created_at=database_now(session),
+    )
+    session.add(event)
+    session.flush()
+    return event.id
+
+
+def list_events(
+    session: Session, job_id: str, after_id: int = 0, limit: int = 1000
+) -> Sequence[JobEvent]:
+    """Read a job's events behind an id, oldest first."""
+    query = (
+        select(JobEvent)
+        .where(JobEvent.job_id == job_id, JobEvent.id > after_id)
+        .order_by(JobEvent.id)
+        .limit(limit)
+    )
+    return session.scalars(query).all()
+
+
+def latest_event_id(session: Session, job_id: str) -> int:
+    """The id of a job's last event; 0 without events."""
+    return session.scalar(select(func.max(JobEvent.id)).where(JobEvent.job_id == job_id)) or 0
