@@ -9,6 +9,7 @@ __all__ = [
     "ArtifactNotFound",
     "BodyTooLarge",
     "ConfigRejected",
+    "ContextTooLong",
     "DeploymentConflict",
     "DeploymentNotFound",
     "DiskTooSmall",
@@ -16,6 +17,8 @@ __all__ = [
     "HubUnavailable",
     "IdempotencyConflict",
     "IdempotencyMismatch",
+    "InferenceDraining",
+    "InferenceOverloaded",
     "InferenceUnavailable",
     "InvalidRequest",
     "JobNotFound",
@@ -24,13 +27,17 @@ __all__ = [
     "KeyNotFound",
     "KeyRejected",
     "ModelGated",
+    "ModelLoading",
+    "ModelNotHosted",
     "ModelNotFound",
     "ModelTooLarge",
     "QuotaExceeded",
+    "RangeNotSatisfiable",
     "RevisionNotFound",
     "ScopeMissing",
     "ServiceError",
     "UnsupportedFormat",
+    "UnsupportedParameter",
 ]
 
 
@@ -215,3 +222,49 @@ class InferenceUnavailable(ServiceError):
 
     code: ClassVar[str] = "inference_unavailable"
     status: ClassVar[int] = 503
+
+
+class InferenceOverloaded(InferenceUnavailable):
+    """The inference service has as many requests as it takes; try again."""
+
+    code: ClassVar[str] = "overloaded"
+
+
+class ModelLoading(InferenceUnavailable):
+    """The model is being loaded; try again."""
+
+    code: ClassVar[str] = "model_loading"
+
+
+class InferenceDraining(InferenceUnavailable):
+    """The inference service is shutting down; try again."""
+
+    code: ClassVar[str] = "draining"
+
+
+class ModelNotHosted(ServiceError):
+    """No such model is hosted here; see `/v1/models`."""
+
+    code: ClassVar[str] = "model_not_found"
+    status: ClassVar[int] = 404
+
+
+class ContextTooLong(ServiceError):
+    """Prompt and tokens to generate do not fit into the model's context."""
+
+    code: ClassVar[str] = "context_length_exceeded"
+    status: ClassVar[int] = 400
+
+
+class UnsupportedParameter(ServiceError):
+    """The request has a field that is not supported."""
+
+    code: ClassVar[str] = "unsupported_parameter"
+    status: ClassVar[int] = 400
+
+
+class RangeNotSatisfiable(ServiceError):
+    """The file has no such bytes."""
+
+    code: ClassVar[str] = "range_not_satisfiable"
+    status: ClassVar[int] = 416
