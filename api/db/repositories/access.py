@@ -39,6 +39,7 @@ def insert_key(session: Session, key: ApiKey) -> None:
     """Store a new key; only its hash is in it."""
     session.add(key)
     session.flush()
+    session.refresh(key)
 
 
 def find_key(session: Session, sha256: str) -> ApiKey | None:

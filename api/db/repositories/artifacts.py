@@ -83,6 +83,7 @@ def insert_deployment(session: Session, deployment: Deployment) -> None:
             session.add(deployment)
     except IntegrityError as error:
         raise DeploymentConflict from error
+    session.refresh(deployment)
 
 
 def get_deployment(session: Session, tenant_id: str, deployment_id: str) -> Deployment:

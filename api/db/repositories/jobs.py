@@ -39,6 +39,8 @@ def insert_job(session: Session, job: Job) -> None:
     session.add(job)
     session.flush()
     insert_event(session, job.id, 0, "job.queued", {})
+    # columns that the caller left out are then known after the session has closed, too
+    session.refresh(job)
 
 
 def get_job(session: Session, tenant_id: str, job_id: str) -> Job:
