@@ -1,6 +1,6 @@
 """What a client must know of a service: its address and a key, from options or a file.
 
-`abq up` writes the file into its data directory, so that a shell on the same machine needs no set-up.
+`abq up` writes the file into its data directory: a shell on the same machine needs no set-up.
 """
 
 import json
@@ -33,10 +33,11 @@ def read_client_config(data_dir: Path) -> ClientConfig:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return ClientConfig()
-    if not isinstance(record, dict) or not isinstance(record.get("url"), str):
-        raise ValueError(f"{path} is no client configuration; delete it and run abq up again")
-    key = record.get("api_key")
-    return ClientConfig(url=record["url"], api_key=key if isinstance(key, str) else None)
+    try:
+        return ClientConfig(url=str(record["url"]), api_key=record["api_key"])
+    except (KeyError, TypeError) as error:
+        message = f"{path} is no client configuration; delete it and run abq up again"
+        raise ValueError(message) from error
 
 
 def write_client_config(data_dir: Path, config: ClientConfig) -> Path:

@@ -1,0 +1,54 @@
+"""Numbers as a person reads them: bytes, durations, losses, ages."""
+
+from datetime import UTC, datetime
+
+__all__ = ["age_text", "bytes_text", "change_text", "duration_text", "loss_text"]
+
+
+def bytes_text(count: float | None) -> str:
+    """Decimal units, as disks and download pages count them: `98.4 MB`."""
+    if count is None:
+        return "-"
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def duration_text(seconds: float | None) -> str:
+    """Two units at most: `8.4 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def loss_text(loss: float | None) -> str:
+    """Three digits that count."""
+    return "-" if loss is None else f"{loss:.3g}"
+
+
+def change_text(before: float | None, after: float | None) -> str:
+    """How much smaller the second number is: `-38 %`."""
+    if before is None or after is None or before == 0:
+        return "-"
+    return f"{(after / before - 1) * 100:+.0f} %"
+
+
+def age_text(moment: str | None, now: datetime | None = None) -> str:
+    """How long ago an ISO 8601 time was: `5 min ago`."""
+    if moment is None:
+        return "-"
+    then = datetime.fromisoformat(moment)
+    seconds = ((now or datetime.now(UTC)) - then).total_seconds()
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit} ago"
+    return "just now"
