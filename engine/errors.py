@@ -9,6 +9,7 @@ __all__ = [
     "CalibrationDiverged",
     "CalibrationInterrupted",
     "CheckpointInvalid",
+    "ContextLengthExceeded",
     "DatasetUnavailable",
     "EngineError",
     "SpecError",
@@ -78,3 +79,18 @@ class CheckpointInvalid(EngineError):
     """A checkpoint directory does not hold what its manifest promises."""
 
     code: ClassVar[str] = "checkpoint_invalid"
+
+
+class ContextLengthExceeded(EngineError):
+    """Prompt and completion do not fit the model's context."""
+
+    code: ClassVar[str] = "context_length_exceeded"
+
+    def __init__(self, field: str, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"{field}: {tokens} tokens are more than the model's context of {limit}; shorten the"
+            " prompt or lower max_tokens"
+        )
+        self.field = field
+        self.tokens = tokens
+        self.limit = limit

@@ -20,7 +20,7 @@ from engine.errors import CheckpointInvalid
 from engine.models.loading import build_empty_model, read_config
 from engine.models.tensors import TensorFiles
 from engine.modules.linear import QuantLinear
-from engine.modules.swap import prepare_model, swap_linears
+from engine.modules.swap import prepare_model, quant_linears, swap_linears
 from engine.spec import QuantSpec
 
 __all__ = ["LoadedModel", "load_checkpoint"]
@@ -38,6 +38,13 @@ class LoadedModel:
     """The transformers causal language model, in evaluation mode, with quantized linears."""
     spec: QuantSpec
     architecture: Architecture
+
+    @property
+    def memory_bytes(self) -> int:
+        """What weights and the operands derived from them occupy."""
+        tensors = {id(each): each for each in (*self.model.parameters(), *self.model.buffers())}
+        derived = sum(each.operand_bytes for each in quant_linears(self.model).values())
+        return sum(each.nbytes for each in tensors.values()) + derived
 
 
 def load_checkpoint(

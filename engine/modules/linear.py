@@ -106,6 +106,17 @@ class QuantLinear(nn.Module):
         """Where the codes lie."""
         return AffineParams(scale=self.weight_scale, zero_point=self.weight_zero_point)
 
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes that `prepare` added to the buffers."""
+        match self._operand:
+            case torch.Tensor():
+                return self._operand.nbytes
+            case CpuWeight():
+                return sum(each.nbytes for each in self._operand.columns)
+            case _:
+                return 0
+
     def codes(self) -> torch.Tensor:
         """Unpack the codes: uint8 ``[N, K]``."""
         return unpack_codes(self.weight_packed, self.in_features)

@@ -1,0 +1,157 @@
+"""Generation behind one interface, which a batching engine can take over."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers.cache_utils import Cache
+
+from engine.checkpoint.reader import load_checkpoint
+from engine.errors import ContextLengthExceeded, EngineError
+from engine.inference.answer import Answer
+from engine.inference.request import GenerationChunk, GenerationRequest, RequestInvalid
+from engine.inference.runner import ModelRunner
+from engine.inference.sampler import Sampler
+from engine.inference.text import TextCodec
+
+__all__ = ["InferenceEngine", "SequentialEngine", "open_engine"]
+
+PREFILL_TOKENS = 512
+"""A prompt enters in parts of this size; other requests get their turn between two."""
+
+
+def never_cancelled() -> bool:
+    """Let a generation run to its end."""
+    return False
+
+
+class InferenceEngine(Protocol):
+    """One loaded model that answers requests from many threads."""
+
+    text: TextCodec
+    """Turns prompts and messages into ids."""
+    memory_bytes: int
+    """What the model occupies, caches not counted."""
+    context_length: int
+    """Tokens that prompt and completion may have together."""
+
+    def generate(
+        self, request: GenerationRequest, is_cancelled: Callable[[], bool] = never_cancelled
+    ) -> Iterator[GenerationChunk]:
+        """Answer a request, one chunk a token; the last chunk has a finish reason.
+
+        Args:
+            request: checked before the iterator is returned.
+            is_cancelled: asked between tokens; closing the iterator cancels as well.
+
+        Raises:
+            ContextLengthExceeded: if prompt and completion do not fit.
+            RequestInvalid: if a prompt id is not in the vocabulary.
+            EngineError: while iterating, if the model was closed.
+        """
+
+    def close(self) -> None:
+        """End all generations at their next token and free the model."""
+
+
+def open_engine(directory: Path, device: torch.device | str | None = None) -> InferenceEngine:
+    """Load a checkpoint directory: bfloat16 activations on a GPU, float32 on a CPU.
+
+    Args:
+        directory: the checkpoint.
+        device: by default the GPU if there is one.
+
+    Raises:
+        UnsupportedModel: naming the field of the config.
+        CheckpointInvalid: naming the file or tensor that does not fit.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    text = TextCodec.from_directory(directory)
+    loaded = load_checkpoint(
+        directory, place, torch.float32 if place.type == "cpu" else torch.bfloat16
+    )
+    return SequentialEngine(ModelRunner(loaded), text, loaded.memory_bytes)
+
+
+class SequentialEngine:
+    """Runs one step at a time; concurrent requests take turns token by token."""
+
+    def __init__(self, runner: ModelRunner, text: TextCodec, memory_bytes: int) -> None:
+        self.text = text
+        self.memory_bytes = memory_bytes
+        self.context_length = runner.context_length
+        self._runner: ModelRunner | None = runner
+        self._turn = threading.Lock()
+
+    def generate(
+        self, request: GenerationRequest, is_cancelled: Callable[[], bool] = never_cancelled
+    ) -> Iterator[GenerationChunk]:
+        """See `InferenceEngine.generate`."""
+        runner = self._live_runner()
+        _check_ids(request, runner.vocabulary)
+        max_tokens = _fitting_tokens(request, runner.context_length)
+        answer = Answer(request, max_tokens, self.text)
+        return self._chunks(request, answer, runner.new_cache(), is_cancelled)
+
+    def close(self) -> None:
+        """See `InferenceEngine.close`."""
+        with self._turn:
+            self._runner = None
+
+    def _chunks(
+        self,
+        request: GenerationRequest,
+        answer: Answer,
+        cache: Cache,
+        is_cancelled: Callable[[], bool],
+    ) -> Iterator[GenerationChunk]:
+        sampler = Sampler(request)
+        logits = self._prefill(request, cache, is_cancelled)
+        while logits is not None:
+            token_id = sampler.choose(logits)
+            chunk = answer.accept(token_id)
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
+            logits = None if is_cancelled() else self._extend([token_id], cache)
+        yield answer.cancel()
+
+    def _prefill(
+        self, request: GenerationRequest, cache: Cache, is_cancelled: Callable[[], bool]
+    ) -> torch.Tensor | None:
+        """Logits behind the prompt, or None if the caller went away."""
+        ids, logits = list(request.prompt_ids), None
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            if is_cancelled():
+                return None
+            logits = self._extend(ids[start : start + PREFILL_TOKENS], cache)
+        return logits
+
+    def _extend(self, token_ids: list[int], cache: Cache) -> torch.Tensor:
+        with self._turn:
+            return self._live_runner().extend(token_ids, cache)
+
+    def _live_runner(self) -> ModelRunner:
+        if self._runner is None:
+            raise EngineError("the model was unloaded")
+        return self._runner
+
+
+def _check_ids(request: GenerationRequest, vocabulary: int) -> None:
+    # an id beyond the embedding would be an illegal access that kills a GPU process
+    for token_id in request.prompt_ids:
+        if not 0 <= token_id < vocabulary:
+            raise RequestInvalid("prompt", token_id, f"use token ids below {vocabulary}")
+
+
+def _fitting_tokens(request: GenerationRequest, limit: int) -> int:
+    prompt = len(request.prompt_ids)
+    if prompt >= limit:
+        raise ContextLengthExceeded("prompt", prompt, limit)
+    if request.max_tokens is None:
+        return limit - prompt
+    if prompt + request.max_tokens > limit:
+        raise ContextLengthExceeded("max_tokens", prompt + request.max_tokens, limit)
+    return request.max_tokens

@@ -1,0 +1,166 @@
+"""Between text and token ids: prompts, chat templates, and text that comes a token at a time."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from engine.errors import CheckpointInvalid
+from engine.inference.request import RequestInvalid
+
+__all__ = ["IncrementalDecoder", "StopFilter", "TextCodec"]
+
+TOKENIZER_NAME = "tokenizer.json"
+UNDECIDED = "\N{REPLACEMENT CHARACTER}"
+"""What an incomplete UTF-8 sequence decodes to."""
+
+
+class TextCodec:
+    """The tokenizer and chat template of a checkpoint."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, eos_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_ids = eos_ids
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Self:
+        """Read `tokenizer.json` and what stands beside it; no code of the checkpoint is run.
+
+        Raises:
+            CheckpointInvalid: if the tokenizer is missing or damaged.
+        """
+        if not (directory / TOKENIZER_NAME).is_file():
+            raise CheckpointInvalid(f"{TOKENIZER_NAME} is missing")
+        try:
+            # this class reads files only; a tokenizer class named in the config is not imported
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers raises plain Exception
+            raise CheckpointInvalid(f"{TOKENIZER_NAME} is damaged: {error}") from error
+        return cls(tokenizer, _eos_ids(directory, tokenizer.eos_token_id))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be rendered."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, prompt: str) -> tuple[int, ...]:
+        """Turn plain text into ids, with the special tokens that open a text."""
+        return tuple(self._tokenizer(prompt)["input_ids"])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Render messages by the model's template, up to where the assistant answers.
+
+        Args:
+            messages: with `role` and `content`.
+
+        Raises:
+            RequestInvalid: if the model has no template or the template refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise RequestInvalid("messages", "chat", "the model has no chat template; use a prompt")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(each) for each in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:
+            raise RequestInvalid(
+                "messages", "chat", f"the template refuses them: {error}"
+            ) from error
+        # the template writes the special tokens itself
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Turn ids into text without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+class IncrementalDecoder:
+    """Text of a growing list of tokens; never half a character."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._ids: list[int] = []
+        # text before `shown` is out; decoding restarts at `anchor`, because the text of a token
+        # depends on its neighbours
+        self._anchor = 0
+        self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that is certain now."""
+        self._ids.append(token_id)
+        return self._advance(is_final=False)
+
+    def finish(self) -> str:
+        """Return what is left, complete or not."""
+        return self._advance(is_final=True)
+
+    def _advance(self, *, is_final: bool) -> str:
+        shown = self._codec.decode(self._ids[self._anchor : self._shown])
+        text = self._codec.decode(self._ids[self._anchor :])
+        if len(text) <= len(shown) or (text.endswith(UNDECIDED) and not is_final):
+            return ""
+        self._anchor, self._shown = self._shown, len(self._ids)
+        return text[len(shown) :]
+
+
+class StopFilter:
+    """Passes text on until a stop string appears; holds back what could begin one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, text: str) -> str:
+        """Add text; return what cannot belong to a stop string any more."""
+        if self.is_stopped:
+            return ""
+        text = self._held + text
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.is_stopped = True
+            self._held = ""
+            return text[: min(found)]
+        keep = len(text) - self._undecided(text)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def finish(self) -> str:
+        """Return what was held back: the text ends here, so it begins no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _undecided(self, text: str) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+
+def _eos_ids(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:
+    """Ids that end a turn: of the generation config, else the config; and the tokenizer's."""
+    ids = set() if tokenizer_eos is None else {tokenizer_eos}
+    for name in ("generation_config.json", "config.json"):
+        found = _read_object(directory / name).get("eos_token_id")
+        listed = found if isinstance(found, list) else [found]
+        ids |= {each for each in listed if isinstance(each, int) and not isinstance(each, bool)}
+        if found is not None:
+            break
+    return frozenset(ids)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointInvalid(f"{path.name} is no valid JSON") from error
+    return record if isinstance(record, dict) else {}
