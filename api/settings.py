@@ -3,12 +3,13 @@
 Nothing set means the one-machine form: SQLite, a filesystem broker and artifacts in `data_dir`.
 """
 
+import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "configure_hub_client"]
 
 GIB = 1 << 30
 
@@ -145,3 +146,15 @@ class Settings(BaseSettings):
     def work_dir(self) -> Path:
         """Folder of downloads, layer checkpoints and unfinished outputs, one sub-folder a job."""
         return self.data_dir / "work"
+
+
+def configure_hub_client() -> None:
+    """Tell huggingface_hub, which reads the environment at import, to keep to what it is told."""
+    os.environ.update(
+        # one commit per push: with Xet an upload is several, and visible half-done
+        HF_HUB_DISABLE_XET="1",
+        # only the token of the settings is ever sent
+        HF_HUB_DISABLE_IMPLICIT_TOKEN="1",  # noqa: S106 - a switch, not a token
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+    )

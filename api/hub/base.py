@@ -27,7 +27,9 @@ class RemoteFile:
     path: str
     bytes: int
     sha256: str | None = None
-    """Known for large files only."""
+    """Known for large files."""
+    git_sha1: str | None = None
+    """Known for small files: git's hash of the content."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,12 +152,13 @@ class ModelSource(Protocol):
 class ModelHub(ModelSource, Protocol):
     """Gives models and takes them."""
 
-    def check_target(self, repo_id: str) -> None:
+    def check_target(self, repo_id: str, *, private: bool) -> None:
         """Refuse early what `publish` would refuse late.
 
         Raises:
             InvalidRequest: the name is malformed, there is no token, the token may not write
-                there, or the repository holds something that this service did not push.
+                there, the repository is public though `private` is asked for, or it holds
+                something that this service did not push.
         """
 
     def publish(

@@ -1,0 +1,72 @@
+"""One hub for all names: `local:...` goes to the operator's folders, the rest to the Hub."""
+
+from pathlib import Path
+
+from typing_extensions import override
+
+from api.hub.base import (
+    ModelFacts,
+    ModelHub,
+    ModelSource,
+    OnProgress,
+    PublishedModel,
+    ResolvedModel,
+)
+from api.hub.local import LocalHub
+from api.hub.names import LOCAL_PREFIX
+from api.settings import Settings, configure_hub_client
+
+__all__ = ["RoutedHub", "create_hub"]
+
+REQUEST_PATIENCE_S = 1.5
+"""How long a caller of the API waits for a busy Hub, on top of what the Hub takes."""
+
+
+class RoutedHub(ModelHub):
+    """Chooses the source by the model's name; publishes to the Hub only."""
+
+    def __init__(self, *, remote: ModelHub, local: ModelSource) -> None:
+        self._remote = remote
+        self._local = local
+
+    @override
+    def resolve(self, model: str, revision: str | None) -> ResolvedModel:
+        return self._source_of(model).resolve(model, revision)
+
+    @override
+    def inspect(self, resolved: ResolvedModel) -> ModelFacts:
+        return self._source_of(resolved.model).inspect(resolved)
+
+    @override
+    def download(self, resolved: ResolvedModel, folder: Path, on_progress: OnProgress) -> None:
+        self._source_of(resolved.model).download(resolved, folder, on_progress)
+
+    @override
+    def check_target(self, repo_id: str, *, private: bool) -> None:
+        self._remote.check_target(repo_id, private=private)
+
+    @override
+    def publish(
+        self, folder: Path, repo_id: str, *, private: bool, card: str, tag: str
+    ) -> PublishedModel:
+        return self._remote.publish(folder, repo_id, private=private, card=card, tag=tag)
+
+    def _source_of(self, model: str) -> ModelSource:
+        return self._local if model.startswith(LOCAL_PREFIX) else self._remote
+
+
+def create_hub(settings: Settings, *, patience_s: float = REQUEST_PATIENCE_S) -> ModelHub:
+    """Make the hub of this process; a worker passes more patience than a request has."""
+    configure_hub_client()
+    # the client reads its environment when it is imported, so this must come after
+    from api.hub.connection import HubConnection  # noqa: PLC0415
+    from api.hub.huggingface import HuggingFaceHub  # noqa: PLC0415
+
+    hub = settings.hub
+    connection = HubConnection(
+        endpoint=hub.endpoint,
+        token=hub.token.get_secret_value() if hub.token is not None else None,
+        timeout_s=hub.timeout_s,
+        patience_s=patience_s,
+    )
+    return RoutedHub(remote=HuggingFaceHub(connection), local=LocalHub(hub.model_roots))
