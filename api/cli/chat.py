@@ -17,7 +17,7 @@ from api.cli.session import open_client
 
 __all__ = ["Reply", "chat_app", "stream_chat"]
 
-chat_app = typer.Typer()
+chat_app = typer.Typer(add_completion=False)
 END = "[DONE]"
 
 

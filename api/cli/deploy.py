@@ -34,6 +34,7 @@ class CreateByDefault(TyperGroup):
 
 
 deploy_app = typer.Typer(
+    add_completion=False,
     cls=CreateByDefault,
     no_args_is_help=True,
     help="Host a finished checkpoint (abq deploy JOB); list and delete what is hosted.",

@@ -19,7 +19,7 @@ from api.cli.verify import verify_folder
 
 __all__ = ["download_app", "download_artifact"]
 
-download_app = typer.Typer()
+download_app = typer.Typer(add_completion=False)
 
 
 @download_app.command()

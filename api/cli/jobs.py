@@ -12,7 +12,7 @@ from api.cli.session import open_client
 
 __all__ = ["jobs_app"]
 
-jobs_app = typer.Typer(help="List, show, cancel and retry jobs.")
+jobs_app = typer.Typer(add_completion=False, help="List, show, cancel and retry jobs.")
 
 JobId = Annotated[str, typer.Argument(help="For example job_01...")]
 Labels = Annotated[list[str] | None, typer.Option("--label", "-l", help="name=value; repeatable.")]

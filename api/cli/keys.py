@@ -12,7 +12,9 @@ from api.cli.session import open_client
 
 __all__ = ["keys_app"]
 
-keys_app = typer.Typer(no_args_is_help=True, help="List, create and revoke API keys.")
+keys_app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="List, create and revoke API keys."
+)
 
 
 @keys_app.command("list")

@@ -19,7 +19,7 @@ from engine.spec import QuantSpec
 
 __all__ = ["quantize_app"]
 
-quantize_app = typer.Typer()
+quantize_app = typer.Typer(add_completion=False)
 
 
 @quantize_app.command()

@@ -18,7 +18,7 @@ from api.cli.session import open_client
 
 __all__ = ["watch_app", "watch_job"]
 
-watch_app = typer.Typer()
+watch_app = typer.Typer(add_completion=False)
 
 
 @watch_app.command()
