@@ -2,11 +2,11 @@
 
     low        = min(min_k x, 0)            high = max(max_k x, 0)
     scale      = max((high - low) / (2^bits - 1), 1e-5)             fp32, per token
-    zero_point = clamp(round(-low / scale), 0, 2^bits - 1)          rounding half to even
+    zero_point = round(-low / scale)                                rounding half to even
     code       = clamp(round(x / scale) + zero_point, 0, 2^bits - 1)
     x          ~ (code - zero_point) * scale
 
-A token that holds a value that is not finite gets the scale NaN and codes of zero, so that it
+A token that holds a value that is not finite gets the scale NaN, and its codes mean nothing: it
 stays visible in every result and touches no other token.
 
 Shape legend: M tokens, K features.
@@ -62,16 +62,17 @@ def quantize_activations(x_MK: torch.Tensor, bits: int) -> QuantizedActivations:
     max_code = (1 << bits) - 1
     x_MK = x_MK.float()
     low_M1, high_M1 = torch.aminmax(x_MK, dim=1, keepdim=True)
-    low_M1 = low_M1.clamp(max=0)
-    scale_M1 = (high_M1.clamp(min=0) - low_M1).div_(max_code).clamp_(min=MIN_ACTIVATION_SCALE)
-    zero_point_M1 = (-low_M1).div_(scale_M1).round_().clamp_(0, max_code)
-    codes_MK = (x_MK / scale_M1).round_().add_(zero_point_M1).clamp_(0, max_code)
-    # an infinity or NaN reaches the scale; NaN itself has no defined integer
-    scale_M1 = torch.where(torch.isfinite(scale_M1), scale_M1, torch.nan)
+    low_M1 = low_M1.clamp_(max=0)
+    scale_M1 = high_M1.clamp_(min=0).sub_(low_M1).div_(max_code).clamp_(min=MIN_ACTIVATION_SCALE)
+    # zero times infinity is NaN, everything else stays
+    scale_M1 = torch.add(scale_M1, scale_M1, alpha=0)
+    # -low is at most max_code scales, so rounding lands on a code
+    zero_M1 = low_M1.div_(scale_M1).round_().neg_()
+    codes_MK = x_MK.div(scale_M1).round_().add_(zero_M1).clamp_(0, max_code)
     return QuantizedActivations(
-        codes=codes_MK.nan_to_num_(nan=0.0).to(torch.uint8),
+        codes=codes_MK.to(torch.uint8),
         scale=scale_M1,
-        zero_point=zero_point_M1.nan_to_num_(nan=0.0).to(torch.int32),
+        zero_point=zero_M1.to(torch.int32),
         bits=bits,
     )
 

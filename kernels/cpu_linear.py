@@ -90,10 +90,10 @@ def cpu_linear(
     out_MN = None
     for group, x_MG in enumerate(groups):
         integer_MN = _multiply(x_MG, weight.columns[group])
-        integer_MN -= zero_M1 * weight.sums[group]
+        integer_MN.addcmul_(zero_M1, weight.sums[group], value=-1)
         if weight.residual is not None:
             sums_M1 = x_MG.sum(1, keepdim=True, dtype=torch.int32) - x_MG.shape[1] * zero_M1
-            integer_MN -= sums_M1 * weight.residual[group]
+            integer_MN.addcmul_(sums_M1, weight.residual[group], value=-1)
         scaled_MN = integer_MN.float().mul_(weight.scale[group])
         out_MN = scaled_MN if out_MN is None else out_MN.add_(scaled_MN)
     assert out_MN is not None, "a weight has at least one group"

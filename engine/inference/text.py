@@ -67,7 +67,7 @@ class TextCodec:
             text = self._tokenizer.apply_chat_template(
                 [dict(each) for each in messages], tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise RequestInvalid(
                 "messages", "chat", f"the template refuses them: {error}"
             ) from error
