@@ -1,5 +1,6 @@
 """`abq up` and `abq migrate`: the commands of whoever runs the service."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,7 @@ def migrate(context: typer.Context, *, json_output: JsonFlag = False) -> None:
 
 
 def _with_options(
-    settings: Settings, server: dict[str, object], roots: dict[str, Path]
+    settings: Settings, server: Mapping[str, object], roots: dict[str, Path]
 ) -> Settings:
     hub = {"model_roots": {**settings.hub.model_roots, **roots}}
     return settings.model_copy(
