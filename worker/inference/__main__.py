@@ -1,0 +1,54 @@
+"""`python -m worker.inference`: the models of one GPU, or of the CPU, behind a private port."""
+
+import asyncio
+import os
+from urllib.parse import urlsplit
+
+import torch
+import uvicorn
+
+from api.settings import Settings
+from api.telemetry import configure_logging
+from worker.inference.app import create_app
+from worker.inference.artifacts import ArtifactFolder
+from worker.inference.generation import Generations
+from worker.inference.pool import ModelPool
+from worker.inference.server import DrainingServer
+
+DRAIN_S = 25.0
+"""Below the 30 s that a container is usually given to stop."""
+
+
+def main() -> None:
+    """Serve until a signal ends it."""
+    settings = Settings()
+    configure_logging(settings.log_level)
+    if settings.inference.threads is not None:
+        torch.set_num_threads(settings.inference.threads)
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    inference = settings.inference
+    shelf = ArtifactFolder(root=settings.storage_root, device=inference.device)
+    pool = ModelPool(
+        shelf, budget_bytes=inference.memory_bytes, load_timeout_s=inference.load_timeout_s
+    )
+    generations = Generations(pool, max_waiting=inference.max_waiting)
+    token = None if inference.token is None else inference.token.get_secret_value()
+    address = urlsplit(inference.url)
+    config = uvicorn.Config(
+        create_app(pool, generations, token),
+        host=address.hostname or "127.0.0.1",
+        port=address.port or 8001,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=2,
+    )
+    await DrainingServer(config, pool, generations, drain_s=DRAIN_S).serve()
+
+
+if __name__ == "__main__":
+    # artifacts are local folders; nothing in this process may go to the network for them
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    main()

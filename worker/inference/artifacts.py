@@ -1,0 +1,64 @@
+"""Artifacts in the object store as the inference process opens them: by id, verified, warmed up."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from api.errors import ModelNotHosted
+from engine.checkpoint.manifest import read_manifest, verify_directory
+from engine.inference.engine import InferenceEngine, open_engine
+from engine.inference.request import GenerationRequest
+
+__all__ = ["ArtifactFolder"]
+
+ARTIFACT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+FLOAT_GROWTH = 2
+"""A 16-bit tensor becomes 32-bit on a CPU; on a GPU this is an overestimate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactFolder:
+    """The store's root, one folder an artifact, and the device that models go to."""
+
+    root: Path
+    device: str | None
+
+    def check(self, artifact_id: str) -> None:
+        """Refuse an id that names no complete artifact.
+
+        Raises:
+            ModelNotHosted: there is none.
+        """
+        self._directory(artifact_id)
+
+    def memory_needed(self, artifact_id: str) -> int:
+        """Bytes that loading will take at most, told from the manifest alone.
+
+        Raises:
+            ModelNotHosted: there is no such artifact.
+            CheckpointInvalid: it is damaged.
+        """
+        bits = read_manifest(self._directory(artifact_id)).bits
+        return bits.packed_bytes + FLOAT_GROWTH * (bits.other_bytes + bits.embedding_bytes)
+
+    def open(self, artifact_id: str) -> InferenceEngine:
+        """Check every byte against the manifest, load, and decode one token.
+
+        Raises:
+            ModelNotHosted: there is no such artifact.
+            CheckpointInvalid: it is damaged.
+        """
+        directory = self._directory(artifact_id)
+        verify_directory(directory)
+        engine = open_engine(directory, self.device)
+        # what is slow once, or fails at all, does so before the model counts as ready
+        first = GenerationRequest(prompt_ids=engine.text.encode("a"), max_tokens=1)
+        for _ in engine.generate(first):
+            pass
+        return engine
+
+    def _directory(self, artifact_id: str) -> Path:
+        directory = self.root / artifact_id
+        if not ARTIFACT_ID.fullmatch(artifact_id) or not directory.is_dir():
+            raise ModelNotHosted
+        return directory

@@ -1,0 +1,217 @@
+"""The models in memory: loaded on demand, one at a time; the least recently used makes room.
+
+All state belongs to the event loop's thread; only opening and closing a model leave it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import count
+from typing import Any, Protocol
+
+from api.errors import InferenceDraining, InferenceOverloaded, ModelLoading, ServiceError
+from api.telemetry import get_logger
+from engine.errors import EngineError
+from engine.inference.engine import InferenceEngine
+
+__all__ = ["HostedModel", "ModelFailed", "ModelPool", "ModelShelf", "ModelStatus"]
+
+log = get_logger(__name__)
+
+
+class ModelStatus(StrEnum):
+    """Where a model is between disk and use."""
+
+    LOADING = "loading"
+    """It is being verified and read."""
+    READY = "ready"
+    """It answers."""
+    FAILED = "failed"
+    """It could not be loaded; asking again tries again."""
+
+
+class ModelFailed(ServiceError):
+    """The model cannot be loaded."""
+
+    code = "model_failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostedModel:
+    """What a caller may know of a model in the pool."""
+
+    artifact_id: str
+    status: ModelStatus
+    error: str | None
+    memory_bytes: int
+
+
+class ModelShelf(Protocol):
+    """Where models are opened from."""
+
+    def check(self, artifact_id: str) -> None:
+        """Raise `ModelNotHosted` if there is no such model."""
+
+    def memory_needed(self, artifact_id: str) -> int:
+        """Bytes that opening will take at most."""
+
+    def open(self, artifact_id: str) -> InferenceEngine:
+        """Read a model into memory; blocks."""
+
+
+class ModelPool:
+    """Models by artifact id, within a memory budget."""
+
+    def __init__(self, shelf: ModelShelf, *, budget_bytes: int, load_timeout_s: float) -> None:
+        self._shelf = shelf
+        self._budget_bytes = budget_bytes
+        self._load_timeout_s = load_timeout_s
+        self._entries: dict[str, _Entry] = {}
+        self._one_load = asyncio.Lock()
+        self._ticks = count()
+        self._is_draining = False
+
+    def load(self, artifact_id: str) -> None:
+        """Begin to load a model unless it is here or on its way.
+
+        Raises:
+            ModelNotHosted: there is no such artifact.
+            InferenceDraining: the process is about to stop.
+        """
+        self._ensure(artifact_id)
+
+    def list_models(self) -> list[HostedModel]:
+        """Every model in the pool, the most recently used first."""
+        entries = sorted(self._entries.values(), key=lambda entry: -entry.used_tick)
+        return [
+            HostedModel(
+                artifact_id=entry.artifact_id,
+                status=entry.status,
+                error=entry.error,
+                memory_bytes=entry.memory_bytes,
+            )
+            for entry in entries
+        ]
+
+    @asynccontextmanager
+    async def use(self, artifact_id: str) -> AsyncIterator[InferenceEngine]:
+        """Hold a model in memory, loading it first where needed.
+
+        Raises:
+            ModelNotHosted: there is no such artifact.
+            ModelFailed: it cannot be loaded.
+            ModelLoading: loading took too long; it goes on.
+            InferenceOverloaded: the models in use leave no room.
+            InferenceDraining: the process is about to stop.
+        """
+        entry = self._ensure(artifact_id)
+        entry.users += 1
+        try:
+            # shielded: another request may wait for the same load
+            done, _ = await asyncio.wait({entry.loading}, timeout=self._load_timeout_s)
+            if not done:
+                raise ModelLoading
+            entry.used_tick = next(self._ticks)
+            yield entry.loading.result()
+        finally:
+            entry.users -= 1
+
+    async def unload(self, artifact_id: str) -> None:
+        """Drop a model; generations that run on it end at their next token."""
+        entry = self._entries.pop(artifact_id, None)
+        if entry is not None:
+            await self._close(entry)
+
+    def start_draining(self) -> None:
+        """Load and hand out nothing any more."""
+        self._is_draining = True
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the process is about to stop."""
+        return self._is_draining
+
+    async def close(self) -> None:
+        """Drop all models."""
+        self._is_draining = True
+        for artifact_id in list(self._entries):
+            await self.unload(artifact_id)
+
+    def _ensure(self, artifact_id: str) -> "_Entry":
+        if self._is_draining:
+            raise InferenceDraining
+        entry = self._entries.get(artifact_id)
+        if entry is None or entry.status is ModelStatus.FAILED:
+            self._shelf.check(artifact_id)
+            entry = _Entry(artifact_id, next(self._ticks))
+            entry.loading = asyncio.create_task(self._load(entry))
+            # a load that nobody waits for must not be reported as a lost exception
+            entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._entries[artifact_id] = entry
+        return entry
+
+    async def _load(self, entry: "_Entry") -> InferenceEngine:
+        try:
+            async with self._one_load:
+                needed = await asyncio.to_thread(self._shelf.memory_needed, entry.artifact_id)
+                await self._make_room(needed, entry)
+                entry.memory_bytes = needed
+                engine = await asyncio.to_thread(self._shelf.open, entry.artifact_id)
+        except InferenceOverloaded:
+            self._forget(entry)
+            raise
+        except (EngineError, ServiceError) as error:
+            entry.fail(error.message)
+            raise ModelFailed(error.message) from error
+        except Exception as error:
+            log.exception("model_load_failed", artifact_id=entry.artifact_id)
+            entry.fail("the model could not be loaded")
+            raise ModelFailed from error
+        entry.engine, entry.memory_bytes = engine, engine.memory_bytes
+        entry.status = ModelStatus.READY
+        log.info("model_loaded", artifact_id=entry.artifact_id, bytes=engine.memory_bytes)
+        return engine
+
+    async def _make_room(self, needed: int, for_entry: "_Entry") -> None:
+        if needed > self._budget_bytes:
+            raise ModelFailed(
+                f"the model needs {needed} bytes of the {self._budget_bytes} there are"
+            )
+        while self._taken_bytes(for_entry) + needed > self._budget_bytes:
+            idle = [e for e in self._entries.values() if e.engine is not None and not e.users]
+            if not idle:
+                raise InferenceOverloaded("the models in use leave no room for another; try again")
+            oldest = min(idle, key=lambda entry: entry.used_tick)
+            log.info("model_evicted", artifact_id=oldest.artifact_id)
+            await self.unload(oldest.artifact_id)
+
+    def _taken_bytes(self, besides: "_Entry") -> int:
+        return sum(e.memory_bytes for e in self._entries.values() if e is not besides)
+
+    async def _close(self, entry: "_Entry") -> None:
+        # a load cannot be broken off in the middle of a file; it is awaited and then dropped
+        await asyncio.wait({entry.loading})
+        if entry.engine is not None:
+            await asyncio.to_thread(entry.engine.close)
+
+    def _forget(self, entry: "_Entry") -> None:
+        if self._entries.get(entry.artifact_id) is entry:
+            del self._entries[entry.artifact_id]
+
+
+class _Entry:
+    loading: "asyncio.Task[InferenceEngine]"
+
+    def __init__(self, artifact_id: str, tick: int) -> None:
+        self.artifact_id = artifact_id
+        self.status = ModelStatus.LOADING
+        self.error: str | None = None
+        self.engine: Any = None
+        self.memory_bytes = 0
+        self.users = 0
+        self.used_tick = tick
+
+    def fail(self, message: str) -> None:
+        self.status, self.error, self.memory_bytes = ModelStatus.FAILED, message, 0
