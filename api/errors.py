@@ -31,6 +31,7 @@ __all__ = [
     "ModelNotHosted",
     "ModelNotFound",
     "ModelTooLarge",
+    "ProblemUnknown",
     "QuotaExceeded",
     "RangeNotSatisfiable",
     "RevisionNotFound",
@@ -268,3 +269,10 @@ class RangeNotSatisfiable(ServiceError):
 
     code: ClassVar[str] = "range_not_satisfiable"
     status: ClassVar[int] = 416
+
+
+class ProblemUnknown(ServiceError):
+    """No such error code."""
+
+    code: ClassVar[str] = "problem_not_found"
+    status: ClassVar[int] = 404

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from api.db.connection import database_now
 from api.db.tables.jobs import Job, JobEvent, JobStatus
 
-__all__ = ["JobPosition", "read_positions"]
+__all__ = ["JobPosition", "oldest_queued_age_s", "read_positions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,3 +30,11 @@ def read_positions(session: Session, job_ids: Collection[str]) -> dict[str, JobP
         job_id: JobPosition(status=JobStatus(status), event_id=event_id or 0)
         for job_id, status, event_id in rows
     }
+
+
+def oldest_queued_age_s(session: Session) -> float:
+    """How long the oldest queued job of all tenants has waited; 0 without one."""
+    created_at = session.scalar(
+        select(func.min(Job.created_at)).where(Job.status == JobStatus.QUEUED)
+    )
+    return (database_now(session) - created_at).total_seconds() if created_at else 0.0

@@ -1,0 +1,180 @@
+"""The control plane as one ASGI application over the ports that it is given."""
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.metadata import version
+
+from celery import Celery
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from ulid import ULID
+
+from api.db.connection import Database
+from api.deps import Ports
+from api.dispatch import Dispatcher
+from api.errors import BodyTooLarge
+from api.hub.base import ModelHub
+from api.problems import error_response, install_error_handlers
+from api.routes import artifacts, completions, deployments, events, health, keys, quantizations
+from api.schemas.base import Problem
+from api.services.events import EventFeed
+from api.services.health import JobCollector
+from api.services.inference import InferenceClient
+from api.settings import Settings
+from api.storage.base import ObjectStore
+from api.telemetry import Metrics, bind_context, get_logger
+
+__all__ = ["create_app"]
+
+log = get_logger(__name__)
+
+REQUEST_ID = "X-Request-Id"
+MAX_REQUEST_ID = 100
+UNROUTED = "(none)"
+
+
+def create_app(
+    settings: Settings,
+    *,
+    database: Database,
+    store: ObjectStore,
+    hub: ModelHub,
+    celery: Celery,
+    inference: InferenceClient,
+) -> FastAPI:
+    """Build the application; while it runs, it relays wake-ups and reaps lost jobs."""
+    ports = Ports(
+        settings=settings,
+        database=database,
+        store=store,
+        hub=hub,
+        inference=inference,
+        feed=EventFeed(database),
+        metrics=Metrics(JobCollector(database)),
+    )
+    app = FastAPI(
+        title="ABQ Service",
+        version=version("abq-service"),
+        description="Quantize a language model to any bit width, watch, download, and chat.",
+        lifespan=_lifespan(ports, Dispatcher(database, celery, settings)),
+        generate_unique_id_function=_operation_id,
+        responses={"4XX": {"model": Problem, "description": "Refused; the problem says why."}},
+    )
+    app.state.ports = ports
+    for module in (
+        quantizations, events, artifacts, deployments, completions, keys, health
+    ):  # fmt: skip
+        app.include_router(module.router)
+    install_error_handlers(app)
+    # the last one added is the outermost
+    app.add_middleware(BodyLimit, limit_bytes=settings.limits.request_bytes)
+    app.add_middleware(RequestTelemetry, metrics=ports.metrics)
+    return app
+
+
+class BodyLimit:
+    """Reads bodies up to a limit before the app sees them; larger ones are answered with 413."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self._app = app
+        self._limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = await self._read(receive)
+        if body is None:
+            error = BodyTooLarge(f"The body has more than {self._limit_bytes} bytes.")
+            await error_response(scope, error)(scope, receive, send)
+            return
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        body = bytearray()
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if len(body) > self._limit_bytes:
+                return None
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+class RequestTelemetry:
+    """Gives each request an id, measures it, and logs it once it is answered."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started, status = time.perf_counter(), 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                name = REQUEST_ID.lower().encode()
+                others = [each for each in message["headers"] if each[0].lower() != name]
+                message = {**message, "headers": [*others, (name, request_id.encode())]}
+            await send(message)
+
+        with bind_context(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:
+                log.exception("request_failed")
+                raise
+            finally:
+                self._record(scope, status, time.perf_counter() - started)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        method, route = scope["method"], getattr(scope.get("route"), "path", UNROUTED)
+        self._metrics.observe_request(method, route, status, seconds)
+        fields = {"path": scope["path"], "status": status, "seconds": round(seconds, 4)}
+        log.info("request_answered", method=method, **fields)
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's own id where it is short and printable, else a new one."""
+    for name, value in scope["headers"]:
+        given = value.decode("latin-1")
+        is_usable = given.isascii() and given.isprintable() and 0 < len(given) <= MAX_REQUEST_ID
+        if name == REQUEST_ID.lower().encode() and is_usable:
+            return str(given)
+    return f"req_{ULID()}"
+
+
+def _lifespan(
+    ports: Ports, dispatcher: Dispatcher
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def run(_app: FastAPI) -> AsyncGenerator[None]:
+        dispatcher.start()
+        try:
+            yield
+        finally:
+            dispatcher.stop()
+            await ports.feed.close()
+            await ports.inference.close()
+
+    return run
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name

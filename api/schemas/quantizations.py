@@ -1,0 +1,203 @@
+"""What a client asks of a quantization, and what it is told about one."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+
+from api.db.tables.jobs import Job, JobEvent, JobLayer, JobStatus
+from api.schemas.base import Schema
+from engine.errors import SpecError
+from engine.events import Stage
+from engine.spec import QuantSpec
+
+__all__ = [
+    "Estimate",
+    "EvaluationOptions",
+    "JobEventOut",
+    "JobLayerOut",
+    "PublishOptions",
+    "Quantization",
+    "QuantizationRequest",
+]
+
+LABELS_MAX = 16
+FLAGS = ("symmetric", "bit_balance")
+"""The fields of a spec that are true or false; every other one that is given so is refused."""
+
+LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,63}$")]
+LabelValue = Annotated[str, Field(max_length=200)]
+
+
+def read_spec(value: object) -> object:
+    """Turn the paper's notation into a spec; pydantic reads the JSON form."""
+    if isinstance(value, str):
+        return QuantSpec.from_notation(value)
+    if isinstance(value, Mapping):
+        _refuse_flags_for_numbers(value)
+    return value
+
+
+SpecField = Annotated[QuantSpec, BeforeValidator(read_spec, json_schema_input_type=str | QuantSpec)]
+
+
+class EvaluationOptions(Schema):
+    """How the result is measured: perplexity of source and result on the same text."""
+
+    enabled: bool = True
+    windows: int = Field(default=4, ge=1, le=1024)
+    length: int = Field(default=1024, ge=16, le=32768)
+    """Tokens in a window."""
+    dataset: str = Field(default="builtin", pattern=r"^(builtin|local:.{1,200})$")
+    """`builtin`, or `local:<root>/<file>` below a root that the operator configured."""
+
+
+class PublishOptions(Schema):
+    """Where the result is pushed when it is complete."""
+
+    repo_id: str = Field(pattern=r"^[\w.-]{1,96}/[\w.-]{1,96}$")
+    private: bool = True
+
+
+class QuantizationRequest(Schema):
+    """A model and the bits it should have."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "spec": "w4a8"},
+                {"model": "local:models/smollm2", "spec": {"w_bits": 3, "group_size": 64}},
+            ]
+        }
+    )
+
+    model: str = Field(min_length=3, max_length=200)
+    """`owner/name` on the Hub, or `local:<root>/<folder>` below a root the operator configured."""
+    revision: str | None = Field(default=None, max_length=100)
+    """Branch, tag or commit; none is the default branch. The job pins the commit it resolves to."""
+    spec: SpecField
+    """`w4a8`, `w2*a8`, `w4a16g64`, `w4a8kv8`, or every field written out."""
+    evaluation: EvaluationOptions = EvaluationOptions()
+    publish: PublishOptions | None = None
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=LABELS_MAX)
+
+    @field_validator("model", mode="after")
+    @classmethod
+    def _refuse_urls(cls, model: str) -> str:
+        if "://" in model or model.startswith(("/", "~")) or "\\" in model:
+            raise ValueError("write owner/name or local:<root>/<folder>, no address and no path")
+        return model
+
+
+class Estimate(Schema):
+    """What a quantization would need and give."""
+
+    object: Literal["quantization.estimate"] = "quantization.estimate"
+    model: str
+    source_sha: str
+    """The revision that the request resolves to now."""
+    notation: str
+    architecture: str
+    parameters: int
+    layers: int
+    source_bytes: int
+    """What is downloaded."""
+    artifact_bytes: int
+    promised_bits_per_weight: float
+    """Of the quantized layers, scales and zero-points included, embeddings excluded."""
+    disk_needed_bytes: int
+    disk_free_bytes: int
+    memory_needed_bytes: int
+    seconds: int
+    """Rough; `seconds_basis` says what was counted."""
+    seconds_basis: str
+
+
+class Quantization(Schema):
+    """One job: what was asked, where it is, and what came out."""
+
+    object: Literal["quantization"] = "quantization"
+    id: str
+    status: JobStatus
+    stage: Stage | None
+    model: str
+    revision: str | None
+    source_sha: str
+    spec: dict[str, Any]
+    notation: str
+    evaluation: dict[str, Any]
+    publish: dict[str, Any] | None
+    labels: dict[str, Any]
+    estimate: dict[str, Any]
+    progress: dict[str, Any] | None
+    report: dict[str, Any] | None
+    error: dict[str, Any] | None
+    artifact_id: str | None
+    attempt: int
+    max_attempts: int
+    retry_of: str | None
+    created_at: datetime
+    started_at: datetime | None
+    cancelled_at: datetime | None
+    succeeded_at: datetime | None
+    failed_at: datetime | None
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """Show a job."""
+        names = [each for each in cls.model_fields if each not in {"object", "notation"}]
+        values = {name: getattr(job, name) for name in names}
+        return cls(**values, notation=QuantSpec.from_json(job.spec).notation)
+
+
+class JobEventOut(Schema):
+    """Something that happened to a job; ids grow and never change."""
+
+    object: Literal["quantization.event"] = "quantization.event"
+    id: str
+    type: str
+    attempt: int
+    data: dict[str, Any]
+    created_at: datetime
+
+    @classmethod
+    def of(cls, event: JobEvent) -> Self:
+        """Show an event."""
+        return cls(
+            id=str(event.id),
+            type=event.type,
+            attempt=event.attempt,
+            data=event.data,
+            created_at=event.created_at,
+        )
+
+
+class JobLayerOut(Schema):
+    """How one decoder layer was quantized; losses are mean squared errors of its output."""
+
+    object: Literal["quantization.layer"] = "quantization.layer"
+    id: str
+    index: int
+    name: str
+    bits: dict[str, Any]
+    loss_before: float | None
+    loss_after: float | None
+    seconds: float | None
+    memory_bytes: int | None
+    resumed: bool
+
+    @classmethod
+    def of(cls, layer: JobLayer) -> Self:
+        """Show a layer."""
+        names = [each for each in cls.model_fields if each not in {"object", "id"}]
+        return cls(id=layer.name, **{name: getattr(layer, name) for name in names})
+
+
+def _refuse_flags_for_numbers(record: Mapping[Any, Any], prefix: str = "") -> None:
+    # pydantic would read true as 1, and a width of one bit is not what was meant
+    for name, value in record.items():
+        if isinstance(value, bool) and name not in FLAGS:
+            raise SpecError(f"{prefix}{name}", value, "write a number or a text")
+        if isinstance(value, Mapping):
+            _refuse_flags_for_numbers(value, f"{prefix}{name}.")
