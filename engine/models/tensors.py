@@ -48,8 +48,10 @@ class TensorFiles:
         """Every weight file, sorted by name."""
         return [self.directory / name for name in sorted(set(self.file_of.values()))]
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Load some tensors, converted to `dtype`.
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Load some tensors, converted to `dtype` where one is given.
 
         Raises:
             CheckpointInvalid: naming the tensor that is missing or the file that is broken.

@@ -1,0 +1,171 @@
+"""The loop over decoder blocks: two chains of activations, one block in memory, one file a block.
+
+The full-precision chain tells what each block should put out; the quantized chain carries the
+errors of all blocks before. A finished block is on disk before the next one starts; a later
+attempt runs the same chains forward through the stored blocks and goes on behind the last.
+
+Shape legend: W windows, T tokens, H hidden size.
+"""
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.calibration.capture import BlockCall, capture_inputs
+from engine.calibration.learn import BlockTask, learn_block, run_windows
+from engine.calibration.resume import BlockStore, SavedBlock
+from engine.calibration.watch import Watch
+from engine.events import CheckpointSaved, LayerFinished, LayerStarted
+from engine.methods.recipes import method_of
+from engine.models.blocks import BlockModel, block_name
+from engine.modules.linear import QuantLinear
+from engine.modules.swap import named_linears, swap_modules
+from engine.spec import FULL_BITS, QuantSpec
+
+__all__ = ["BlockLoop", "BlockLosses"]
+
+QUANT_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLosses:
+    """Mean squared errors of a block's output."""
+
+    before: float
+    """With plain rounding."""
+    after: float
+    """With what was kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chains:
+    quantized: torch.Tensor
+    """``[W, T, H]``."""
+    full_precision: torch.Tensor
+    """``[W, T, H]``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLoop:
+    """Quantizes the blocks of one model into a store."""
+
+    model: BlockModel
+    """The source, in full precision."""
+    spec: QuantSpec
+    store: BlockStore
+    """Takes finished blocks, gives those of an earlier attempt."""
+    watch: Watch
+    device: torch.device
+    """Where blocks run."""
+
+    def run(self, tokens: torch.Tensor) -> list[BlockLosses]:
+        """Quantize every block.
+
+        Args:
+            tokens: int64 ``[W, T]``, the calibration windows.
+
+        Raises:
+            CalibrationDiverged: naming the layer; finished blocks stay in the store.
+            CalibrationInterrupted: if the watch says to stop; finished blocks stay in the store.
+        """
+        inputs = capture_inputs(self.model, tokens, self.device)
+        chains = _Chains(quantized=inputs.hidden, full_precision=inputs.hidden)
+        losses = []
+        for index, call in enumerate(inputs.calls):
+            self.watch.check()
+            self.watch.report(self._started(index))
+            started_s = time.monotonic()
+            found = self.store.load(index)
+            saved, chains = self._step(index, call, chains, found)
+            losses.append(BlockLosses(before=saved.loss_before, after=saved.loss_after))
+            if found is None:
+                self.store.save(index, saved)
+                self.watch.report(CheckpointSaved(index=index))
+            seconds = time.monotonic() - started_s
+            self.watch.report(self._finished(index, saved, seconds, resumed=found is not None))
+        return losses
+
+    def _step(
+        self, index: int, call: BlockCall, chains: _Chains, found: SavedBlock | None
+    ) -> tuple[SavedBlock, _Chains]:
+        """Bring both chains past one block, learning it unless it was found."""
+        block = self.model.load_block(index).to(self.device)
+        wanted = run_windows(block, call, chains.full_precision, FULL_BITS)
+        if found is not None:
+            swap_modules(block, self._restore(index, block, found))
+            outputs = run_windows(block, call, chains.quantized, self.spec.kv_bits)
+            return found, _Chains(quantized=outputs, full_precision=wanted)
+        task = BlockTask(
+            index=index,
+            total=self.model.architecture.layers,
+            name=block_name(index),
+            block=block,
+            call=call,
+            inputs=chains.quantized,
+            wanted=wanted,
+        )
+        learned = learn_block(task, self.spec, method_of(self.spec.recipe), self.watch)
+        saved = SavedBlock(
+            tensors={
+                f"{name}.{part}": getattr(layer, part)
+                for name, layer in learned.layers.items()
+                for part in QUANT_PARTS
+            },
+            loss_before=learned.loss_before,
+            loss_after=learned.loss_after,
+        )
+        return saved, _Chains(quantized=learned.outputs, full_precision=wanted)
+
+    def _restore(self, index: int, block: nn.Module, saved: SavedBlock) -> dict[str, QuantLinear]:
+        """Rebuild the quantized layers of a stored block."""
+        layers = {}
+        for name, linear in named_linears(block).items():
+            full_name = f"{block_name(index)}.{name}"
+            grid = self.spec.weight_grid(full_name)
+            if grid is None:
+                continue
+            layer = QuantLinear.empty(linear, grid, self.spec.activation_bits(full_name))
+            for part in QUANT_PARTS:
+                setattr(layer, part, saved.tensors[f"{name}.{part}"].to(self.device))
+            layer.bias = linear.bias
+            layers[name] = layer.prepare()
+        return layers
+
+    def _started(self, index: int) -> LayerStarted:
+        prefix = f"{block_name(index)}."
+        linears = self.model.architecture.linears_per_layer
+        bits = {}
+        for linear in linears:
+            short = linear.name.removeprefix(f"{block_name(0)}.")
+            grid = self.spec.weight_grid(prefix + short)
+            bits[short] = FULL_BITS if grid is None else grid.bits
+        return LayerStarted(
+            index=index,
+            total=self.model.architecture.layers,
+            name=block_name(index),
+            bits=bits,
+        )
+
+    def _finished(
+        self, index: int, saved: SavedBlock, seconds: float, *, resumed: bool
+    ) -> LayerFinished:
+        return LayerFinished(
+            index=index,
+            total=self.model.architecture.layers,
+            name=block_name(index),
+            loss_before=saved.loss_before,
+            loss_after=saved.loss_after,
+            seconds=round(seconds, 3),
+            memory_bytes=_peak_memory(self.device),
+            resumed=resumed,
+        )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in units of 1024 bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

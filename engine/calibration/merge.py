@@ -1,0 +1,42 @@
+"""Joins the quantized linears of the store with what stays as it was in the source."""
+
+from collections.abc import Iterator
+
+import torch
+
+from engine.calibration.resume import BlockStore
+from engine.errors import CheckpointInvalid
+from engine.models.blocks import block_name
+from engine.models.loading import SourceModel
+
+__all__ = ["merged_tensors"]
+
+
+def merged_tensors(source: SourceModel, store: BlockStore) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the quantized model in the order of the forward pass.
+
+    What is not quantized keeps the dtype that the source stored; one block is in memory.
+
+    Raises:
+        CheckpointInvalid: if a block is missing from the store.
+    """
+    names = [name for name in source.skeleton.state_dict() if not source.is_tied(name)]
+    yield from _stored(source, [name for name in names if name.startswith("model.embed")])
+    for index in range(source.architecture.layers):
+        saved = store.load(index)
+        if saved is None:
+            raise CheckpointInvalid(f"the calibration of {block_name(index)} is missing")
+        prefix = f"{block_name(index)}."
+        quantized = {prefix + name.rpartition(".")[0] + ".weight" for name in saved.tensors}
+        kept = [name for name in names if name.startswith(prefix) and name not in quantized]
+        yield from _stored(source, kept)
+        for name, tensor in saved.tensors.items():
+            yield prefix + name, tensor
+    layers = ("model.embed", "model.layers.")
+    yield from _stored(source, [name for name in names if not name.startswith(layers)])
+
+
+def _stored(source: SourceModel, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    found = source.tensors.read(names)
+    for name in names:
+        yield name, found[name]

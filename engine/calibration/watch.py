@@ -1,0 +1,51 @@
+"""The two lines from long work to whoever waits: events out, a wish to stop in."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine.errors import CalibrationInterrupted
+from engine.events import Event, EventSink, LogLine, Progress, Stage
+
+__all__ = ["Watch"]
+
+PROGRESS_INTERVAL_S = 0.5
+NEVER = float("-inf")
+
+
+def _goes_on() -> bool:
+    return False
+
+
+@dataclass(slots=True, kw_only=True)
+class Watch:
+    """Reports events and asks whether to go on."""
+
+    on_event: EventSink
+    should_stop: Callable[[], bool] = _goes_on
+    _reported_at_s: float = field(default=NEVER, init=False)
+
+    def check(self) -> None:
+        """Ask; cheap enough for every step.
+
+        Raises:
+            CalibrationInterrupted: if the answer is to stop.
+        """
+        if self.should_stop():
+            raise CalibrationInterrupted
+
+    def report(self, event: Event) -> None:
+        """Send one event."""
+        self.on_event(event)
+
+    def say(self, message: str) -> None:
+        """Send one sentence."""
+        self.on_event(LogLine(level="info", message=message))
+
+    def progress(self, stage: Stage, done: int, total: int, unit: str) -> None:
+        """Report how far a stage is, at most twice a second; the last one always."""
+        now_s = time.monotonic()
+        if done < total and now_s - self._reported_at_s < PROGRESS_INTERVAL_S:
+            return
+        self._reported_at_s = now_s
+        self.on_event(Progress(stage=stage, done=done, total=total, unit=unit))

@@ -1,0 +1,294 @@
+"""A quantization from source directory to checkpoint directory: calibrate, pack, evaluate.
+
+Deterministic: the same job on the same machine writes the same bytes, also when it was cut off
+and taken up again.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from engine.calibration.block_loop import BlockLoop, BlockLosses
+from engine.calibration.dataset import (
+    BuiltinText,
+    TokenWindows,
+    consecutive_windows,
+    load_tokenizer,
+    read_text,
+    sample_windows,
+    tokenize,
+)
+from engine.calibration.merge import merged_tensors
+from engine.calibration.resume import ENGINE_VERSION, BlockStore, fingerprint
+from engine.calibration.watch import Watch
+from engine.checkpoint.manifest import (
+    Evaluation,
+    EvaluationStatus,
+    LayerRecord,
+    Perplexities,
+    digest_of,
+    hash_file,
+    record_evaluation,
+)
+from engine.checkpoint.reader import load_checkpoint
+from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
+from engine.errors import CalibrationInterrupted, EngineError
+from engine.evaluation.perplexity import Perplexity, measure_perplexity
+from engine.events import ArtifactFile, EvaluationFailed, EvaluationResult, Stage, StageStarted
+from engine.fit import check_spec
+from engine.models.blocks import ResidentModel
+from engine.models.loading import SourceModel, read_config
+from engine.spec import QuantSpec
+
+__all__ = ["EvaluationPlan", "QuantJob", "QuantReport", "quantize_model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationPlan:
+    """How much of a text measures source and result."""
+
+    enabled: bool = True
+    windows: int = 16
+    """At most this many, from the start of the text."""
+    length: int = 1024
+    """Tokens in a window."""
+    text: Path | None = None
+    """None takes the builtin text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantJob:
+    """What to quantize, how, and where everything lies."""
+
+    source_dir: Path
+    out_dir: Path
+    """Appears complete or not at all."""
+    state_dir: Path
+    """Finished blocks of this and earlier attempts."""
+    spec: QuantSpec
+    repo: str = "local"
+    revision: str = "unknown"
+    calibration_text: Path | None = None
+    """None takes the builtin text."""
+    evaluation: EvaluationPlan = field(default_factory=EvaluationPlan)
+    device: str = "cpu"
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """Read the description that the supervisor writes.
+
+        Raises:
+            SpecError: if the spec is not possible.
+            KeyError: if a field is missing.
+        """
+        plan, text = record["evaluation"], record.get("evaluation_text")
+        calibration_text = record.get("calibration_text")
+        return cls(
+            source_dir=Path(record["source_dir"]),
+            out_dir=Path(record["out_dir"]),
+            state_dir=Path(record["state_dir"]),
+            spec=QuantSpec.from_json(record["spec"]),
+            repo=record["source"]["repo"],
+            revision=record["source"]["revision"],
+            calibration_text=None if calibration_text is None else Path(calibration_text),
+            evaluation=EvaluationPlan(
+                enabled=plan["enabled"],
+                windows=plan["windows"],
+                length=plan["length"],
+                text=None if text is None else Path(text),
+            ),
+            device=record.get("device") or best_device(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantReport:
+    """What came out."""
+
+    bits_per_weight: float
+    """Counted from the stored tensors, scales and zero-points included."""
+    promised_bits_per_weight: float
+    bytes_fp: int
+    """All parameters of the source in 16 bits."""
+    bytes_quant: int
+    """All stored tensors of the result."""
+    evaluation: Evaluation
+    seconds: float
+    layers: int
+    """Decoder layers."""
+    manifest_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Write what the service keeps."""
+        measured = self.evaluation.perplexity
+        return {
+            "bits_per_weight": self.bits_per_weight,
+            "promised_bits_per_weight": self.promised_bits_per_weight,
+            "bytes_fp": self.bytes_fp,
+            "bytes_quant": self.bytes_quant,
+            "perplexity": None
+            if measured is None
+            else {"fp": measured.fp, "quant": measured.quant, "tokens": measured.tokens},
+            "evaluation_status": self.evaluation.status.value,
+            "seconds": self.seconds,
+            "layers": self.layers,
+            "manifest_sha256": self.manifest_sha256,
+        }
+
+
+def best_device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
+    """Quantize a model directory into a checkpoint directory.
+
+    Raises:
+        UnsupportedModel: naming the field of the config.
+        SpecError: if the spec does not fit the model.
+        DatasetUnavailable: if a text is missing or too short.
+        CalibrationDiverged: naming the layer; finished blocks stay in `job.state_dir`.
+        CalibrationInterrupted: if the watch says to stop; finished blocks stay as well.
+    """
+    started_s = time.monotonic()
+    source = SourceModel.open(job.source_dir)
+    check_spec(source.architecture, job.spec)
+    watch.report(StageStarted(stage=Stage.CALIBRATING))
+    windows = _calibration_windows(job)
+    store = _open_store(job, source, windows, watch)
+    loop = BlockLoop(
+        model=source, spec=job.spec, store=store, watch=watch, device=torch.device(job.device)
+    )
+    losses = loop.run(windows.tokens)
+    watch.report(StageStarted(stage=Stage.PACKING))
+    summary = _pack(job, source, store, losses)
+    evaluation = _evaluate(job, source, watch)
+    for path in sorted(job.out_dir.iterdir()):
+        file = hash_file(path)
+        watch.report(ArtifactFile(path=file.path, bytes=file.bytes, sha256=file.sha256))
+    bits = summary.bits
+    return QuantReport(
+        bits_per_weight=bits.per_weight,
+        promised_bits_per_weight=bits.promised_per_weight,
+        bytes_fp=bits.fp_bytes,
+        bytes_quant=bits.packed_bytes + bits.other_bytes + bits.embedding_bytes,
+        evaluation=evaluation,
+        seconds=round(time.monotonic() - started_s, 3),
+        layers=source.architecture.layers,
+        manifest_sha256=digest_of(job.out_dir),
+    )
+
+
+def _calibration_windows(job: QuantJob) -> TokenWindows:
+    text = read_text(job.calibration_text, BuiltinText.CALIBRATION)
+    ids = tokenize(load_tokenizer(job.source_dir), text)
+    wanted = job.spec.calibration
+    return sample_windows(text, ids, wanted.samples, wanted.length, wanted.seed)
+
+
+def _open_store(
+    job: QuantJob, source: SourceModel, windows: TokenWindows, watch: Watch
+) -> BlockStore:
+    mark = fingerprint(
+        read_config(job.source_dir),
+        source.tensors,
+        windows.tokens,
+        job.spec,
+        torch.device(job.device),
+    )
+    store = BlockStore.open(job.state_dir, mark)
+    watch.say(
+        f"calibrating with {len(windows.tokens)} windows of {windows.tokens.shape[1]} tokens"
+        f" of {windows.text_name} (sha256 {windows.text_sha256})"
+    )
+    if store.was_stale:
+        watch.say("the checkpoint on disk belongs to another calibration; starting afresh")
+    return store
+
+
+def _pack(
+    job: QuantJob, source: SourceModel, store: BlockStore, losses: list[BlockLosses]
+) -> CheckpointSummary:
+    provenance = Provenance(
+        source_dir=job.source_dir,
+        engine_version=ENGINE_VERSION,
+        repo=job.repo,
+        revision=job.revision,
+        layers=_layer_records(job.spec, source, losses),
+    )
+    return write_checkpoint(
+        job.out_dir,
+        config=read_config(job.source_dir),
+        tensors=merged_tensors(source, store),
+        spec=job.spec,
+        provenance=provenance,
+    )
+
+
+def _layer_records(
+    spec: QuantSpec, source: SourceModel, losses: list[BlockLosses]
+) -> list[LayerRecord]:
+    per_block = len(source.architecture.linears_per_layer)
+    records = []
+    for position, linear in enumerate(source.architecture.linears):
+        grid = spec.weight_grid(linear.name)
+        if grid is not None:
+            fared = losses[position // per_block]
+            records.append(
+                LayerRecord(
+                    name=linear.name,
+                    w_bits=grid.bits,
+                    a_bits=spec.activation_bits(linear.name),
+                    group_size=grid.group_size,
+                    loss_before=fared.before,
+                    loss_after=fared.after,
+                )
+            )
+    return records
+
+
+def _evaluate(job: QuantJob, source: SourceModel, watch: Watch) -> Evaluation:
+    """Measure source and result; what goes wrong here never costs the artifact."""
+    if not job.evaluation.enabled:
+        return Evaluation()
+    watch.report(StageStarted(stage=Stage.EVALUATING))
+    try:
+        measured = _measure(job, source, watch)
+    except CalibrationInterrupted:
+        raise
+    except (EngineError, ValueError, RuntimeError, MemoryError, OSError) as error:
+        watch.report(EvaluationFailed(message=str(error) or type(error).__name__))
+        evaluation = Evaluation(status=EvaluationStatus.FAILED)
+    else:
+        evaluation = Evaluation(status=EvaluationStatus.SUCCEEDED, perplexity=measured)
+        watch.report(
+            EvaluationResult(
+                metric="perplexity", fp=measured.fp, quant=measured.quant, tokens=measured.tokens
+            )
+        )
+    record_evaluation(job.out_dir, evaluation)
+    return evaluation
+
+
+def _measure(job: QuantJob, source: SourceModel, watch: Watch) -> Perplexities:
+    plan = job.evaluation
+    text = read_text(plan.text, BuiltinText.EVALUATION)
+    ids = tokenize(load_tokenizer(job.source_dir), text)
+    windows = consecutive_windows(text, ids, plan.windows, plan.length)
+    full: Perplexity = measure_perplexity(source, windows.tokens, watch, device=job.device)
+    loaded = load_checkpoint(job.out_dir, job.device)
+    rounded = measure_perplexity(
+        ResidentModel(architecture=loaded.architecture, skeleton=loaded.model),
+        windows.tokens,
+        watch,
+        kv_bits=loaded.spec.kv_bits,
+        device=job.device,
+    )
+    return Perplexities(
+        fp=full.value, quant=rounded.value, tokens=full.tokens, dataset=windows.text_name
+    )
