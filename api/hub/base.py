@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 __all__ = [
     "ModelFacts",
     "ModelHub",
     "ModelSource",
     "OnProgress",
+    "PublishTarget",
     "PublishedModel",
     "RemoteFile",
     "ResolvedModel",
@@ -101,6 +102,19 @@ class ModelFacts:
     def dtypes(self) -> tuple[str, ...]:
         """The safetensors names of the data types present, sorted."""
         return tuple(sorted({each.dtype for each in self.tensors.values()}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishTarget:
+    """Where a result is to be pushed, as request and job hold it."""
+
+    repo_id: str
+    private: bool = True
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """Read `repo_id` and `private`; a push is private unless asked otherwise."""
+        return cls(repo_id=str(record["repo_id"]), private=record.get("private") is not False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
