@@ -16,7 +16,6 @@ from engine.calibration.block_loop import BlockLoop, BlockLosses
 from engine.calibration.dataset import (
     BuiltinText,
     TokenWindows,
-    consecutive_windows,
     load_tokenizer,
     read_text,
     sample_windows,
@@ -25,39 +24,15 @@ from engine.calibration.dataset import (
 from engine.calibration.merge import merged_tensors
 from engine.calibration.resume import ENGINE_VERSION, BlockStore, fingerprint
 from engine.calibration.watch import Watch
-from engine.checkpoint.manifest import (
-    Evaluation,
-    EvaluationStatus,
-    LayerRecord,
-    Perplexities,
-    digest_of,
-    hash_file,
-    record_evaluation,
-)
-from engine.checkpoint.reader import load_checkpoint
+from engine.checkpoint.manifest import Evaluation, LayerRecord, digest_of, hash_file
 from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
-from engine.errors import CalibrationInterrupted, EngineError
-from engine.evaluation.perplexity import Perplexity, measure_perplexity
-from engine.events import ArtifactFile, EvaluationFailed, EvaluationResult, Stage, StageStarted
+from engine.evaluation.comparison import EvaluationPlan, evaluate
+from engine.events import ArtifactFile, Stage, StageStarted
 from engine.fit import check_spec
-from engine.models.blocks import ResidentModel
 from engine.models.loading import SourceModel, read_config
 from engine.spec import QuantSpec
 
-__all__ = ["EvaluationPlan", "QuantJob", "QuantReport", "quantize_model"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationPlan:
-    """How much of a text measures source and result."""
-
-    enabled: bool = True
-    windows: int = 16
-    """At most this many, from the start of the text."""
-    length: int = 1024
-    """Tokens in a window."""
-    text: Path | None = None
-    """None takes the builtin text."""
+__all__ = ["QuantJob", "QuantReport", "best_device", "quantize_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +142,7 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     losses = loop.run(windows.tokens)
     watch.report(StageStarted(stage=Stage.PACKING))
     summary = _pack(job, source, store, losses)
-    evaluation = _evaluate(job, source, watch)
+    evaluation = evaluate(source, job.out_dir, job.evaluation, watch, job.device)
     for path in sorted(job.out_dir.iterdir()):
         file = hash_file(path)
         watch.report(ArtifactFile(path=file.path, bytes=file.bytes, sha256=file.sha256))
@@ -250,45 +225,3 @@ def _layer_records(
                 )
             )
     return records
-
-
-def _evaluate(job: QuantJob, source: SourceModel, watch: Watch) -> Evaluation:
-    """Measure source and result; what goes wrong here never costs the artifact."""
-    if not job.evaluation.enabled:
-        return Evaluation()
-    watch.report(StageStarted(stage=Stage.EVALUATING))
-    try:
-        measured = _measure(job, source, watch)
-    except CalibrationInterrupted:
-        raise
-    except (EngineError, ValueError, RuntimeError, MemoryError, OSError) as error:
-        watch.report(EvaluationFailed(message=str(error) or type(error).__name__))
-        evaluation = Evaluation(status=EvaluationStatus.FAILED)
-    else:
-        evaluation = Evaluation(status=EvaluationStatus.SUCCEEDED, perplexity=measured)
-        watch.report(
-            EvaluationResult(
-                metric="perplexity", fp=measured.fp, quant=measured.quant, tokens=measured.tokens
-            )
-        )
-    record_evaluation(job.out_dir, evaluation)
-    return evaluation
-
-
-def _measure(job: QuantJob, source: SourceModel, watch: Watch) -> Perplexities:
-    plan = job.evaluation
-    text = read_text(plan.text, BuiltinText.EVALUATION)
-    ids = tokenize(load_tokenizer(job.source_dir), text)
-    windows = consecutive_windows(text, ids, plan.windows, plan.length)
-    full: Perplexity = measure_perplexity(source, windows.tokens, watch, device=job.device)
-    loaded = load_checkpoint(job.out_dir, job.device)
-    rounded = measure_perplexity(
-        ResidentModel(architecture=loaded.architecture, skeleton=loaded.model),
-        windows.tokens,
-        watch,
-        kv_bits=loaded.spec.kv_bits,
-        device=job.device,
-    )
-    return Perplexities(
-        fp=full.value, quant=rounded.value, tokens=full.tokens, dataset=windows.text_name
-    )

@@ -138,6 +138,8 @@ def _as_text(name: str, raw: bytes) -> Text:
         content = raw.decode()
     except UnicodeDecodeError as error:
         raise DatasetUnavailable(f"the text {name} is not UTF-8") from error
+    # other systems' line ends would be tokens of their own
+    content = content.replace("\r\n", "\n")
     return Text(name=name, content=content, sha256=hashlib.sha256(raw).hexdigest())
 
 

@@ -1,0 +1,193 @@
+"""The engine without the service: `python -m engine quantize DIR OUT --spec w4a8`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from engine.calibration.dataset import (
+    BuiltinText,
+    consecutive_windows,
+    load_tokenizer,
+    read_text,
+    tokenize,
+)
+from engine.calibration.watch import Watch
+from engine.checkpoint.reader import load_checkpoint
+from engine.errors import EngineError
+from engine.evaluation.comparison import EvaluationPlan
+from engine.evaluation.perplexity import measure_perplexity
+from engine.events import (
+    ArtifactFile,
+    EvaluationFailed,
+    Event,
+    LayerFinished,
+    LogLine,
+    StageStarted,
+)
+from engine.events import Progress as Progressed
+from engine.models.blocks import BlockModel, ResidentModel
+from engine.models.gguf import import_gguf
+from engine.models.loading import SourceModel, read_config
+from engine.pipeline import QuantJob, QuantReport, best_device, quantize_model
+from engine.spec import FULL_BITS, CalibrationSpec, QuantSpec, Recipe
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it succeeded, 1 when the engine refused."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        match options.command:
+            case "quantize":
+                _quantize(options, console)
+            case "perplexity":
+                _perplexity(options, console)
+            case _:
+                import_gguf(options.file, options.out)
+    except EngineError as error:
+        console.print(f"[red]{error.code}[/red]: {error.message}")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", default=best_device())
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = CalibrationSpec()
+    quantize = commands.add_parser("quantize", help="quantize a model directory")
+    quantize.add_argument("model", type=Path)
+    quantize.add_argument("out", type=Path)
+    quantize.add_argument("--spec", default="w4a8", help="for example w4a8, w2*a8, w4a16g64")
+    quantize.add_argument("--recipe", type=Recipe, choices=list(Recipe), default=Recipe.LWC)
+    quantize.add_argument("--samples", type=int, default=defaults.samples)
+    quantize.add_argument("--length", type=int, default=defaults.length)
+    quantize.add_argument("--epochs", type=int, default=defaults.epochs)
+    quantize.add_argument("--seed", type=int, default=defaults.seed)
+    quantize.add_argument("--text", type=Path, default=None, help="calibration text")
+    quantize.add_argument("--state", type=Path, default=None, help="where finished layers are kept")
+    _add_evaluation(quantize)
+    perplexity = commands.add_parser("perplexity", help="measure a source or a checkpoint")
+    perplexity.add_argument("model", type=Path)
+    _add_evaluation(perplexity)
+    gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a model directory")
+    gguf.add_argument("file", type=Path)
+    gguf.add_argument("out", type=Path)
+    return parser
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    plan = EvaluationPlan()
+    parser.add_argument("--eval-text", type=Path, default=None)
+    parser.add_argument("--eval-windows", type=int, default=plan.windows, help="0 measures nothing")
+    parser.add_argument("--eval-length", type=int, default=plan.length)
+
+
+def _quantize(options: argparse.Namespace, console: Console) -> None:
+    calibration = CalibrationSpec(
+        samples=options.samples,
+        length=options.length,
+        epochs=options.epochs,
+        seed=options.seed,
+    )
+    out: Path = options.out
+    job = QuantJob(
+        source_dir=options.model,
+        out_dir=out,
+        state_dir=options.state or out.with_name(f".{out.name}.state"),
+        spec=QuantSpec.from_notation(options.spec, recipe=options.recipe, calibration=calibration),
+        repo=options.model.name,
+        calibration_text=options.text,
+        evaluation=EvaluationPlan(
+            enabled=options.eval_windows > 0,
+            windows=options.eval_windows,
+            length=options.eval_length,
+            text=options.eval_text,
+        ),
+        device=options.device,
+    )
+    with _bar(console) as bar:
+        report = quantize_model(job, Watch(on_event=_Painter(bar)))
+    Console().print(_table(report))
+
+
+def _perplexity(options: argparse.Namespace, console: Console) -> None:
+    text = read_text(options.eval_text, BuiltinText.EVALUATION)
+    ids = tokenize(load_tokenizer(options.model), text)
+    windows = consecutive_windows(text, ids, options.eval_windows, options.eval_length)
+    model, kv_bits = _open_any(options.model, options.device)
+    with _bar(console) as bar:
+        measured = measure_perplexity(
+            model,
+            windows.tokens,
+            Watch(on_event=_Painter(bar)),
+            kv_bits=kv_bits,
+            device=options.device,
+        )
+    Console().print(f"perplexity {measured.value:.4f} over {measured.tokens} tokens")
+
+
+def _open_any(directory: Path, device: str) -> tuple[BlockModel, int]:
+    """Open a source model or a checkpoint, and say what its keys and values are rounded to."""
+    if "quantization_config" not in read_config(directory):
+        return SourceModel.open(directory), FULL_BITS
+    loaded = load_checkpoint(directory, device)
+    model = ResidentModel(architecture=loaded.architecture, skeleton=loaded.model)
+    return model, loaded.spec.kv_bits
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:12}"), BarColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, TimeElapsedColumn(), console=console)
+
+
+def _table(report: QuantReport) -> Table:
+    table = Table(show_header=False)
+    for name, value in report.to_json().items():
+        table.add_row(name, str(value))
+    return table
+
+
+class _Painter:
+    """Shows events on a terminal: one bar a stage, one line a layer."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, event: Event, /) -> None:
+        match event:
+            case StageStarted():
+                self._task(event.stage)
+            case Progressed():
+                task = self._task(event.stage)
+                self._bar.update(task, total=event.total, completed=event.done)
+            case LayerFinished():
+                change = f"{event.loss_before:.4g} -> {event.loss_after:.4g}"
+                self._bar.console.print(f"{event.name}  {change}  {event.seconds:.1f} s")
+            case ArtifactFile():
+                self._bar.console.print(f"{event.path}  {event.bytes} bytes")
+            case LogLine() | EvaluationFailed():
+                self._bar.console.print(event.message)
+            case _:
+                return
+
+    def _task(self, stage: str) -> TaskID:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=None, note="")
+        return self._tasks[stage]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
