@@ -93,6 +93,7 @@ class _Kept:
         self._start_at: float | None = None
 
     def start(self) -> None:
+        self._close_stdin()
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -136,8 +137,11 @@ class _Kept:
             _signal_group(group, signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
-            if self._process.stdin is not None:
-                self._process.stdin.close()
+        self._close_stdin()
+
+    def _close_stdin(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
 
     def _has_members(self) -> bool:
         # reaps the leader first: as a zombie it would count as a member
