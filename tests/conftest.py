@@ -15,8 +15,25 @@ from api.db.migrations import upgrade_database
 from api.db.repositories.access import get_or_create_tenant
 from api.queue import create_celery
 from api.services.jobs import NewJob, create_job
-from api.settings import DatabaseSettings, QueueSettings, Settings
+from api.settings import DatabaseSettings, QueueSettings, Settings, configure_hub_client
+from tests.fake_hub import run_fake_hub
 from tests.servers import run_postgres, run_redis
+
+# before anything else imports huggingface_hub, which reads its environment once
+configure_hub_client()
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    with run_fake_hub() as server:
+        yield server
+
+
+@pytest.fixture
+def fake_hub(hub_server):
+    """The fake Hub of the run, empty."""
+    hub_server.reset()
+    return hub_server
 
 
 @pytest.fixture(scope="session")

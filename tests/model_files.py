@@ -1,0 +1,94 @@
+"""Source models for tests of the service: real configs and safetensors, random weights."""
+
+import json
+
+import numpy as np
+
+from engine.architecture import check_config
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 8192,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+DTYPE_BYTES = {"BF16": 2, "F32": 4, "I8": 1}
+
+
+def tensor_shapes(config):
+    """Names and shapes of all tensors of a model."""
+    architecture = check_config(config)
+    hidden = architecture.hidden
+    shapes = {
+        "model.embed_tokens.weight": [architecture.vocab, hidden],
+        "model.norm.weight": [hidden],
+    }
+    for layer in range(architecture.layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{layer}.{norm}.weight"] = [hidden]
+    for linear in architecture.linears:
+        shapes[f"{linear.name}.weight"] = [linear.out_features, linear.in_features]
+    return shapes
+
+
+def safetensors_header(shapes, dtype="BF16"):
+    """Length and JSON of a header, and the size of the data behind it."""
+    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + DTYPE_BYTES[dtype] * _product(shape)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    raw = json.dumps(entries).encode()
+    return len(raw).to_bytes(8, "little") + raw, end
+
+
+def safetensors_bytes(shapes, dtype="BF16"):
+    header, data_bytes = safetensors_header(shapes, dtype)
+    return header + np.random.default_rng(0).bytes(data_bytes)
+
+
+def model_files(config=CONFIG, *, shards=1, **others):
+    """Files of a model; keywords replace or add files, dots of a name written as `__`."""
+    shapes = tensor_shapes(config)
+    files = {
+        "config.json": json.dumps(config).encode(),
+        "generation_config.json": b"{}",
+        "tokenizer.json": b'{"version": "1.0"}',
+        "tokenizer_config.json": b"{}",
+        "LICENSE": b"Apache License 2.0",
+        "README.md": b"# source",
+        "modeling_evil.py": b"raise SystemExit",
+        "pytorch_model.bin": b"\x80\x04pickle",
+        "consolidated.safetensors": b"a second copy",
+    }
+    if shards == 1:
+        files["model.safetensors"] = safetensors_bytes(shapes)
+    else:
+        files |= _sharded(shapes, shards)
+    return files | {name.replace("__", "."): content for name, content in others.items()}
+
+
+def _sharded(shapes, count):
+    files, weight_map, names = {}, {}, sorted(shapes)
+    for index in range(count):
+        path = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+        held = names[index::count]
+        files[path] = safetensors_bytes({name: shapes[name] for name in held})
+        weight_map |= dict.fromkeys(held, path)
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    return files
+
+
+def _product(shape):
+    count = 1
+    for size in shape:
+        count *= size
+    return count
