@@ -6,7 +6,8 @@
     R[m,g]   = sum_{k in g} u_x[m,k]          C[n,g] = sum_{k in g} u_w[n,k]
 
 Weights are read as bit-planes (`kernels.layouts`); a group is the whole row or whole 32-bit
-words. I is exact and converted to float32 once; the sum over groups is float32, first group first.
+words. I is exact and converted to float32 once; the sum over groups is float32, first group first,
+product and sum rounded separately, so that every device gives the same bits.
 The kernel multiplies int8: codes of 8 bits are shifted by 128 together with their zero-points and
 sums, which leaves I unchanged.
 
@@ -154,6 +155,7 @@ def launch_integer_linear(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -216,9 +218,9 @@ def _integer_linear_kernel(
 
     x_scale = tl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)
     x_zero = tl.load(x_zero_ptr + offs_m, mask=mask_m, other=0) - SHIFT_X
-    out = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    out = tl.full((BLOCK_N, BLOCK_M), 0.0, dtype=tl.float32)
     for g in range(GROUPS):
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+        acc = tl.full((BLOCK_N, BLOCK_M), 0, dtype=tl.int32)
         for step in range(STEPS):
             start = g * GROUP_SIZE + step * BLOCK_K
             w = _load_weight_tile(
@@ -266,7 +268,7 @@ def _load_weight_tile(
     w_ptrs = w_ptr + offs_n[:, None] * stride_wn + offs_w[None, :]
     mask_w = mask_n[:, None] & (offs_w < (K + 31) // 32)[None, :]
     bit = tl.arange(0, 32)
-    codes = tl.zeros((BLOCK_N, WORDS, 32), dtype=tl.int32)
+    codes = tl.full((BLOCK_N, WORDS, 32), 0, dtype=tl.int32)
     for plane in tl.static_range(PLANES):
         words = tl.load(w_ptrs + plane * stride_wp, mask=mask_w, other=0)
         codes |= ((words[:, :, None] >> bit[None, None, :]) & 1) << plane

@@ -1,0 +1,38 @@
+"""The kernels as the machine at hand can run them: on its GPU, else in Triton's interpreter."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+
+def load_kernel_module(name, *, interpreted, monkeypatch):
+    """Import a private copy; `triton.jit` decides at import whether it interprets."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    copy = f"{name}_{'interpreted' if interpreted else 'compiled'}"
+    spec = importlib.util.spec_from_file_location(copy, KERNELS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, copy, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def int_linear(monkeypatch, device):
+    """`kernels.int_linear` whose Triton kernel runs here."""
+    return load_kernel_module("int_linear", interpreted=device == "cpu", monkeypatch=monkeypatch)
+
+
+@pytest.fixture
+def compiled_int_linear(monkeypatch):
+    """`kernels.int_linear` whose Triton kernel can be compiled for any GPU."""
+    return load_kernel_module("int_linear", interpreted=False, monkeypatch=monkeypatch)
