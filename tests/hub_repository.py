@@ -56,9 +56,12 @@ class Repository:
 
     def commit(self, files):
         """Add a commit with exactly these files on top of main; return its id."""
-        seed = f"{self.repo_id}{len(self.commits)}".encode()
-        oid = hashlib.sha1(seed, usedforsecurity=False).hexdigest()
-        self.commits[oid] = {path: Blob.of(content) for path, content in files.items()}
+        blobs = {path: Blob.of(content) for path, content in files.items()}
+        digest = hashlib.sha1(f"{self.repo_id}{len(self.commits)}".encode(), usedforsecurity=False)
+        for path, blob in sorted(blobs.items()):
+            digest.update(path.encode() + blob.head)
+        oid = digest.hexdigest()
+        self.commits[oid] = blobs
         self.branches["main"] = oid
         return oid
 

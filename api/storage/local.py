@@ -11,7 +11,7 @@ from api.errors import FileNotInArtifact
 from api.settings import Settings
 from api.storage.base import ObjectStore
 
-__all__ = ["LocalStore", "create_store"]
+__all__ = ["LocalStore", "check_key", "create_store"]
 
 COMPONENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254}")
 MAX_COMPONENTS = 10
@@ -71,10 +71,19 @@ class LocalStore:
             path.unlink(missing_ok=True)
 
     def _locate(self, key: str) -> Path:
-        parts = key.split("/")
-        if len(parts) > MAX_COMPONENTS or not all(COMPONENT.fullmatch(part) for part in parts):
-            raise ValueError(f"{key!r} is no key: use [A-Za-z0-9_.-] between slashes")
-        return self._root.joinpath(*parts)
+        return self._root.joinpath(*check_key(key).split("/"))
+
+
+def check_key(key: str) -> str:
+    """Return a key that is one.
+
+    Raises:
+        ValueError: if a component could mean another folder, or hide a file.
+    """
+    parts = key.split("/")
+    if len(parts) > MAX_COMPONENTS or not all(COMPONENT.fullmatch(part) for part in parts):
+        raise ValueError(f"{key!r} is no key: use [A-Za-z0-9_.-] between slashes")
+    return key
 
 
 def _bring_in(path: Path, incoming: Path) -> None:
