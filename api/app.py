@@ -3,7 +3,6 @@
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from importlib.metadata import version
 
 from celery import Celery
 from fastapi import FastAPI
@@ -30,6 +29,8 @@ __all__ = ["create_app"]
 
 log = get_logger(__name__)
 
+INTERFACE_VERSION = "1.0.0"
+"""Of what is served below `/v1`, not of the package."""
 REQUEST_ID = "X-Request-Id"
 MAX_REQUEST_ID = 100
 UNROUTED = "(none)"
@@ -56,7 +57,7 @@ def create_app(
     )
     app = FastAPI(
         title="ABQ Service",
-        version=version("abq-service"),
+        version=INTERFACE_VERSION,
         description="Quantize a language model to any bit width, watch, download, and chat.",
         lifespan=_lifespan(ports, Dispatcher(database, celery, settings)),
         generate_unique_id_function=_operation_id,

@@ -3,18 +3,26 @@
 The only place that knows both the service's errors and their form on the wire.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.errors import BodyTooLarge, ConfigRejected, InvalidRequest, KeyRejected, ServiceError
+from api.errors import (
+    BodyTooLarge,
+    ConfigRejected,
+    InvalidRequest,
+    KeyRejected,
+    ServiceError,
+    UnsupportedParameter,
+)
 from api.schemas.base import FieldError, OpenAIError, Problem
 from engine.errors import SpecError, UnsupportedModel
 
@@ -27,6 +35,9 @@ RETRY_AFTER_S = 5
 """Sent with 429 and 503 where the error names no other time."""
 # the parts of a request that pydantic names first in an error's location
 REQUEST_PARTS = ("body", "query", "path", "header")
+UNKNOWN_FIELD = ("extra_forbidden", "unexpected_keyword_argument")
+MISSING_FIELD = ("missing", "missing_argument", "missing_keyword_only_argument")
+MAX_SHOWN = 100
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -36,6 +47,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(UnsupportedModel, _on_unsupported_model)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(DataError, _on_data_error)
     app.add_exception_handler(Exception, _on_fault)
 
 
@@ -131,12 +143,13 @@ def _on_unsupported_model(request: Request, error: Exception) -> Response:
 
 def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - what it is registered for
-    items = [_field_error(each) for each in error.errors()]
+    items = [_field_error(each) for each in _innermost(error.errors())]
     named = ", ".join(str(each.param) for each in items)
     several = f"{len(items)} fields are not valid: {named}."
     message = items[0].message if len(items) == 1 else several
-    refusal = InvalidRequest(message, param=items[0].param, errors=items)
-    return error_response(request.scope, refusal)
+    is_unsupported = is_openai_path(request.url.path) and items[0].code in UNKNOWN_FIELD
+    kind = UnsupportedParameter if is_unsupported else InvalidRequest
+    return error_response(request.scope, kind(message, param=items[0].param, errors=items))
 
 
 def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -158,9 +171,25 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     return _render(request.scope, failure)
 
 
+def _on_data_error(request: Request, _error: Exception) -> Response:
+    # PostgreSQL holds no NUL, wherever in a request it came from
+    refusal = InvalidRequest("The request has a text or a number that cannot be stored.")
+    return error_response(request.scope, refusal)
+
+
 def _on_fault(request: Request, _error: Exception) -> Response:
     # no internals in the message; the log has them under the request id
     return error_response(request.scope, ServiceError("The service failed at this request."))
+
+
+def _innermost(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    # a list whose only item is wrong is also reported as too short; the item is what matters
+    places = [tuple(each["loc"]) for each in found]
+    return [
+        each
+        for each, place in zip(found, places, strict=True)
+        if not any(other != place and other[: len(place)] == place for other in places)
+    ]
 
 
 def _field_error(found: Mapping[str, Any]) -> FieldError:
@@ -169,8 +198,12 @@ def _field_error(found: Mapping[str, Any]) -> FieldError:
     cause = found.get("ctx", {}).get("error")
     if isinstance(cause, SpecError):
         return _spec_item(location, cause)
-    param = ".".join(str(part) for part in location) or None
-    return FieldError(param=param, code=found["type"], message=_sentence(param, found))
+    if found["type"] == "json_invalid":
+        return FieldError(param=None, code=found["type"], message="The body is no valid JSON.")
+    param = ".".join(str(part) for part in location if part != "[key]") or None
+    message = _sentence(param, found)
+    value = _shown(found.get("input")) if found["type"] not in MISSING_FIELD else None
+    return FieldError(param=param, code=found["type"], message=message, value=value)
 
 
 def _spec_item(location: tuple[Any, ...], error: SpecError) -> FieldError:
@@ -180,20 +213,25 @@ def _spec_item(location: tuple[Any, ...], error: SpecError) -> FieldError:
         param=".".join(str(part) for part in (*location, *parts)),
         code=error.code,
         message=error.message,
-        value=error.value if isinstance(error.value, str | int | float | None) else None,
+        value=_shown(error.value),
         remedy=error.remedy,
     )
 
 
 def _sentence(param: str | None, found: Mapping[str, Any]) -> str:
     subject = param or "the body"
-    match found["type"]:
-        case "extra_forbidden" | "unexpected_keyword_argument":
-            return f"{subject} is no known field; remove it or correct its name."
-        case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return f"{subject} is required."
-        case "json_invalid":
-            return "The body is no valid JSON."
-        case _:
-            text = str(found["msg"]).removeprefix("Value error, ")
-            return f"{subject}: {text[:1].lower()}{text[1:]}."
+    if found["type"] in UNKNOWN_FIELD:
+        return f"{subject} is no supported field; remove it or correct its name."
+    if found["type"] in MISSING_FIELD:
+        return f"{subject} is required."
+    text = str(found["msg"]).removeprefix("Value error, ")
+    value = _shown(found.get("input"))
+    given = f"{subject} = {value!r}" if value is not None else subject
+    return f"{given} is not valid: {text[:1].lower()}{text[1:]}."
+
+
+def _shown(value: object) -> str | int | float | None:
+    """What of a refused value an answer repeats."""
+    if isinstance(value, str):
+        return value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
+    return value if isinstance(value, int | float) else None

@@ -36,7 +36,10 @@ def read_spec(value: object) -> object:
         return QuantSpec.from_notation(value)
     if isinstance(value, Mapping):
         _refuse_flags_for_numbers(value)
-    return value
+        return value
+    if isinstance(value, QuantSpec):
+        return value
+    raise SpecError("spec", value, "write w4a8 or the like, or a JSON object with w_bits")
 
 
 SpecField = Annotated[QuantSpec, BeforeValidator(read_spec, json_schema_input_type=str | QuantSpec)]

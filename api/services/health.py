@@ -1,6 +1,7 @@
 """Whether the service can do its work, the numbers of its jobs, and what its errors mean."""
 
 from collections.abc import Iterable, Iterator
+from http import HTTPStatus
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -38,6 +39,10 @@ def explain_problem(code: str) -> ErrorMeaning:
         if kind.code == code:
             meaning = " ".join((kind.__doc__ or "").split())
             return ErrorMeaning(code=code, status=kind.status, meaning=meaning)
+    for status in HTTPStatus:
+        if code == status.phrase.lower().replace(" ", "_"):
+            meaning = status.description or status.phrase
+            return ErrorMeaning(code=code, status=status, meaning=meaning)
     raise ProblemUnknown
 
 
