@@ -164,7 +164,8 @@ def _refuse_foreign_code(config: Mapping[str, Any]) -> None:
         )
     if config.get("quantization_config") is not None:
         raise UnsupportedModel(
-            "quantization_config", "the model is quantized already; name the full-precision model"
+            "quantization_config",
+            "quantization_config says the model is quantized already; name its full-precision source",
         )
 
 
