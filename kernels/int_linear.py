@@ -230,8 +230,10 @@ def _integer_linear_kernel(
             offs_k = start + tl.arange(0, BLOCK_K)
             x_ptrs = x_ptr + offs_k[:, None] + offs_m[None, :] * stride_xm
             mask_x = (offs_k < K)[:, None] & mask_m[None, :]
-            # a masked activation is zero after the shift, so what the weight holds there is moot
-            x = tl.load(x_ptrs, mask=mask_x, other=SHIFT_X).to(tl.int32) - SHIFT_X
+            # masked activations must be zero after the shift; `other=128` would do, but Triton 3.6
+            # fills vectorized uint8 loads with 128, 255, 255, 255
+            x = tl.load(x_ptrs, mask=mask_x, other=0).to(tl.int32) - SHIFT_X
+            x = tl.where(mask_x, x, 0)
             acc += tl.dot(w, x.to(tl.int8), out_dtype=tl.int32)
         x_sum = tl.load(x_sums_ptr + offs_m * GROUPS + g, mask=mask_m, other=0)
         x_sum -= SHIFT_X * GROUP_SIZE
