@@ -7,12 +7,13 @@ nothing to claim, and a job that was put back is not put back again.
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import ClassVar
 
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import ChannelError, KombuError
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -31,9 +32,10 @@ from api.db.repositories.transitions import (
     mark_queued_again,
 )
 from api.db.tables.jobs import Job, JobStatus, OutboxMessage
+from api.errors import ServiceError
 from api.settings import Settings
 
-__all__ = ["Dispatcher", "reap_jobs", "relay_outbox"]
+__all__ = ["BrokerUnreachable", "Dispatcher", "reap_jobs", "relay_outbox"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ BATCH = 100
 DISPATCH_LOCK = 0x6162_7102
 """Number of the advisory lock that leaves the work to one process at a time."""
 KEEP_SENT = timedelta(days=1)
+MAX_PAUSE_S = 15.0
+"""Between two tries to reach a broker or a database that does not answer."""
+STOP_S = 10.0
 WORKER_LOST = {
     "code": "worker_lost",
     "message": "The worker stopped reporting, on every attempt there was.",
@@ -48,18 +53,34 @@ WORKER_LOST = {
 }
 
 
+class BrokerUnreachable(ServiceError):
+    """The broker does not take messages; they wait in the database."""
+
+    code: ClassVar[str] = "broker_unreachable"
+    status: ClassVar[int] = 503
+
+
 def relay_outbox(database: Database, celery: Celery) -> int:
     """Send the oldest wake-ups that no broker has taken; returns how many it took.
 
-    A broker that cannot be reached leaves them for the next call. What was sent but not noted,
-    because this process died in between, is sent twice.
+    What was sent but not noted, because this process died in between, is sent twice.
+
+    Raises:
+        BrokerUnreachable: the rest stays where it is, for the next call.
     """
     with database.read() as session:
         waiting = list_unsent(session, BATCH)
-    sent = _send(celery, waiting)
-    if sent:
-        with database.write() as session:
-            mark_sent(session, sent)
+    sent: list[OutboxMessage] = []
+    try:
+        for message in waiting:
+            celery.send_task(message.task, args=[message.job_id])
+            sent.append(message)
+    except (KombuError, ChannelError, OSError) as error:
+        raise BrokerUnreachable(str(error)) from error
+    finally:
+        if sent:
+            with database.write() as session:
+                mark_sent(session, sent)
     return len(sent)
 
 
@@ -101,18 +122,23 @@ class Dispatcher:
     def stop(self) -> None:
         """Finish the round that is under way and end."""
         self._is_stopping.set()
-        self._thread.join()
+        # a broker that hangs must not keep the process from ending
+        self._thread.join(STOP_S)
 
     def _run(self) -> None:
-        while not self._is_stopping.is_set():
+        pause_s = self._settings.queue.relay_interval_s
+        while not self._is_stopping.wait(pause_s):
+            pause_s = min(pause_s * 2, MAX_PAUSE_S)
             try:
                 with _alone(self._database) as is_alone:
                     if is_alone:
                         self._dispatch()
+                pause_s = self._settings.queue.relay_interval_s
+            except BrokerUnreachable as error:
+                log.warning("broker_unreachable", extra={"error": error.message})
             except Exception:
                 # the outermost loop: a database that restarts must not end the relay for good
                 log.exception("dispatch_failed")
-            self._is_stopping.wait(self._settings.queue.relay_interval_s)
 
     def _dispatch(self) -> None:
         if self._is_reap_due():
@@ -127,18 +153,6 @@ class Dispatcher:
         if self._reaped_at is None:
             return True
         return time.monotonic() - self._reaped_at >= self._settings.queue.reap_interval_s
-
-
-def _send(celery: Celery, messages: Sequence[OutboxMessage]) -> list[OutboxMessage]:
-    sent: list[OutboxMessage] = []
-    for message in messages:
-        try:
-            celery.send_task(message.task, args=[message.job_id])
-        except OperationalError as error:
-            log.warning("broker_unreachable", extra={"error": str(error), "unsent": len(messages)})
-            break
-        sent.append(message)
-    return sent
 
 
 def _take_from_worker(session: Session, job: Job) -> None:

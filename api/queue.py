@@ -17,7 +17,9 @@ SOFT_SHUTDOWN_S = 60
 
 def create_celery(settings: Settings) -> Celery:
     """Make the Celery app that API and workers share; it connects to nothing yet."""
-    celery = Celery("abq", broker=settings.broker_url)
+    # kombu remarks on a URL without a host, even where there is none
+    is_local = settings.broker_url == FILESYSTEM
+    celery = Celery("abq", broker="filesystem://localhost" if is_local else settings.broker_url)
     celery.conf.update(
         task_default_queue=QUEUE,
         # only ever a job id, and never pickle
