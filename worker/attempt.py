@@ -137,7 +137,7 @@ class Attempt:
         published = self._in_background(
             "publish",
             lambda reporter: _insist(
-                reporter, lambda _: publish_to_hub(self.hub, self.job, output)
+                reporter, lambda each: publish_to_hub(self.hub, self.job, output, each.check)
             ),
         )
         outcome = Outcome(

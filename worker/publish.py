@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,13 @@ def store_artifact(store: ObjectStore, artifact_id: str, folder: Path) -> Stored
     )
 
 
-def publish_to_hub(hub: ModelHub, job: Job, folder: Path) -> PublishedModel | None:
+def publish_to_hub(
+    hub: ModelHub, job: Job, folder: Path, check: Callable[[], None]
+) -> PublishedModel | None:
     """Push a checkpoint directory where the job asks for it; None where it does not ask.
 
     The push is one commit, tagged with the job's id, and is made once however often this runs.
+    An exception from `check`, which is asked while bytes go out, ends it with nothing visible.
 
     Raises:
         ServiceError: the Hub refused, did not answer, or the source is gated by now.
@@ -92,7 +96,7 @@ def publish_to_hub(hub: ModelHub, job: Job, folder: Path) -> PublishedModel | No
     card = write_card(
         resolved=resolved, manifest=_read_manifest(folder), repo_id=target.repo_id, tag=job.id
     )
-    return hub.publish(folder, target.repo_id, private=target.private, card=card, tag=job.id)
+    return hub.publish(folder, target, card=card, tag=job.id, check=check)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -166,21 +166,28 @@ class ModelSource(Protocol):
 class ModelHub(ModelSource, Protocol):
     """Gives models and takes them."""
 
-    def check_target(self, repo_id: str, *, private: bool) -> None:
+    def check_target(self, target: PublishTarget) -> None:
         """Refuse early what `publish` would refuse late.
 
         Raises:
             InvalidRequest: the name is malformed, there is no token, the token may not write
-                there, the repository is public though `private` is asked for, or it holds
+                there, the repository is public though a private push is asked for, or it holds
                 something that this service did not push.
         """
 
     def publish(
-        self, folder: Path, repo_id: str, *, private: bool, card: str, tag: str
+        self,
+        folder: Path,
+        target: PublishTarget,
+        *,
+        card: str,
+        tag: str,
+        check: Callable[[], None],
     ) -> PublishedModel:
         """Push all files of `folder` and the model card as one commit, and tag that commit.
 
-        Running it again with the same tag changes nothing and gives the same answer.
+        Running it again with the same tag changes nothing and gives the same answer. An exception
+        from `check`, which is asked while bytes go out, ends it before anything is visible.
 
         Raises:
             InvalidRequest: as `check_target`.

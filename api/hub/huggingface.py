@@ -1,5 +1,6 @@
 """Models of a Hugging Face Hub, through the huggingface_hub client."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import ModelInfo
@@ -11,13 +12,14 @@ from api.hub.base import (
     ModelHub,
     OnProgress,
     PublishedModel,
+    PublishTarget,
     RemoteFile,
     ResolvedModel,
 )
 from api.hub.connection import HubConnection
 from api.hub.inspection import inspect_model
 from api.hub.names import check_model_id, check_revision
-from api.hub.publication import check_target, publish_folder
+from api.hub.publication import Push, check_target
 from api.hub.transfer import OnBytes, Transfer
 
 __all__ = ["HuggingFaceHub"]
@@ -65,19 +67,31 @@ class HuggingFaceHub(ModelHub):
         transfer.run(facts.fetched_files, on_progress)
 
     @override
-    def check_target(self, repo_id: str, *, private: bool) -> None:
+    def check_target(self, target: PublishTarget) -> None:
         """Ask who the token is and what the repository holds."""
-        check_target(self._connection, repo_id, private=private)
+        check_target(self._connection, target)
 
     @override
     def publish(
-        self, folder: Path, repo_id: str, *, private: bool, card: str, tag: str
+        self,
+        folder: Path,
+        target: PublishTarget,
+        *,
+        card: str,
+        tag: str,
+        check: Callable[[], None],
     ) -> PublishedModel:
         """Push with one commit and one tag."""
-        self.check_target(repo_id, private=private)
-        return publish_folder(
-            self._connection, folder, repo_id, private=private, card=card, tag=tag
+        self.check_target(target)
+        push = Push(
+            connection=self._connection,
+            folder=folder,
+            target=target,
+            card=card,
+            tag=tag,
+            check=check,
         )
+        return push.run()
 
     def _fetch(
         self, resolved: ResolvedModel, file: RemoteFile, part: Path, on_bytes: OnBytes

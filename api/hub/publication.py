@@ -1,24 +1,29 @@
 """A folder pushed to the Hub: one commit that is complete or absent, and one tag that names it."""
 
+import io
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationCopy,
-    CommitOperationDelete,
-    ModelInfo,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
+from typing_extensions import Buffer, override
 
 from api.errors import HubUnavailable, InvalidRequest, ModelGated, ModelNotFound
-from api.hub.base import PublishedModel
-from api.hub.connection import TRANSPORT_ERROR, HubConnection
+from api.hub.base import PublishedModel, PublishTarget
+from api.hub.connection import HubConnection
 from api.hub.names import check_repo_id
 
-__all__ = ["check_target", "publish_folder"]
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+__all__ = ["Push", "check_target"]
+
+Result = TypeVar("Result")
+Operations = list[CommitOperationAdd | CommitOperationDelete | CommitOperationCopy]
 
 CARD_FILE = "README.md"
 MANIFEST_FILE = "abq_manifest.json"
@@ -28,116 +33,158 @@ WEIGHTS = re.compile(r"[^/]+\.safetensors(\.index\.json)?")
 MOVED_ON = 412
 """The branch has another head than the commit was made for."""
 COMMIT_ATTEMPTS = 3
-PARAM = "publish.repo_id"
 
 
-def check_target(connection: HubConnection, repo_id: str, *, private: bool) -> None:
+def check_target(connection: HubConnection, target: PublishTarget) -> None:
     """Refuse a target that cannot or must not be written.
 
     Raises:
-        InvalidRequest: naming the field `publish.repo_id`.
+        InvalidRequest: naming the field `publish.repo_id` or `publish.private`.
     """
-    check_repo_id(repo_id)
+    check_repo_id(target.repo_id)
     if not connection.has_token:
         raise _refused("Publishing needs a Hub token; the operator sets ABQ_HUB__TOKEN.")
-    with _about_target(repo_id):
+    with _about_target(target):
         who = connection.call(connection.api.whoami)
-    owner = repo_id.split("/", maxsplit=1)[0]
+    owner = target.repo_id.split("/", maxsplit=1)[0]
     names = [who.get("name"), *(each.get("name") for each in who.get("orgs") or ())]
     if owner.lower() not in {str(name).lower() for name in names}:
         known = ", ".join(str(name) for name in names)
         raise _refused(f"The Hub token cannot write to {owner}; use one of {known}.")
-    info = _find_target(connection, repo_id)
-    if info is not None:
-        _check_existing(info, repo_id, private=private)
-
-
-def publish_folder(
-    connection: HubConnection, folder: Path, repo_id: str, *, private: bool, card: str, tag: str
-) -> PublishedModel:
-    """Push a folder; a second call with the same tag finds the first one's commit.
-
-    Raises:
-        InvalidRequest: naming the field `publish.repo_id`.
-        HubUnavailable: the Hub did not answer in time.
-    """
-    api = connection.api
-    with _about_target(repo_id):
-        connection.call(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        refs = connection.call(lambda: api.list_repo_refs(repo_id))
-        revision = next((each.target_commit for each in refs.tags if each.name == tag), None)
-        if revision is None:
-            revision = _commit_folder(connection, folder, repo_id, card=card, tag=tag)
-            connection.call(
-                lambda: api.create_tag(repo_id, tag=tag, revision=revision, exist_ok=True)
-            )
-    return PublishedModel(repo_id=repo_id, revision=revision, url=connection.url_of(repo_id))
-
-
-def _commit_folder(
-    connection: HubConnection, folder: Path, repo_id: str, *, card: str, tag: str
-) -> str:
-    for _ in range(COMMIT_ATTEMPTS):
-        try:
-            return connection.call(lambda: _send_commit(connection, folder, repo_id, card, tag))
-        except HubUnavailable as error:
-            if not _moved_on(error.__cause__):
-                raise
-    raise HubUnavailable(f"{repo_id} keeps changing while it is written; try again.")
-
-
-def _send_commit(connection: HubConnection, folder: Path, repo_id: str, card: str, tag: str) -> str:
-    info = connection.api.model_info(repo_id, timeout=connection.timeout_s)
-    # somebody else may have written since the first check
-    _check_existing(info, repo_id, private=False)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    # the shards of an earlier push would be loaded beside the new ones
-    operations: list[CommitOperationAdd | CommitOperationDelete | CommitOperationCopy] = [
-        CommitOperationDelete(path_in_repo=each.rfilename)
-        for each in info.siblings or ()
-        if WEIGHTS.fullmatch(each.rfilename) and each.rfilename not in names
-    ]
-    operations += [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
-        for name, path in zip(names, paths, strict=True)
-        if name != CARD_FILE
-    ]
-    operations.append(CommitOperationAdd(path_in_repo=CARD_FILE, path_or_fileobj=card.encode()))
-    with _unwrapped_upload():
-        commit = connection.api.create_commit(
-            repo_id, operations, commit_message=f"Quantized by {tag}", parent_commit=info.sha
-        )
-    return str(commit.oid)
-
-
-def _find_target(connection: HubConnection, repo_id: str) -> ModelInfo | None:
     try:
-        return connection.call(
-            lambda: connection.api.model_info(repo_id, timeout=connection.timeout_s)
+        info = connection.call(
+            lambda: connection.api.model_info(target.repo_id, timeout=connection.timeout_s)
         )
     except ModelNotFound:
-        return None
-
-
-def _check_existing(info: ModelInfo, repo_id: str, *, private: bool) -> None:
-    names = {each.rfilename for each in info.siblings or ()}
-    if names - HARMLESS and MANIFEST_FILE not in names:
-        raise _refused(f"{repo_id} holds something else; name a repository that does not exist.")
-    if private and not info.private:
+        return
+    _check_contents(info, target)
+    if target.private and not info.private:
         raise InvalidRequest(
-            f"{repo_id} exists and is public; name another, or ask for a public push.",
+            f"{target.repo_id} exists and is public; name another, or ask for a public push.",
             param="publish.private",
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Push:
+    """One push of a folder. Running it again with the same tag finds the first one's commit."""
+
+    connection: HubConnection
+    folder: Path
+    target: PublishTarget
+    card: str
+    tag: str
+    check: Callable[[], None]
+    """Asked while bytes go out; an exception from it ends the push before anything is visible."""
+
+    def run(self) -> PublishedModel:
+        """Create the repository, commit, tag.
+
+        Raises:
+            InvalidRequest: naming the field `publish.repo_id`.
+            HubUnavailable: the Hub did not answer in time.
+        """
+        api, repo_id = self.connection.api, self.target.repo_id
+        with _about_target(self.target):
+            self._call(lambda: api.create_repo(repo_id, private=self.target.private, exist_ok=True))
+            refs = self._call(lambda: api.list_repo_refs(repo_id))
+            revision = next((ref.target_commit for ref in refs.tags if ref.name == self.tag), None)
+            if revision is None:
+                revision = self._commit()
+                self.connection.call(
+                    lambda: api.create_tag(repo_id, tag=self.tag, revision=revision, exist_ok=True)
+                )
+        url = self.connection.url_of(repo_id)
+        return PublishedModel(repo_id=repo_id, revision=revision, url=url)
+
+    def _commit(self) -> str:
+        for _ in range(COMMIT_ATTEMPTS):
+            try:
+                return self._call(self._send_commit)
+            except HubUnavailable as error:
+                if not _moved_on(error.__cause__):
+                    raise
+        raise HubUnavailable(f"{self.target.repo_id} keeps changing while it is written.")
+
+    def _send_commit(self) -> str:
+        api, repo_id = self.connection.api, self.target.repo_id
+        info = api.model_info(repo_id, timeout=self.connection.timeout_s)
+        # somebody else may have written since the first check
+        _check_contents(info, self.target)
+        with ExitStack() as files, _unwrapped_upload():
+            operations = self._list_operations(info, files)
+            # large files first, then everything becomes visible at once
+            api.preupload_lfs_files(
+                repo_id,
+                additions=[each for each in operations if isinstance(each, CommitOperationAdd)],
+                free_memory=False,
+            )
+            self.check()
+            commit = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=f"Quantized by {self.tag}",
+                parent_commit=info.sha,
+            )
+        return str(commit.oid)
+
+    def _list_operations(self, info: "ModelInfo", files: ExitStack) -> Operations:
+        paths = {
+            path.relative_to(self.folder).as_posix(): path
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+        }
+        # the shards of an earlier push would be loaded beside the new ones
+        operations: Operations = [
+            CommitOperationDelete(path_in_repo=each.rfilename)
+            for each in info.siblings or ()
+            if WEIGHTS.fullmatch(each.rfilename) and each.rfilename not in paths
+        ]
+        for name, path in paths.items():
+            if name != CARD_FILE:
+                content = files.enter_context(_CheckedFile(path, self.check))
+                operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
+        card = self.card.encode()
+        operations.append(CommitOperationAdd(path_in_repo=CARD_FILE, path_or_fileobj=card))
+        return operations
+
+    def _call(self, request: Callable[[], Result]) -> Result:
+        return self.connection.call(request, self.connection.new_patience(self.check))
+
+
+class _CheckedFile(io.BufferedReader):
+    """A file whose readers can be stopped: the client has no other way to end an upload."""
+
+    def __init__(self, path: Path, check: Callable[[], None]) -> None:
+        super().__init__(io.FileIO(path))
+        self._check = check
+
+    @override
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._check()
+        return super().read(size)
+
+    @override
+    def readinto(self, buffer: Buffer, /) -> int:
+        self._check()
+        return super().readinto(buffer)
+
+
+def _check_contents(info: "ModelInfo", target: PublishTarget) -> None:
+    names = {each.rfilename for each in info.siblings or ()}
+    if names - HARMLESS and MANIFEST_FILE not in names:
+        raise _refused(
+            f"{target.repo_id} holds something else; name a repository that does not exist."
+        )
+
+
 @contextmanager
-def _about_target(repo_id: str) -> Iterator[None]:
+def _about_target(target: PublishTarget) -> Iterator[None]:
     """What the Hub says about the repository concerns the target here, not the source."""
     try:
         yield
     except (ModelGated, ModelNotFound) as error:
-        raise _refused(f"The Hub token cannot write to {repo_id}.") from error
+        raise _refused(f"The Hub token cannot write to {target.repo_id}.") from error
 
 
 @contextmanager
@@ -146,7 +193,7 @@ def _unwrapped_upload() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error.__cause__, TRANSPORT_ERROR):
+        if error.__cause__ is not None:
             raise error.__cause__ from error
         raise
 
@@ -156,4 +203,4 @@ def _moved_on(error: BaseException | None) -> bool:
 
 
 def _refused(message: str) -> InvalidRequest:
-    return InvalidRequest(message, param=PARAM)
+    return InvalidRequest(message, param="publish.repo_id")

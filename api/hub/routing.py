@@ -1,5 +1,6 @@
 """One hub for all names: `local:...` goes to the operator's folders, the rest to the Hub."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from typing_extensions import override
@@ -10,6 +11,7 @@ from api.hub.base import (
     ModelSource,
     OnProgress,
     PublishedModel,
+    PublishTarget,
     ResolvedModel,
 )
 from api.hub.local import LocalHub
@@ -42,14 +44,20 @@ class RoutedHub(ModelHub):
         self._source_of(resolved.model).download(resolved, folder, on_progress)
 
     @override
-    def check_target(self, repo_id: str, *, private: bool) -> None:
-        self._remote.check_target(repo_id, private=private)
+    def check_target(self, target: PublishTarget) -> None:
+        self._remote.check_target(target)
 
     @override
     def publish(
-        self, folder: Path, repo_id: str, *, private: bool, card: str, tag: str
+        self,
+        folder: Path,
+        target: PublishTarget,
+        *,
+        card: str,
+        tag: str,
+        check: Callable[[], None],
     ) -> PublishedModel:
-        return self._remote.publish(folder, repo_id, private=private, card=card, tag=tag)
+        return self._remote.publish(folder, target, card=card, tag=tag, check=check)
 
     def _source_of(self, model: str) -> ModelSource:
         return self._local if model.startswith(LOCAL_PREFIX) else self._remote

@@ -105,7 +105,7 @@ def _check_publish(hub: ModelHub, resolved: ResolvedModel, target: PublishTarget
             "The source is gated, so its quantization is not pushed publicly; set private.",
             param="publish.private",
         )
-    hub.check_target(target.repo_id, private=target.private)
+    hub.check_target(target)
 
 
 def _read_architecture(facts: ModelFacts) -> Architecture:
