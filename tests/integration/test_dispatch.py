@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -49,6 +50,19 @@ def wait_until(is_true):
     while not is_true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+@contextmanager
+def ending_after(process, seconds):
+    """Kill a process at the end of the block, or earlier where it says nothing for too long."""
+    alarm = threading.Timer(seconds, process.kill)
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
+        process.kill()
+        process.communicate()
 
 
 def with_queue(settings, **fields):
@@ -133,7 +147,8 @@ def run_job(job_id):
         claimed = claim_job(session, worker="w", lease_s=60, free_vram_bytes=None)
     print("claimed" if claimed else "nothing", flush=True)
 
-celery.worker_main(["--quiet", "worker", "--pool=solo", "--without-gossip", "--without-mingle", "-l", "error"])
+celery.conf.worker_redirect_stdouts = False
+celery.worker_main(["--quiet", "worker", "--pool=solo", "--without-gossip", "--without-mingle"])
 """
 
 
@@ -152,11 +167,8 @@ def test_a_message_that_arrives_twice_runs_its_job_once(
     worker = subprocess.Popen(
         [sys.executable, "-c", CLAIM_AND_TELL], env=environment, stdout=subprocess.PIPE, text=True
     )
-    try:
+    with ending_after(worker, WAIT_S):
         lines = [worker.stdout.readline() for _ in range(2)]
-    finally:
-        worker.kill()
-        worker.communicate()
 
     assert lines == ["claimed\n", "nothing\n"]
 
