@@ -13,8 +13,9 @@ from worker.child_process import ChildProcess
 
 __all__ = ["AttemptFailed", "Failure", "failure_of_child", "failure_of_error"]
 
-# memory may be free the next time; everything else the engine reports is about the input
-TRANSIENT_CODES = frozenset({"out_of_memory"})
+# memory may be free the next time, and a stranger's SIGTERM says nothing about the job;
+# everything else that the engine reports is about the input
+TRANSIENT_CODES = frozenset({"calibration_interrupted", "out_of_memory"})
 MAX_MESSAGE = 2000
 
 
