@@ -54,16 +54,19 @@ class FakeHub:
         self.repositories[repo_id] = repository
         return repository
 
-    def inject(self, trouble, where, *, times=1, amount=0):
-        self.faults.append(Fault(trouble, where, times, amount))
+    def inject(self, trouble, where, *, times=1, amount=0, skip=0):
+        self.faults.append(Fault(trouble, where, times, amount, skip))
 
     def take(self, request, troubles):
         """The first fault of these kinds that concerns a request, used up by one."""
         name = f"{request.method} {request.url.path}"
         for fault in self.faults:
-            if fault.trouble in troubles and fault.where in name and fault.times > 0:
+            if fault.trouble not in troubles or fault.where not in name or fault.times == 0:
+                continue
+            if fault.skip == 0:
                 fault.times -= 1
                 return fault
+            fault.skip -= 1
         return None
 
     def bytes_of(self, path):

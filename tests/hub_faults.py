@@ -27,3 +27,5 @@ class Fault:
     where: str
     times: int = 1
     amount: float = 0
+    skip: int = 0
+    """So many requests pass unharmed before."""

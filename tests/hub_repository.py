@@ -31,7 +31,7 @@ class Blob:
     @property
     def git_sha1(self):
         content = b"blob %d\0" % self.size + self.read(0, self.size)
-        return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+        return self.digest or hashlib.sha1(content, usedforsecurity=False).hexdigest()
 
     def is_lfs(self, path):
         return path.endswith(LFS_SUFFIXES) or self.size > LFS_BYTES
@@ -100,4 +100,5 @@ class Repository:
         blob = files[path]
         spoiled = bytearray(blob.read(0, blob.size))
         spoiled[-1] ^= 1
-        files[path] = replace(blob, head=bytes(spoiled), digest=blob.sha256)
+        digest = blob.sha256 if blob.is_lfs(path) else blob.git_sha1
+        files[path] = replace(blob, head=bytes(spoiled), digest=digest)
