@@ -6,7 +6,7 @@ overlap, never leave a gap, and are joined by event id: an id goes out once, in 
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
 from anyio.to_thread import run_sync
@@ -79,6 +79,7 @@ class EventFeed:
         self._poll_interval_s = poll_interval_s
         self._channels: dict[str, _Channel] = {}
         self._poller: asyncio.Task[None] | None = None
+        self._is_closing = asyncio.Event()
 
     async def watch(
         self, job_id: str, after_id: int, idle_s: float
@@ -123,10 +124,10 @@ class EventFeed:
             return
 
     async def close(self) -> None:
-        """Stop the poller."""
+        """Stop the poller; a read that is under way comes to its end first."""
+        self._is_closing.set()
         if self._poller is not None:
-            self._poller.cancel()
-            await asyncio.gather(self._poller, return_exceptions=True)
+            await self._poller
 
     async def _join(self, job_id: str) -> "_Watcher":
         if job_id not in self._channels:
@@ -147,7 +148,7 @@ class EventFeed:
             del self._channels[job_id]
 
     async def _poll(self) -> None:
-        while self._channels:
+        while self._channels and not self._is_closing.is_set():
             cursors = {job_id: each.cursor for job_id, each in self._channels.items()}
             try:
                 batches = await run_sync(self._read_news, cursors)
@@ -158,7 +159,8 @@ class EventFeed:
             for job_id, batch in batches.items():
                 if channel := self._channels.get(job_id):
                     channel.deliver(batch)
-            await asyncio.sleep(self._poll_interval_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._is_closing.wait(), self._poll_interval_s)
 
     def _read_news(self, cursors: Mapping[str, int]) -> dict[str, EventBatch]:
         positions = self._read_positions(list(cursors))

@@ -11,7 +11,7 @@ from api.db.tables.jobs import Job
 from api.hub.base import ModelHub
 from api.schemas.quantizations import Estimate, QuantizationRequest
 from api.services.jobs import NewJob, create_job, find_replayed_job
-from api.services.preflight import Preflight, PublishTarget, preflight
+from api.services.preflight import Preflight, preflight
 from api.settings import Settings
 
 __all__ = ["QuantizationDesk"]
@@ -60,15 +60,14 @@ class QuantizationDesk:
         return create_job(self.database, self.settings, tenant_id, wanted, key)
 
     def _check(self, request: QuantizationRequest) -> Preflight:
-        publish = request.publish
         return preflight(
             self.hub,
             self.settings,
             model=request.model,
             revision=request.revision,
             spec=request.spec,
-            publish=PublishTarget(**publish.model_dump()) if publish else None,
-            evaluation_dataset=request.evaluation.dataset,
+            publish=_publish(request),
+            evaluation=request.evaluation.model_dump(),
         )
 
 
@@ -84,15 +83,18 @@ def _request_key(request: QuantizationRequest, idempotency_key: str) -> RequestK
 
 
 def _new_job(request: QuantizationRequest, checked: Preflight) -> NewJob:
-    publish: dict[str, Any] | None = request.publish.model_dump() if request.publish else None
     return NewJob(
         model=request.model,
         revision=request.revision,
         source_sha=checked.resolved.sha,
         spec=request.spec.to_json(),
         evaluation=request.evaluation.model_dump(),
-        publish=publish,
+        publish=_publish(request),
         labels=request.labels,
         estimate=checked.estimate,
         need_vram_bytes=checked.estimate["memory_needed_bytes"],
     )
+
+
+def _publish(request: QuantizationRequest) -> dict[str, Any] | None:
+    return request.publish.model_dump() if request.publish else None

@@ -13,7 +13,7 @@ from tests.tiny_llama import save_tiny_llama
 def model_root(tmp_path_factory):
     """A folder of models; `local:models/tiny` is a real one."""
     root = tmp_path_factory.mktemp("models")
-    save_tiny_llama(root / "tiny")
+    save_tiny_llama(root / "tiny", positions=1024)
     return root
 
 
