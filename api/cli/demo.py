@@ -16,7 +16,7 @@ from api.cli.client import ApiClient
 from api.cli.connection import JsonFlag
 from api.cli.demo_model import MODEL_NAME, prepare_model
 from api.cli.demo_report import DemoReport, report_table, write_report
-from api.cli.demo_service import LOG_FILE, log_tail, running_service
+from api.cli.demo_service import log_tail, running_service
 from api.cli.deploy import wait_until_ready
 from api.cli.download import download_artifact
 from api.cli.errors import CliError
@@ -62,7 +62,7 @@ def demo(
     except BaseException:
         tail = log_tail(home)
         if tail:
-            remark(f"the last lines of {home / LOG_FILE}:\n{tail}", "dim")
+            remark(tail, "dim")
         raise
     write_report(report, home / REPORT_FILE)
     if json_output:

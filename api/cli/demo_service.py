@@ -16,12 +16,13 @@ from api.cli.client import ApiClient
 from api.cli.config import CLIENT_FILE, read_client_config
 from api.cli.errors import CliError
 
-__all__ = ["LOG_FILE", "log_tail", "running_service"]
+__all__ = ["log_tail", "running_service"]
 
 LOG_FILE = "service.log"
 START_S = 120.0
 STOP_S = 45.0
-TAIL_LINES = 30
+TAIL_LINES = 8
+TAIL_CHARACTERS = 400
 
 
 @contextmanager
@@ -60,11 +61,15 @@ def running_service(home: Path, model_roots: dict[str, Path]) -> Iterator[ApiCli
 
 
 def log_tail(home: Path) -> str:
-    """The last lines that the service wrote."""
-    path = home / LOG_FILE
-    if not path.is_file():
-        return ""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+    """The last lines that the service and each of its processes wrote."""
+    paths = [home / LOG_FILE, *sorted((home / "data" / "logs").glob("*.log"))]
+    return "\n".join(f"{path}:\n{_tail(path)}" for path in paths if path.is_file())
+
+
+def _tail(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+    # the end of a long line is the error, its beginning the way there
+    return "\n".join(f"  {line[-TAIL_CHARACTERS:]}" for line in lines)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -113,8 +113,8 @@ def _server_event(fields: dict[str, str]) -> ServerEvent:
 
 
 def _job_event(event: ServerEvent) -> JobEvent:
-    data = json.loads(event.data)
-    return JobEvent(id=event.id, type=event.type, data=data if isinstance(data, dict) else {})
+    record = json.loads(event.data)
+    return JobEvent(id=event.id, type=event.type, data=record["data"])
 
 
 def _give_up_in_time(silent_since: float, job_id: str, cause: Exception) -> None:

@@ -20,7 +20,6 @@ from api.cli.errors import CliError, ServiceUnreachable
 __all__ = ["fetch_files", "sha256_of"]
 
 LOCK_FILE = ".abq-download.lock"
-CHUNK_BYTES = 1 << 20
 TRIES = 5
 """Cut connections that a file survives without a byte in between."""
 PAUSE_S = 0.5
@@ -141,6 +140,6 @@ def _append(
         if start and response.status_code != HTTPStatus.PARTIAL_CONTENT:
             output.truncate(0)
             on_bytes(-start)
-        for chunk in response.iter_raw(CHUNK_BYTES):
+        for chunk in response.iter_raw():
             output.write(chunk)
             on_bytes(len(chunk))
