@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import CheckpointInvalid
@@ -67,7 +66,7 @@ class TextCodec:
             text = self._tokenizer.apply_chat_template(
                 [dict(each) for each in messages], tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template is a program of the model's author
             raise RequestInvalid(
                 "messages", "chat", f"the template refuses them: {error}"
             ) from error

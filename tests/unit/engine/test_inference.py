@@ -1,0 +1,229 @@
+import threading
+
+import pytest
+import torch
+
+from engine.errors import ContextLengthExceeded, EngineError
+from engine.inference.answer import Answer
+from engine.inference.engine import open_engine
+from engine.inference.request import FinishReason, GenerationRequest, RequestInvalid
+from tests.unit.engine.quantized_models import save_checkpoint
+
+PROMPT = tuple(range(40, 52))
+
+
+@pytest.fixture(scope="module")
+def twin_and_engine(tmp_path_factory):
+    twin, directory, _ = save_checkpoint(tmp_path_factory.mktemp("w8a16"), "w8a16")
+    engine = open_engine(directory, "cpu")
+    yield twin, engine
+    engine.close()
+
+
+@pytest.fixture
+def engine(twin_and_engine):
+    return twin_and_engine[1]
+
+
+def request_of(**fields):
+    return GenerationRequest(**{"prompt_ids": PROMPT, "max_tokens": 12, "temperature": 0, **fields})
+
+
+def text_of(chunks):
+    return "".join(each.text for each in chunks)
+
+
+def test_greedy_text_is_that_of_the_model_without_a_cache(twin_and_engine):
+    twin, engine = twin_and_engine
+    ids = list(PROMPT)
+    with torch.inference_mode():
+        for _ in range(12):
+            ids.append(int(twin(torch.tensor([ids])).logits[0, -1].argmax()))
+
+    chunks = list(engine.generate(request_of(ignore_eos=True)))
+
+    assert text_of(chunks) == engine.text.decode(ids[len(PROMPT) :])
+    assert [each.completion_tokens for each in chunks] == list(range(1, 13))
+
+
+def test_only_the_last_chunk_has_a_finish_reason(engine):
+    chunks = list(engine.generate(request_of(ignore_eos=True)))
+
+    assert [each.finish_reason for each in chunks] == [None] * 11 + [FinishReason.LENGTH]
+
+
+def test_a_seed_repeats_a_sampled_text(engine):
+    def sampled(seed):
+        return text_of(engine.generate(request_of(temperature=1.5, seed=seed, max_tokens=30)))
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+def test_a_stop_string_ends_the_text_before_it(engine):
+    whole = text_of(engine.generate(request_of(ignore_eos=True)))
+    stop = whole[4:6]
+
+    chunks = list(engine.generate(request_of(ignore_eos=True, stop=(stop,))))
+
+    assert text_of(chunks) == whole[: whole.find(stop)]
+    assert chunks[-1].finish_reason is FinishReason.STOP
+
+
+def test_a_long_prompt_enters_in_parts(engine, monkeypatch):
+    expected = text_of(engine.generate(request_of(prompt_ids=PROMPT * 8)))
+    monkeypatch.setattr("engine.inference.engine.PREFILL_TOKENS", 10)
+
+    assert text_of(engine.generate(request_of(prompt_ids=PROMPT * 8))) == expected
+
+
+def test_without_a_limit_the_context_is_filled(engine):
+    chunks = list(engine.generate(request_of(max_tokens=None, ignore_eos=True)))
+
+    assert len(PROMPT) + chunks[-1].completion_tokens == engine.context_length == 256
+    assert chunks[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_request_that_fits_exactly_is_answered(engine):
+    chunks = list(engine.generate(request_of(prompt_ids=(65,) * 255, max_tokens=1)))
+
+    assert chunks[-1].completion_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "field"),
+    [((65,) * 256, None, "prompt"), ((65,) * 300, 1, "prompt"), (PROMPT, 245, "max_tokens")],
+)
+def test_what_does_not_fit_the_context_is_refused_before_anything_runs(
+    engine, prompt, max_tokens, field
+):
+    with pytest.raises(ContextLengthExceeded, match="context of 256") as caught:
+        engine.generate(request_of(prompt_ids=prompt, max_tokens=max_tokens))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("token_id", [-1, 260, 10**9])
+def test_an_id_beyond_the_vocabulary_is_refused(engine, token_id):
+    with pytest.raises(RequestInvalid, match="below 260"):
+        engine.generate(request_of(prompt_ids=(1, token_id)))
+
+
+def test_a_cancelled_generation_ends_at_the_next_token(engine):
+    # asked before the prompt and after every token
+    asked = iter([False, False, False, True])
+
+    seen = list(engine.generate(request_of(ignore_eos=True), lambda: next(asked)))
+
+    assert [each.finish_reason for each in seen] == [None] * 3 + [FinishReason.CANCELLED]
+    assert seen[-1].completion_tokens == 3
+
+
+def test_a_request_cancelled_while_it_waits_generates_nothing(engine):
+    (chunk,) = engine.generate(request_of(), lambda: True)
+
+    assert (chunk.completion_tokens, chunk.finish_reason) == (0, FinishReason.CANCELLED)
+
+
+def test_a_caller_that_walks_away_holds_nobody_up(engine):
+    abandoned = engine.generate(request_of(ignore_eos=True))
+    next(abandoned)
+
+    assert len(list(engine.generate(request_of(ignore_eos=True)))) == 12
+    abandoned.close()
+
+
+def test_concurrent_requests_get_the_texts_they_get_alone(engine):
+    prompts = [PROMPT, PROMPT[::-1], PROMPT[3:], PROMPT * 3]
+    alone = [text_of(engine.generate(request_of(prompt_ids=each))) for each in prompts]
+    together = [None] * len(prompts)
+
+    def answer(index):
+        together[index] = text_of(engine.generate(request_of(prompt_ids=prompts[index])))
+
+    threads = [threading.Thread(target=answer, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert together == alone
+
+
+def test_a_quantized_cache_generates_too(tmp_path):
+    engine = open_engine(save_checkpoint(tmp_path, "w4a8kv8")[1], "cpu")
+
+    assert len(list(engine.generate(request_of(ignore_eos=True)))) == 12
+
+
+def test_a_closed_engine_ends_running_generations_and_takes_no_new_ones(tmp_path):
+    engine = open_engine(save_checkpoint(tmp_path, "w4a8")[1], "cpu")
+    running = engine.generate(request_of(ignore_eos=True))
+    next(running)
+
+    engine.close()
+
+    with pytest.raises(EngineError, match="unloaded"):
+        next(running)
+    with pytest.raises(EngineError, match="unloaded"):
+        engine.generate(request_of())
+
+
+def answer_of(engine, ids, **fields):
+    answer = Answer(request_of(**fields), fields.get("max_tokens", 100), engine.text)
+    return [answer.accept(each) for each in ids]
+
+
+def test_an_end_token_ends_the_answer_without_text(engine):
+    (end,) = engine.text.eos_ids
+
+    chunks = answer_of(engine, [*engine.text.encode("hi"), end])
+
+    assert text_of(chunks) == "hi"
+    assert chunks[-1].finish_reason is FinishReason.STOP
+    assert chunks[-1].completion_tokens == 3
+
+
+def test_an_ignored_end_token_does_not_end_the_answer(engine):
+    (end,) = engine.text.eos_ids
+
+    chunks = answer_of(engine, [end, *engine.text.encode("hi")], ignore_eos=True)
+
+    assert text_of(chunks) == "hi"
+    assert chunks[-1].finish_reason is None
+
+
+def test_text_held_for_a_stop_string_comes_out_at_the_end(engine):
+    chunks = answer_of(engine, engine.text.encode("abE"), stop=("END",), max_tokens=3)
+
+    assert [each.text for each in chunks] == ["a", "b", "E"]
+    assert chunks[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_stop_string_completed_by_the_last_token_is_a_stop(engine):
+    chunks = answer_of(engine, engine.text.encode("aEND"), stop=("END",), max_tokens=4)
+
+    assert text_of(chunks) == "a"
+    assert chunks[-1].finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt_ids": ()}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ("",)}, "stop"),
+        ({"stop": ("x",) * 17}, "stop"),
+        ({"stop": ("x" * 257,)}, "stop"),
+    ],
+)
+def test_an_impossible_field_is_named(fields, field):
+    with pytest.raises(RequestInvalid) as caught:
+        request_of(**fields)
+    assert caught.value.field == field

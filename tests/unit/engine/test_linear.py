@@ -1,0 +1,198 @@
+import pytest
+import torch
+from torch import nn
+
+from engine.modules.fake_quant import FakeQuantLinear
+from engine.modules.linear import QuantLinear
+from engine.modules.swap import (
+    named_linears,
+    prepare_model,
+    quant_linears,
+    swap_linears,
+    swap_modules,
+)
+from engine.numerics.affine import affine_params, weight_range
+from engine.spec import QuantSpec
+
+
+def layer_of(notation, *, bias=True, features=(96, 20)):
+    linear = nn.Linear(*features, bias=bias)
+    spec = QuantSpec.from_notation(notation)
+    grid = spec.weight_grid("any")
+    params = affine_params(weight_range(linear.weight.detach(), grid.group_size), grid)
+    layer = QuantLinear.from_weight(
+        linear.weight.detach(), params, grid, spec.a_bits, linear.bias.detach() if bias else None
+    )
+    return layer, linear
+
+
+@pytest.mark.parametrize("notation", ["w4a16", "w3a16g32", "w2*a16"])
+def test_full_precision_activations_meet_the_dequantized_weight(notation):
+    layer, linear = layer_of(notation)
+    x = torch.randn(2, 3, 96)
+
+    expected = nn.functional.linear(x, layer.dequantized(), linear.bias)
+
+    assert torch.equal(layer.prepare()(x), expected)
+
+
+@pytest.mark.parametrize("notation", ["w8a8", "w8a8g32"])
+def test_eight_bits_come_close_to_the_float_layer(notation):
+    layer, linear = layer_of(notation)
+    x = torch.randn(4, 96)
+
+    torch.testing.assert_close(layer.prepare()(x), linear(x), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("notation", ["w4a8", "w4a16", "w8a4g32"])
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (2, 3, 96), (0, 96)])
+def test_any_leading_shape_is_kept(notation, shape):
+    layer, _ = layer_of(notation)
+
+    assert layer.prepare()(torch.randn(shape)).shape == (*shape[:-1], 20)
+
+
+def test_an_unprepared_layer_computes_the_same():
+    layer, _ = layer_of("w4a8g32")
+    x = torch.randn(5, 96)
+
+    assert torch.equal(layer(x), layer.prepare()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_result_has_the_dtype_of_the_input(dtype):
+    layer, _ = layer_of("w4a8")
+
+    assert layer.prepare()(torch.randn(2, 96).to(dtype)).dtype == dtype
+
+
+def test_the_state_is_what_a_checkpoint_stores():
+    layer, _ = layer_of("w3a8g32")
+
+    state = layer.prepare().state_dict()
+
+    assert {name: (str(each.dtype), tuple(each.shape)) for name, each in state.items()} == {
+        "weight_packed": ("torch.int32", (3, 20, 3)),
+        "weight_scale": ("torch.float16", (20, 3)),
+        "weight_zero_point": ("torch.uint8", (20, 3)),
+        "bias": ("torch.float32", (20,)),
+    }
+
+
+def test_a_layer_without_bias_stores_none():
+    layer, _ = layer_of("w4a8", bias=False)
+
+    assert "bias" not in layer.state_dict()
+
+
+def test_an_empty_layer_takes_a_state_and_computes_the_same():
+    layer, _ = layer_of("w4a8")
+    with torch.device("meta"):
+        empty = QuantLinear.empty(nn.Linear(96, 20), layer.grid, 8)
+    x = torch.randn(3, 96)
+
+    empty.load_state_dict(layer.state_dict(), assign=True)
+
+    assert torch.equal(empty.prepare()(x), layer(x))
+
+
+def test_changing_the_dtype_of_a_model_leaves_the_stored_scale_alone():
+    layer, _ = layer_of("w4a8")
+    before = layer.weight_scale.clone()
+
+    layer.to(torch.bfloat16)
+
+    assert layer.weight_scale.dtype == torch.float16
+    assert torch.equal(layer.weight_scale, before)
+    assert layer.bias.dtype == torch.bfloat16
+
+
+def test_moving_a_layer_drops_what_was_derived_from_old_buffers():
+    layer, _ = layer_of("w4a8")
+    assert layer.prepare().operand_bytes == 96 * 20
+
+    layer.to("cpu")
+
+    assert layer.operand_bytes == 0
+
+
+def test_the_twin_in_evaluation_is_bit_equal_to_the_packed_layer():
+    grid = QuantSpec.from_notation("w3a8g32").weight_grid("any")
+    twin = FakeQuantLinear(nn.Linear(96, 20), grid, 8).eval()
+    x = torch.randn(2, 7, 96)
+
+    assert torch.equal(twin(x), twin.to_quant_linear().prepare()(x))
+
+
+@pytest.mark.parametrize("notation", ["w4a8", "w2*a8g32", "w4a16"])
+def test_the_twin_in_training_agrees_with_its_evaluation(notation):
+    spec = QuantSpec.from_notation(notation)
+    twin = FakeQuantLinear(nn.Linear(96, 20), spec.weight_grid("any"), spec.a_bits)
+    x = torch.randn(4, 96)
+
+    torch.testing.assert_close(twin.train()(x), twin.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_twin_in_training_differs_from_the_float_layer():
+    linear = nn.Linear(96, 20)
+    twin = FakeQuantLinear(linear, QuantSpec.from_notation("w2a4").weight_grid("any"), 4)
+    x = torch.randn(4, 96)
+
+    assert (twin.train()(x) - linear(x)).abs().max() > 0.05
+
+
+class Halving(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, limits):
+        return type(limits)(low=limits.low * self.factor, high=limits.high * self.factor)
+
+
+def test_a_clip_module_is_trained_and_stored_with_its_twin():
+    grid = QuantSpec.from_notation("w2a8").weight_grid("any")
+    twin = FakeQuantLinear.clipped(nn.Linear(96, 20), grid, 8, Halving())
+    plain = FakeQuantLinear(nn.Linear(96, 20), grid, 8)
+    plain.weight = twin.weight
+
+    twin.train()(torch.randn(4, 96)).sum().backward()
+
+    assert "clip.factor" in dict(twin.named_parameters())
+    assert float(twin.clip.factor.grad.abs()) > 0
+    torch.testing.assert_close(
+        twin.params().scale.float(), plain.params().scale.float() / 2, rtol=2e-3, atol=0
+    )
+    assert torch.equal(twin.to_quant_linear().weight_scale, twin.params().scale)
+
+
+def model_of_three():
+    return nn.Sequential(nn.Linear(32, 32), nn.Sequential(nn.Linear(32, 64), nn.ReLU()))
+
+
+def test_only_the_layers_that_are_answered_with_a_new_one_are_swapped():
+    model = model_of_three()
+    grid = QuantSpec.from_notation("w4a8").weight_grid("any")
+
+    swapped = swap_linears(
+        model, lambda name, linear: FakeQuantLinear(linear, grid, 8) if name == "1.0" else None
+    )
+
+    assert swapped == ["1.0"]
+    assert list(named_linears(model)) == ["0"]
+
+
+def test_preparing_a_model_prepares_every_packed_layer():
+    model = model_of_three()
+    grid = QuantSpec.from_notation("w4a8").weight_grid("any")
+    swap_modules(
+        model,
+        {
+            name: FakeQuantLinear(each, grid, 8).to_quant_linear()
+            for name, each in named_linears(model).items()
+        },
+    )
+
+    prepare_model(model)
+
+    assert [each.operand_bytes for each in quant_linears(model).values()] == [1024, 2048]
