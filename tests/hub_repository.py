@@ -94,6 +94,16 @@ class Repository:
             return described | {"lfs": lfs}
         return described | {"blobId": blob.git_sha1}
 
+    def list_tree(self, oid):
+        """The answer of the tree endpoint."""
+        listed = []
+        for path, blob in sorted(self.commits[oid].items()):
+            entry = {"type": "file", "path": path, "size": blob.size, "oid": "0" * 40}
+            if blob.is_lfs(path):
+                entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 130}
+            listed.append(entry)
+        return listed
+
     def corrupt(self, path):
         """Flip a bit of a file, as a broken disk would: its hash stays what it was."""
         files = self.commits[self.head]

@@ -58,6 +58,15 @@ def refs(request: Request, owner: str, name: str):
     return {"branches": listed[0], "tags": listed[1], "converts": []}
 
 
+@router.get("/api/models/{owner}/{name}/tree/{revision}")
+def tree(request: Request, owner: str, name: str, revision: str):
+    repository = _visible(request.app.state.hub, request, f"{owner}/{name}")
+    if isinstance(repository, Response):
+        return repository
+    oid = repository.find_commit(revision)
+    return repository.list_tree(oid) if oid else _error(404, "RevisionNotFound")
+
+
 @router.get("/{owner}/{name}/resolve/{revision}/{path:path}")
 @router.head("/{owner}/{name}/resolve/{revision}/{path:path}")
 def resolve(request: Request, owner: str, name: str, revision: str, path: str):
