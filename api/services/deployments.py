@@ -145,7 +145,7 @@ def _find_artifact(session: Session, tenant_id: str, wanted: DeploymentRequest) 
     if wanted.artifact_id is not None:
         return artifacts.get_artifact(session, tenant_id, wanted.artifact_id)
     job = jobs.get_job(session, tenant_id, wanted.quantization_id or "")
-    if job.status is not JobStatus.SUCCEEDED:
+    if job.status != JobStatus.SUCCEEDED:
         raise JobStateConflict(
             f"the quantization is {job.status}; only a succeeded one can be hosted"
         )

@@ -1,0 +1,322 @@
+"""The OpenAI-compatible routes: shapes, refusals by name, and callers that go away."""
+
+import json
+import time
+
+import httpx
+import pytest
+
+from api.settings import InferenceSettings
+from tests.fake_inference import END, START, run_fake_inference
+from tests.running_api import run_api
+
+CHAT = {"model": "hosted", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "hosted", "prompt": "hi"}
+SHARED = "between-us"
+CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture
+def inference():
+    with run_fake_inference() as fake:
+        yield fake
+
+
+@pytest.fixture
+def hosting(settings, database, inference):
+    """A client of an API that hosts `hosted` on the scripted inference service."""
+    wired = InferenceSettings(url=inference.url, token=SHARED, load_timeout_s=20)
+    with run_api(settings.model_copy(update={"inference": wired}), database) as api:
+        job_id, _ = api.artifact()
+        with api.client() as client:
+            client.post("/v1/deployments", json={"quantization_id": job_id, "name": "hosted"})
+            yield client
+
+
+@pytest.fixture
+def database_url(sqlite_url):
+    """One database is enough: nothing here depends on which."""
+    return sqlite_url
+
+
+def read_data(response):
+    lines = [line for line in response.text.split("\n\n") if line.startswith("data: ")]
+    return [line.removeprefix("data: ") for line in lines]
+
+
+def test_a_chat_is_answered_as_a_whole(hosting, inference):
+    response = hosting.post(CHAT_URL, json=CHAT | {"seed": 5, "stop": "x", "temperature": 0})
+
+    answer = response.json()
+    assert response.status_code == 200
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Hello"}
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    asked = inference.requests[0]
+    assert asked["messages"] == [{"role": "user", "content": "hi"}]
+    assert (asked["seed"], asked["stop"], asked["temperature"]) == (5, ["x"], 0)
+    assert asked["artifact_id"] == inference.loaded[0]
+    assert inference.headers[0]["x-abq-internal-token"] == SHARED
+
+
+def test_a_chat_is_streamed_in_chunks_up_to_done(hosting):
+    wanted = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
+
+    response = hosting.post(CHAT_URL, json=wanted)
+
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    *chunks, last = read_data(response)
+    chunks = [json.loads(each) for each in chunks]
+    assert last == "[DONE]"
+    assert len({each["id"] for each in chunks}) == 1
+    deltas = [each["choices"][0]["delta"] for each in chunks[:-1]]
+    assert deltas == [
+        {"role": "assistant", "content": ""}, {"content": "Hel"}, {"content": "lo"}, {}
+    ]  # fmt: skip
+    assert [each["usage"] for each in chunks[:-1]] == [None] * 4
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["total_tokens"] == 5
+
+
+def test_a_text_is_completed_whole_and_in_chunks(hosting, inference):
+    whole = hosting.post(TEXT_URL, json=TEXT).json()
+    *chunks, last = read_data(hosting.post(TEXT_URL, json=TEXT | {"stream": True}))
+
+    assert (whole["object"], whole["choices"][0]["text"]) == ("text_completion", "Hello")
+    texts = [json.loads(each)["choices"][0]["text"] for each in chunks]
+    assert ("".join(texts), last) == ("Hello", "[DONE]")
+    assert "usage" not in json.loads(chunks[0])
+    # OpenAI's default for plain completions
+    assert inference.requests[0]["max_tokens"] == 16
+
+
+def test_the_newer_name_of_the_token_limit_wins(hosting, inference):
+    hosting.post(CHAT_URL, json=CHAT | {"max_tokens": 5, "max_completion_tokens": 7})
+
+    assert inference.requests[0]["max_tokens"] == 7
+
+
+def test_parts_of_text_are_joined_and_values_that_mean_unused_are_accepted(hosting, inference):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    unused = {"n": 1, "tools": [], "logprobs": False, "frequency_penalty": 0.0, "user": "me"}
+    unused |= {"response_format": {"type": "text"}, "metadata": {"k": "v"}, "stop": None}
+
+    response = hosting.post(
+        CHAT_URL, json=CHAT | unused | {"messages": [{"role": "user", "content": parts}]}
+    )
+
+    assert response.status_code == 200
+    assert inference.requests[0]["messages"][0]["content"] == "ab"
+
+
+@pytest.mark.parametrize(
+    ("url", "field", "value", "code"),
+    [
+        (CHAT_URL, "tools", [{"type": "function"}], "unsupported_parameter"),
+        (CHAT_URL, "logprobs", True, "unsupported_parameter"),
+        (CHAT_URL, "n", 2, "unsupported_parameter"),
+        (CHAT_URL, "presence_penalty", 0.5, "unsupported_parameter"),
+        (CHAT_URL, "response_format", {"type": "json_object"}, "unsupported_parameter"),
+        (CHAT_URL, "temprature", 0.5, "unsupported_parameter"),
+        (TEXT_URL, "logprobs", 0, "unsupported_parameter"),
+        (TEXT_URL, "echo", True, "unsupported_parameter"),
+        (CHAT_URL, "temperature", 3, "invalid_request"),
+        (CHAT_URL, "max_tokens", 0, "invalid_request"),
+        (CHAT_URL, "stop", ["a"] * 5, "invalid_request"),
+        (TEXT_URL, "prompt", [1, 2], "invalid_request"),
+    ],
+)
+def test_a_field_that_cannot_be_honoured_is_refused_by_name(
+    hosting, inference, url, field, value, code
+):
+    response = hosting.post(url, json=(CHAT if url == CHAT_URL else TEXT) | {field: value})
+
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", field, code)
+    assert field in error["message"]
+    assert inference.requests == []
+
+
+@pytest.mark.parametrize(
+    "content", [[{"type": "image_url", "image_url": {"url": "http://x"}}], 7, None]
+)
+def test_content_that_is_no_text_is_refused_by_its_place(hosting, inference, content):
+    response = hosting.post(
+        CHAT_URL, json=CHAT | {"messages": [{"role": "user", "content": content}]}
+    )
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages.0.content"
+    assert inference.requests == []
+
+
+def test_an_unknown_model_is_404_in_openai_words(hosting):
+    response = hosting.post(CHAT_URL, json=CHAT | {"model": "gpt-9"})
+
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert "gpt-9" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (400, "context_length_exceeded", "invalid_request_error"),
+        (503, "overloaded", "server_error"),
+        (503, "model_loading", "server_error"),
+        (503, "draining", "server_error"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_of_the_inference_service_keeps_its_status_and_code(
+    hosting, inference, status, code, kind, stream
+):
+    body = {"type": "error", "code": code, "message": "so it is", "param": None}
+    inference.refusal = (status, body, {"Retry-After": "7"})
+
+    response = hosting.post(CHAT_URL, json=CHAT | {"stream": stream})
+
+    error = response.json()["error"]
+    assert response.status_code == status
+    assert (error["code"], error["type"], error["message"]) == (code, kind, "so it is")
+    assert response.headers.get("retry-after") == ("7" if status == 503 else None)
+
+
+def test_an_inference_service_that_is_down_is_503_with_retry_after(api):
+    job_id, _ = api.artifact()
+    with api.client() as client:
+        made = client.post("/v1/deployments", json={"quantization_id": job_id, "name": "hosted"})
+        response = client.post(CHAT_URL, json=CHAT | {"stream": True})
+
+    assert (made.status_code, made.json()["status"]) == (201, "unknown")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "inference_unavailable"
+    assert int(response.headers["retry-after"]) > 0
+
+
+def test_a_fault_in_the_middle_of_a_stream_is_an_event_and_its_end(hosting, inference):
+    fault = {"type": "error", "code": "internal_error", "message": "secret path", "param": None}
+    inference.records = [START, {"type": "token", "text": "Hel"}, fault]
+
+    streamed = read_data(hosting.post(CHAT_URL, json=CHAT | {"stream": True}))
+    whole = hosting.post(CHAT_URL, json=CHAT)
+
+    assert json.loads(streamed[-1])["error"]["type"] == "server_error"
+    assert "[DONE]" not in streamed
+    assert whole.status_code == 500
+    assert "secret" not in streamed[-1] + whole.text
+
+
+def test_a_stream_that_breaks_off_does_not_look_complete(hosting, inference):
+    inference.records = [START, {"type": "token", "text": "Hel"}]
+
+    streamed = read_data(hosting.post(CHAT_URL, json=CHAT | {"stream": True}))
+    whole = hosting.post(CHAT_URL, json=CHAT)
+
+    assert "error" in json.loads(streamed[-1])
+    assert whole.status_code == 503
+
+
+def test_a_pause_is_bridged_by_comments(hosting, inference, monkeypatch):
+    monkeypatch.setattr("api.services.completions.KEEP_ALIVE_S", 0.1)
+    inference.pause_s = 0.35
+
+    response = hosting.post(CHAT_URL, json=CHAT | {"stream": True})
+
+    assert response.text.count(": keep-alive") >= 2
+    assert read_data(response)[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("delay_s", [0, 5], ids=["while it streams", "before it begins"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_caller_that_goes_away_cancels_the_generation(hosting, inference, delay_s, stream):
+    inference.records = [START, *[{"type": "token", "text": "x"}] * 400, END]
+    inference.delay_s, inference.pause_s = delay_s, 0.05
+
+    read_a_little_and_leave(hosting, CHAT | {"stream": stream})
+    end = time.monotonic() + 3
+    while not inference.cancelled and time.monotonic() < end:
+        time.sleep(0.02)
+
+    assert (inference.cancelled, inference.finished) == (1, 0)
+
+
+def test_hosted_models_are_listed_and_read_by_name(hosting):
+    listed = hosting.get("/v1/models").json()
+    one = hosting.get("/v1/models/hosted").json()
+
+    assert listed["object"] == "list"
+    assert [each["id"] for each in listed["data"]] == ["hosted"]
+    assert one == listed["data"][0]
+    assert one["object"] == "model"
+    assert hosting.get("/v1/models/none").json()["error"]["code"] == "model_not_found"
+
+
+def test_faults_outside_of_the_handlers_have_openais_shape_too(hosting):
+    wrong_method = hosting.put(CHAT_URL, json=CHAT)
+    too_large = hosting.post(CHAT_URL, json=CHAT | {"user": "x" * 300_000})
+
+    assert (wrong_method.status_code, too_large.status_code) == (405, 413)
+    assert all(set(each.json()) == {"error"} for each in (wrong_method, too_large))
+
+
+def test_deployments_are_made_shown_and_removed(hosting, inference):
+    listed = hosting.get("/v1/deployments").json()["data"]
+    taken = hosting.post(
+        "/v1/deployments", json={"artifact_id": listed[0]["artifact_id"], "name": "hosted"}
+    )
+    named = hosting.post("/v1/deployments", json={"artifact_id": listed[0]["artifact_id"]})
+    url = f"/v1/deployments/{listed[0]['id']}"
+    gone = [hosting.delete(url), hosting.delete(url)]
+
+    assert (listed[0]["name"], listed[0]["status"], listed[0]["memory_bytes"]) == (
+        "hosted", "ready", 1000,
+    )  # fmt: skip
+    assert (taken.status_code, taken.json()["code"]) == (409, "deployment_conflict")
+    assert (named.status_code, named.json()["name"]) == (201, "tiny-w4a8")
+    assert named.headers["location"] == f"/v1/deployments/{named.json()['id']}"
+    assert [each.status_code for each in gone] == [200, 404]
+    # the other name still hosts it
+    assert inference.loaded == [named.json()["artifact_id"]]
+    hosting.delete(f"/v1/deployments/{named.json()['id']}")
+    assert inference.loaded == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({}, 422, "invalid_request"),
+        ({"artifact_id": "art_x", "quantization_id": "job_x"}, 422, "invalid_request"),
+        ({"artifact_id": "art_x"}, 404, "artifact_not_found"),
+        ({"quantization_id": "job_x"}, 404, "quantization_not_found"),
+        ({"artifact_id": "art_x", "name": "../up"}, 422, "invalid_request"),
+    ],
+)
+def test_a_deployment_of_nothing_is_refused(shared_api, body, status, code):
+    with shared_api.client() as client:
+        response = client.post("/v1/deployments", json=body)
+
+    assert (response.status_code, response.json()["code"]) == (status, code)
+
+
+def test_a_job_that_is_not_done_cannot_be_hosted(shared_api):
+    job = shared_api.queue_job()
+
+    with shared_api.client() as client:
+        response = client.post("/v1/deployments", json={"quantization_id": job.id})
+
+    assert (response.status_code, response.json()["code"]) == (409, "state_conflict")
+
+
+def read_a_little_and_leave(client, body):
+    try:
+        with client.stream("POST", CHAT_URL, json=body, timeout=0.4) as response:
+            next(response.iter_bytes())
+    except httpx.ReadTimeout:
+        # nothing came at all: the connection is closed just the same
+        pass
