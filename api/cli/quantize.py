@@ -36,6 +36,7 @@ def quantize(  # noqa: PLR0913 - each option is a parameter
     windows: Annotated[
         int, typer.Option(min=0, help="Windows of text that perplexity is measured on; 0: none.")
     ] = 4,
+    window_length: Annotated[int, typer.Option(min=16, help="Tokens in each of them.")] = 1024,
     publish: Annotated[str | None, typer.Option(help="Push the result to OWNER/NAME.")] = None,
     label: Annotated[
         list[str] | None, typer.Option("--label", "-l", help="name=value; repeatable.")
@@ -49,7 +50,7 @@ def quantize(  # noqa: PLR0913 - each option is a parameter
         "model": model,
         "revision": revision,
         "spec": read_spec(spec, setting),
-        "evaluation": {"enabled": True, "windows": windows} if windows else {"enabled": False},
+        "evaluation": _evaluation(windows, window_length),
         "publish": {"repo_id": publish} if publish else None,
         "labels": read_pairs(label, "--label"),
     }
@@ -88,6 +89,12 @@ def read_spec(text: str, settings: list[str] | None) -> str | dict[str, Any]:
             group = group.setdefault(parent, {})
         group[name] = value
     return spec
+
+
+def _evaluation(windows: int, length: int) -> dict[str, Any]:
+    if not windows:
+        return {"enabled": False}
+    return {"enabled": True, "windows": windows, "length": length}
 
 
 def _read_notation(text: str) -> dict[str, Any]:
