@@ -16,7 +16,7 @@ DECLARED = (access, artifacts, jobs)
 
 MIGRATION_LOCK = 0x6162_7101
 """Number of the advisory lock that keeps two migrations apart."""
-LOCK_TIMEOUT = "10s"
+LOCK_TIMEOUT = "5s"
 """A migration that waits for a table holds up everyone behind it."""
 STATEMENT_TIMEOUT = "10min"
 
@@ -37,7 +37,7 @@ def migrate() -> None:
 
 
 def _guard_postgres(connection: Connection) -> None:
-    # the lock comes first: whoever waits here waits for the other migration to end, not for 10 s
+    # the lock comes first: whoever waits here waits for the other migration to end, not for 5 s
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
     connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
     connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'"))

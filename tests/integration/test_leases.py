@@ -156,6 +156,18 @@ def test_an_expired_lease_passes_to_the_next_worker_and_the_old_one_can_write_no
     assert "log" not in story(database, job)
 
 
+def test_the_lease_of_an_earlier_attempt_is_no_good_for_the_same_worker(
+    database, queue_job, claim, expire
+):
+    job = queue_job()
+    lost = claim("worker-1").lease
+    expire(job.id)
+    claim("worker-1")
+
+    with pytest.raises(LeaseLost), database.write() as session:
+        renew_lease(session, lost, 60)
+
+
 def test_a_lost_lease_leaves_no_artifact_behind(database, queue_job, claim, expire):
     job = queue_job()
     lost = claim("worker-1").lease
@@ -303,6 +315,24 @@ def test_events_of_the_engine_fold_into_stage_progress_and_layers(database, queu
     assert (layer.name, layer.bits, layer.loss_after) == ("model.layers.0", {"q": 3}, 0.25)
 
 
+def test_text_that_postgres_cannot_hold_does_not_end_the_job(database, queue_job, claim):
+    job = queue_job()
+    lease = claim().lease
+    message = "tensor \x00 of \\u0000"
+
+    with database.write() as session:
+        record_event(session, lease, "log", {"level": "warning", "lines": [message]})
+    with database.write() as session:
+        error = {"code": "engine_error", "message": message, "layer": None}
+        fail_job(session, lease, error=error, retry=False)
+
+    expected = "tensor \ufffd of \\u0000"
+    with database.read() as session:
+        events = {event.type: event.data for event in list_events(session, job.id)}
+    assert events["log"] == {"level": "warning", "lines": [expected]}
+    assert read(database, job).error["message"] == expected
+
+
 def test_a_layer_that_is_done_again_keeps_only_its_latest_result(database, queue_job, claim):
     job = queue_job()
     lease = claim().lease
@@ -347,3 +377,4 @@ def test_a_reader_misses_no_event_that_is_written_while_it_reads(database, queue
     with database.read() as session:
         assert seen == [event.id for event in list_events(session, job.id)]
     assert len(seen) == 62
+    assert read(database, job).version == 62

@@ -10,7 +10,11 @@ from api.db.connection import database_now
 from api.db.tables.jobs import Job, JobEvent
 from api.errors import JobNotFound
 
-__all__ = ["append_event", "insert_event", "latest_event_id", "list_events"]
+__all__ = ["append_event", "insert_event", "latest_event_id", "list_events", "storable"]
+
+NUL = "\x00"
+"""The one character that PostgreSQL keeps in no text; a model's file names may well have it."""
+REPLACEMENT = "\ufffd"
 
 
 def append_event(session: Session, job_id: str, kind: str, data: Mapping[str, Any]) -> int:
@@ -37,7 +41,7 @@ def insert_event(
         job_id=job_id,
         attempt=attempt,
         type=kind,
-        data=dict(data),
+        data=storable(data),
         created_at=database_now(session),
     )
     session.add(event)
@@ -61,3 +65,18 @@ def list_events(
 def latest_event_id(session: Session, job_id: str) -> int:
     """The id of a job's last event; 0 without events."""
     return session.scalar(select(func.max(JobEvent.id)).where(JobEvent.job_id == job_id)) or 0
+
+
+def storable(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy what an engine reported, with a replacement for what no database column holds."""
+    return {key.replace(NUL, REPLACEMENT): _storable_value(data[key]) for key in data}
+
+
+def _storable_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(NUL, REPLACEMENT)
+    if isinstance(value, Mapping):
+        return storable(value)
+    if isinstance(value, list | tuple):
+        return [_storable_value(each) for each in value]
+    return value

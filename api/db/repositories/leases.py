@@ -13,6 +13,7 @@ from sqlalchemy import Select, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from api.db.connection import database_now
+from api.db.repositories.events import storable
 from api.db.repositories.observations import fold_event
 from api.db.repositories.transitions import (
     end_attempt,
@@ -111,9 +112,9 @@ def record_event(session: Session, lease: Lease, kind: str, data: Mapping[str, A
     Raises:
         LeaseLost: another worker or the reaper has the job.
     """
-    job = _lock_held(session, lease)
-    fold_event(session, job, kind, data)
-    return record_change(session, job, kind, data)
+    job, clean = _lock_held(session, lease), storable(data)
+    fold_event(session, job, kind, clean)
+    return record_change(session, job, kind, clean)
 
 
 def complete_job(

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from api.db.connection import database_now
-from api.db.repositories.events import insert_event
+from api.db.repositories.events import insert_event, storable
 from api.db.repositories.outbox import put_wakeup
 from api.db.tables.jobs import Job, JobAttempt, JobStatus
 
@@ -86,7 +86,7 @@ def mark_failed(session: Session, job: Job, error: Mapping[str, Any]) -> None:
     """End the job with an error."""
     job.status = JobStatus.FAILED
     job.failed_at = database_now(session)
-    job.error = dict(error)
+    job.error = storable(error)
     # the stage stays: it says where the job failed
     job.lease_owner = job.lease_until = None
     record_change(session, job, "job.failed", {"error": dict(error)})
@@ -97,7 +97,7 @@ def mark_succeeded(session: Session, job: Job, artifact_id: str, report: Mapping
     job.status = JobStatus.SUCCEEDED
     job.succeeded_at = database_now(session)
     job.artifact_id = artifact_id
-    job.report = dict(report)
+    job.report = storable(report)
     _leave_worker(job)
     record_change(session, job, "job.succeeded", {"artifact_id": artifact_id})
 
