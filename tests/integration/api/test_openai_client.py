@@ -1,0 +1,198 @@
+"""The `openai` package against the API, a real inference process and a quantized checkpoint."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from api.cli.environment import settings_environment
+from api.db.connection import Database
+from api.settings import InferenceSettings, Settings
+from engine.calibration.watch import Watch
+from engine.pipeline import EvaluationPlan, QuantJob, quantize_model
+from engine.spec import CalibrationSpec, QuantSpec, Recipe
+from tests.integration.machine import ROOT, wait_until
+from tests.running_api import run_api
+from tests.servers import free_port
+from tests.tiny_llama import save_tiny_llama
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The files of a tiny model at W4A8, as the worker stores them."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    calibration = CalibrationSpec(samples=1, length=16, epochs=0)
+    job = QuantJob(
+        source_dir=save_tiny_llama(folder / "source", positions=4096),
+        out_dir=folder / "out",
+        state_dir=folder / "state",
+        spec=QuantSpec(w_bits=4, a_bits=8, recipe=Recipe.RTN, calibration=calibration),
+        evaluation=EvaluationPlan(enabled=False),
+    )
+    quantize_model(job, Watch(on_event=lambda event: None))
+    return {
+        str(path.relative_to(job.out_dir)): path.read_bytes()
+        for path in job.out_dir.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def hosting(tmp_path_factory, sqlite_template, checkpoint):
+    """A server that hosts the checkpoint as `tiny`, and its inference process."""
+    folder = tmp_path_factory.mktemp("hosting")
+    shutil.copyfile(sqlite_template, folder / "abq.db")
+    url = f"http://127.0.0.1:{free_port()}"
+    settings = Settings(
+        data_dir=folder, inference=InferenceSettings(url=url, threads=1, device="cpu")
+    )
+    database = Database(settings.database_url)
+    process = start_inference(settings, folder)
+    try:
+        with run_api(settings, database) as api:
+            wait_until(lambda: answers(url), "the inference process did not start")
+            job_id, _ = api.artifact(files=checkpoint)
+            with api.client() as client:
+                wanted = {"quantization_id": job_id, "name": "tiny"}
+                made = client.post("/v1/deployments", json=wanted).json()
+                address = f"/v1/deployments/{made['id']}"
+                wait_until(
+                    lambda: client.get(address).json()["status"] == "ready",
+                    "the model was not loaded",
+                )
+            yield api
+    finally:
+        process.terminate()
+        process.wait(20)
+        database.close()
+
+
+@pytest.fixture
+def client(hosting):
+    with openai.OpenAI(
+        api_key=hosting.key("infer:invoke"),
+        base_url=f"{hosting.url}/v1",
+        http_client=openai.DefaultHttpxClient(trust_env=False),
+        max_retries=0,
+    ) as opened:
+        yield opened
+
+
+def test_a_chat_streams_the_text_that_it_also_answers_as_a_whole(client):
+    wanted = {"model": "tiny", "messages": MESSAGES, "max_tokens": 24, "seed": 3}
+    whole = client.chat.completions.create(**wanted)
+
+    stream = client.chat.completions.create(
+        **wanted, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = list(stream)
+
+    text = "".join(each.choices[0].delta.content or "" for each in chunks)
+    assert text == whole.choices[0].message.content != ""
+    assert len([each for each in chunks if each.choices[0].delta.content]) > 3
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.choices == []
+    assert last.usage == whole.usage
+    assert whole.usage.completion_tokens == 24
+
+
+def test_a_seed_repeats_a_sample_and_stop_ends_it(client):
+    wanted = {"model": "tiny", "prompt": "once", "max_tokens": 16, "temperature": 1.0}
+
+    first, second = (client.completions.create(**wanted, seed=7) for _ in range(2))
+    text = first.choices[0].text
+    stopped = client.completions.create(**wanted, seed=7, stop=text[3])
+
+    assert second.choices[0].text == text
+    assert stopped.choices[0].text == text[: text.index(text[3])]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_the_model_list_iterates(client):
+    assert [each.id for each in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").object == "model"
+
+
+def test_refusals_are_the_clients_own_exceptions(client):
+    wanted = {"model": "tiny", "messages": MESSAGES}
+
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.chat.completions.create(**wanted | {"model": "other"})
+    with pytest.raises(openai.BadRequestError) as unsupported:
+        client.chat.completions.create(**wanted, logprobs=True)
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.chat.completions.create(**wanted, max_tokens=100_000)
+    with pytest.raises(openai.AuthenticationError) as stranger:
+        client.with_options(api_key="abq_live_wrong").models.list()
+
+    assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+    assert (unsupported.value.code, unsupported.value.param) == (
+        "unsupported_parameter", "logprobs",
+    )  # fmt: skip
+    assert too_long.value.code == "context_length_exceeded"
+    assert stranger.value.code == "invalid_api_key"
+
+
+def test_a_caller_that_leaves_frees_the_model_for_the_next(client, hosting):
+    long = {"model": "tiny", "prompt": "once", "max_tokens": 4000, "temperature": 0}
+    streams = [client.completions.create(**long, stream=True) for _ in range(4)]
+    for stream in streams:
+        next(iter(stream))
+        stream.close()
+
+    # four run at a time: this one waits for its turn unless the others have ended
+    started = time.monotonic()
+    client.completions.create(model="tiny", prompt="x", max_tokens=1)
+
+    # one of them alone takes twenty seconds to its end
+    assert time.monotonic() - started < 5
+
+
+def test_callers_at_the_same_time_each_get_their_own_text(client):
+    prompts = [f"number {number}" for number in range(6)]
+
+    def complete(prompt):
+        answer = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=12, temperature=0
+        )
+        return answer.choices[0].text
+
+    alone = [complete(prompt) for prompt in prompts]
+    together = {}
+    threads = [
+        threading.Thread(target=lambda each=each: together.update({each: complete(each)}))
+        for each in prompts
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [together[each] for each in prompts] == alone
+
+
+def start_inference(settings, folder):
+    with (folder / "inference.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "worker.inference"],
+            cwd=ROOT,
+            env={**settings_environment(settings, os.environ), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+        )
+
+
+def answers(url):
+    try:
+        return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
