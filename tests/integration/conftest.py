@@ -21,7 +21,7 @@ from tests.tiny_llama import save_tiny_llama
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A folder of local models; `tiny` has six decoder layers of about a second each."""
+    """A folder of local models; `tiny` has six decoder layers of about half a second each."""
     folder = tmp_path_factory.mktemp("models")
     save_tiny_llama(folder / "tiny", layers=6)
     return folder

@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[2]
 SPEC = {
     "w_bits": 4,
     "a_bits": 8,
-    "calibration": {"samples": 8, "length": 64, "epochs": 4},
+    "calibration": {"samples": 8, "length": 64, "epochs": 2},
 }
-"""Most of a second for each decoder layer of the tiny model."""
+"""About half a second for each decoder layer of the tiny model."""
 QUICK = {
     "w_bits": 4,
     "recipe": "rtn",

@@ -156,9 +156,13 @@ class ModelPool:
         try:
             async with self._one_load:
                 needed = await asyncio.to_thread(self._shelf.memory_needed, entry.artifact_id)
-                await self._make_room(needed, entry)
+                await self._make_room(needed)
                 entry.memory_bytes = needed
                 engine = await asyncio.to_thread(self._shelf.open, entry.artifact_id)
+                entry.memory_bytes = engine.memory_bytes
+                # the estimate was made from the files; what counts is what was taken
+                while self._taken_bytes() > self._budget_bytes and await self._evict():
+                    pass
         except InferenceOverloaded:
             self._forget(entry)
             raise
@@ -169,26 +173,31 @@ class ModelPool:
             log.exception("model_load_failed", artifact_id=entry.artifact_id)
             entry.fail("the model could not be loaded")
             raise ModelFailed from error
-        entry.engine, entry.memory_bytes = engine, engine.memory_bytes
+        entry.engine = engine
         entry.status = ModelStatus.READY
         log.info("model_loaded", artifact_id=entry.artifact_id, bytes=engine.memory_bytes)
         return engine
 
-    async def _make_room(self, needed: int, for_entry: "_Entry") -> None:
+    async def _make_room(self, needed: int) -> None:
         if needed > self._budget_bytes:
             raise ModelFailed(
                 f"the model needs {needed} bytes of the {self._budget_bytes} there are"
             )
-        while self._taken_bytes(for_entry) + needed > self._budget_bytes:
-            idle = [e for e in self._entries.values() if e.engine is not None and not e.users]
-            if not idle:
+        while self._taken_bytes() + needed > self._budget_bytes:
+            if not await self._evict():
                 raise InferenceOverloaded("the models in use leave no room for another; try again")
-            oldest = min(idle, key=lambda entry: entry.used_tick)
-            log.info("model_evicted", artifact_id=oldest.artifact_id)
-            await self.unload(oldest.artifact_id)
 
-    def _taken_bytes(self, besides: "_Entry") -> int:
-        return sum(e.memory_bytes for e in self._entries.values() if e is not besides)
+    async def _evict(self) -> bool:
+        idle = [e for e in self._entries.values() if e.engine is not None and not e.users]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda entry: entry.used_tick)
+        log.info("model_evicted", artifact_id=oldest.artifact_id)
+        await self.unload(oldest.artifact_id)
+        return True
+
+    def _taken_bytes(self) -> int:
+        return sum(entry.memory_bytes for entry in self._entries.values())
 
     async def _close(self, entry: "_Entry") -> None:
         # a load cannot be broken off in the middle of a file; it is awaited and then dropped

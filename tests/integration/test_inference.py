@@ -1,0 +1,264 @@
+"""The inference process as its callers meet it: over HTTP, with real models."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from api.cli.environment import settings_environment
+from api.settings import InferenceSettings, Settings, StorageSettings
+from engine.calibration.watch import Watch
+from engine.pipeline import EvaluationPlan, QuantJob, quantize_model
+from engine.spec import CalibrationSpec, QuantSpec, Recipe
+from tests.integration.machine import ROOT, wait_until
+from tests.servers import free_port
+from tests.tiny_llama import save_tiny_llama
+
+HEADER = "X-ABQ-Internal-Token"
+TOKEN = "sesame"  # noqa: S105 - of a process that lives for a test
+CONTEXT = 4096
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    job = QuantJob(
+        source_dir=save_tiny_llama(folder / "source", layers=2, positions=CONTEXT),
+        out_dir=folder / "out",
+        state_dir=folder / "state",
+        spec=QuantSpec(
+            w_bits=4,
+            a_bits=8,
+            recipe=Recipe.RTN,
+            calibration=CalibrationSpec(samples=1, length=16, epochs=0),
+        ),
+        evaluation=EvaluationPlan(enabled=False),
+    )
+    quantize_model(job, Watch(on_event=lambda event: None))
+    return job.out_dir
+
+
+@pytest.fixture(scope="module")
+def store(checkpoint, tmp_path_factory):
+    """Copies of one model, one of them damaged, and one that claims to be very large."""
+    root = tmp_path_factory.mktemp("artifacts")
+    for name in ("art_a", "art_b", "art_c", "art_damaged", "art_large"):
+        shutil.copytree(checkpoint, root / name)
+    shard = next((root / "art_damaged").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    manifest = root / "art_large" / "abq_manifest.json"
+    record = json.loads(manifest.read_text())
+    record["bits"]["packed_bytes"] = 10**15
+    manifest.write_text(json.dumps(record))
+    return root
+
+
+@contextmanager
+def run_inference(store, **fields):
+    """Start the process and give it and a client; keywords replace inference settings."""
+    url = f"http://127.0.0.1:{free_port()}"
+    given = InferenceSettings(url=url, token=SecretStr(TOKEN), threads=1, device="cpu", **fields)
+    settings = Settings(data_dir=store.parent, storage=StorageSettings(root=store), inference=given)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "worker.inference"],
+        cwd=ROOT,
+        env={**settings_environment(settings, os.environ), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with httpx.Client(base_url=url, headers={HEADER: TOKEN}, timeout=60) as client:
+            wait_until(lambda: answers(client), "the inference process did not start")
+            yield process, client
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(store):
+    """Of one process for most tests; what it is sent must not stop it."""
+    with run_inference(store, max_waiting=0) as (_, client):
+        yield client
+
+
+def answers(client):
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def generate(client, artifact_id="art_a", **fields):
+    body = {"artifact_id": artifact_id, "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
+    return client.post("/generate", json={**body, **fields})
+
+
+def records(response):
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+class Stream:
+    """A generation that takes its time, read in a thread."""
+
+    def __init__(self, client, artifact_id="art_a", max_tokens=CONTEXT - 10):
+        self.lines = []
+        self.is_over = threading.Event()
+        self._leave = threading.Event()
+        arguments = (client, artifact_id, max_tokens)
+        threading.Thread(target=self._read, args=arguments, daemon=True).start()
+        wait_until(lambda: len(self.lines) > 1 or self.is_over.is_set(), "no token came")
+
+    def disconnect(self):
+        self._leave.set()
+        self.is_over.wait(10)
+
+    def _read(self, client, artifact_id, max_tokens):
+        body = {
+            "artifact_id": artifact_id,
+            "prompt": "hello",
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+        }
+        try:
+            with client.stream("POST", "/generate", json=body) as response:
+                for line in response.iter_lines():
+                    self.lines.append(json.loads(line))
+                    if self._leave.is_set():
+                        break
+        finally:
+            self.is_over.set()
+
+
+def status_of(client, artifact_id):
+    models = {each["artifact_id"]: each["status"] for each in client.get("/models").json()}
+    return models.get(artifact_id)
+
+
+def test_a_model_is_loaded_on_demand_and_generates(client):
+    response = generate(client, seed=1)
+
+    first, *tokens, last = records(response)
+    assert first == {"type": "start", "prompt_tokens": 5}
+    assert {record["type"] for record in tokens} == {"token"}
+    assert last == {
+        "type": "end", "finish_reason": "length", "prompt_tokens": 5, "completion_tokens": 4
+    }  # fmt: skip
+    assert status_of(client, "art_a") == "ready"
+
+
+def test_equal_seeds_give_equal_texts(client):
+    texts = {generate(client, seed=seed, max_tokens=24).text for seed in (5, 5, 5)}
+
+    assert len(texts) == 1
+    assert generate(client, seed=6, max_tokens=24).text not in texts
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "param"),
+    [
+        ({"max_tokens": 100_000}, 400, "context_length_exceeded", "max_tokens"),
+        ({"prompt": "x" * 5000}, 400, "context_length_exceeded", "prompt"),
+        ({"temperature": -1}, 400, "invalid_request", "temperature"),
+        ({"temperature": "warm"}, 400, "invalid_request", "temperature"),
+        ({"logit_bias": {}}, 400, "invalid_request", "logit_bias"),
+        ({"prompt": None}, 400, "invalid_request", None),
+        ({"artifact_id": "art_z"}, 404, "model_not_found", None),
+        ({"artifact_id": "../art_a"}, 404, "model_not_found", None),
+        ({"seed": 2**70}, 400, "invalid_request", "seed"),
+    ],
+)
+def test_a_bad_request_is_refused_and_stops_nothing(fields, status, code, param, client):
+    response = generate(client, **fields)
+
+    assert response.status_code == status
+    assert response.json()["code"] == code
+    assert response.json()["param"] == param
+    assert generate(client).status_code == 200
+
+
+def test_only_who_knows_the_token_is_served(client):
+    refused = client.get("/models", headers={HEADER: "guess"})
+
+    assert refused.status_code == 401
+    assert client.get("/ready", headers={HEADER: ""}).status_code == 200
+
+
+def test_a_damaged_artifact_is_not_loaded(client):
+    response = generate(client, "art_damaged")
+
+    assert response.status_code == 500
+    assert response.json()["code"] == "model_failed"
+    assert "differs from its sha256" in response.json()["message"]
+    assert status_of(client, "art_damaged") == "failed"
+    assert generate(client).status_code == 200
+
+
+def test_a_model_beyond_the_budget_is_refused_before_it_is_read(client):
+    response = generate(client, "art_large")
+
+    assert response.status_code == 500
+    assert response.json()["code"] == "model_failed"
+    assert "bytes of the" in response.json()["message"]
+
+
+def test_the_least_recently_used_model_makes_room(client, store):
+    generate(client)
+    size = next(each["memory_bytes"] for each in client.get("/models").json())
+
+    with run_inference(store, memory_bytes=int(size * 2.9)) as (_, small):
+        for name in ("art_a", "art_b", "art_a", "art_c"):
+            assert generate(small, name).status_code == 200
+        loaded = [model["artifact_id"] for model in small.get("/models").json()]
+
+    assert loaded == ["art_c", "art_a"]
+
+
+def test_a_full_queue_is_refused_at_once_and_a_disconnect_makes_room(client):
+    streams = [Stream(client) for _ in range(4)]
+
+    refused = generate(client)
+    streams[0].disconnect()
+    wait_until(lambda: generate(client).status_code == 200, "the slot was not given back", 5)
+
+    assert refused.status_code == 503
+    assert refused.json()["code"] == "overloaded"
+    assert int(refused.headers["Retry-After"]) > 0
+    for stream in streams[1:]:
+        stream.disconnect()
+
+
+def test_unloading_ends_what_runs_on_the_model(client):
+    stream = Stream(client, "art_b")
+
+    assert client.delete("/models/art_b").status_code == 204
+
+    assert stream.is_over.wait(10)
+    assert stream.lines[-1]["type"] == "error"
+    assert status_of(client, "art_b") is None
+
+
+def test_a_stopping_process_finishes_what_runs_and_refuses_what_comes(store):
+    with run_inference(store) as (process, client):
+        stream = Stream(client, max_tokens=600)
+        assert not stream.is_over.is_set()
+
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: client.get("/ready").status_code == 503, "it did not drain", 5)
+        refused = generate(client)
+
+        assert refused.status_code == 503
+        assert refused.json()["code"] == "draining"
+        assert stream.is_over.wait(60)
+        assert stream.lines[-1]["finish_reason"] == "length"
+        assert process.wait(10) == 0
