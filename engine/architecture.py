@@ -199,7 +199,9 @@ def _check_values(config: Mapping[str, Any], layers: int) -> None:
     kinds = config.get("layer_types")
     allowed = ("full_attention", "sliding_attention")
     if kinds is not None and (
-        not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(allowed)
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or not all(kind in allowed for kind in kinds)
     ):
         raise UnsupportedModel(
             "layer_types", f"layer_types must list one of {', '.join(allowed)} for each layer"

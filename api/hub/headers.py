@@ -90,7 +90,8 @@ def _read_span(name: str, entry: object, path: str) -> _Span:
         raise _malformed(path, f"tensor {name[:80]!r} is not named or described properly")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     sizes, ends = _whole_numbers(shape), _whole_numbers(offsets)
-    if dtype not in DTYPE_BYTES or sizes is None or ends is None or len(ends) != 2:
+    is_known = isinstance(dtype, str) and dtype in DTYPE_BYTES
+    if not is_known or sizes is None or ends is None or len(ends) != 2:
         raise _malformed(path, f"tensor {name!r} has no valid dtype, shape and data_offsets")
     header = TensorHeader(dtype=str(dtype), shape=sizes)
     begin, end = ends

@@ -25,6 +25,7 @@ FIRST_READ_BYTES = 100_000
 # an index names every tensor of the model once
 MAX_INDEX_BYTES = 25_000_000
 PARALLEL_READS = 8
+MAX_MESSAGE = 500
 
 
 class ReadRange(Protocol):
@@ -78,7 +79,9 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
     try:
         check_config(config)
     except UnsupportedModel as error:
-        raise ConfigRejected(error.message, param="model", config_field=error.field) from error
+        # the message quotes the value, and a value may be as long as the config
+        message = error.message[:MAX_MESSAGE]
+        raise ConfigRejected(message, param="model", config_field=error.field) from error
 
 
 def _read_index(resolved: ResolvedModel, read: ReadRange) -> dict[str, Any] | None:

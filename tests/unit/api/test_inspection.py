@@ -1,0 +1,80 @@
+"""A stranger's files cannot crash the inspection, only be refused by it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from api.errors import ServiceError
+from api.hub.base import RemoteFile, ResolvedModel
+from api.hub.inspection import inspect_model
+from engine.architecture import OPTIONAL, REQUIRED
+from tests.model_files import CONFIG, model_files
+
+FIELDS = (*REQUIRED, *OPTIONAL, "model_type", "head_dim", "num_key_value_heads", "auto_map",
+          "max_position_embeddings", "quantization_config")  # fmt: skip
+ODD = ([], {}, [[1]], [{}], "x", "x" * 900_000, -1, 0, 1e308, 10**4000, True, None, 2.5,
+       {"rope_type": []}, {"type": {}}, ["full_attention", []])  # fmt: skip
+
+
+def inspect(files):
+    resolved = ResolvedModel(
+        model="acme/tiny",
+        sha="a" * 40,
+        files=tuple(RemoteFile(path=path, bytes=len(content)) for path, content in files.items()),
+    )
+    return inspect_model(resolved, lambda path, start, length: files[path][start : start + length])
+
+
+def refusal_of(files):
+    try:
+        inspect(files)
+    except ServiceError as refusal:
+        return refusal
+    return None
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_value_of_a_config_crashes_the_inspection(field):
+    files = model_files()
+
+    for value in ODD:
+        config = json.dumps(CONFIG | {field: value}).encode()
+        refusal = refusal_of(files | {"config.json": config})
+        assert refusal is None or (refusal.status == 422 and refusal.param == "model")
+        assert refusal is None or len(refusal.message) < 1000
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
+def test_no_broken_byte_crashes_the_inspection(name):
+    files = model_files()
+    generator = np.random.default_rng(0)
+
+    refused = 0
+    for _ in range(300):
+        spoiled = bytearray(files[name])
+        place = int(generator.integers(0, min(len(spoiled), 2000)))
+        spoiled[place] = int(generator.integers(0, 256))
+        refusal = refusal_of(files | {name: bytes(spoiled)})
+        assert refusal is None or refusal.status == 422
+        refused += refusal is not None
+
+    assert refused > 30
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, 2000])
+def test_a_weight_file_cut_short_is_refused(keep):
+    files = model_files()
+
+    assert refusal_of(files | {"model.safetensors": files["model.safetensors"][:keep]}) is not None
+
+
+@pytest.mark.parametrize(
+    "index", [b"{}", b"[]", b'{"weight_map": []}', b'{"weight_map": {}}',
+              b'{"weight_map": {"a": []}}',
+              b'{"weight_map": {"a": "b.safetensors"}}', b"{", b"null"],
+)  # fmt: skip
+def test_an_index_that_makes_no_sense_is_refused(index):
+    refusal = refusal_of(model_files() | {"model.safetensors.index.json": index})
+
+    assert refusal.status == 422
