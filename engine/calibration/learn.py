@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from engine.calibration.capture import BlockCall
+from engine.calibration.statistics import input_power
 from engine.calibration.watch import Watch
 from engine.errors import CalibrationDiverged
 from engine.events import Stage
@@ -31,6 +32,9 @@ __all__ = ["BlockTask", "LearnedBlock", "learn_block", "run_windows"]
 
 SEED_STRIDE = 1_000_003
 """Keeps the random order of a block its own: a resumed run needs no earlier block's."""
+
+FINAL_RATE = 0.05
+"""The learning rate falls to this part of its start, in a straight line over all steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +82,14 @@ def learn_block(task: BlockTask, spec: QuantSpec, method: Method, watch: Watch) 
     _check_finite(task)
     for transform in method.transforms:
         transform.apply(task.block)
+    trains = spec.calibration.epochs > 0
+    power = input_power(task.block, task.call, task.inputs) if trains else {}
     twins = _make_twins(task, spec)
     plain = _round(twins, method)
     before = _measure(task, plain, spec)
     _check_loss(task, before.loss)
     kept, after = plain, before
-    if spec.calibration.epochs and _install_clips(twins, method):
+    if trains and _install_clips(twins, method, power):
         swap_modules(task.block, twins)
         _train(task, twins, spec, method, watch)
         learned = _round(twins, method)
@@ -132,10 +138,12 @@ def _make_twins(task: BlockTask, spec: QuantSpec) -> dict[str, FakeQuantLinear]:
     return twins
 
 
-def _install_clips(twins: dict[str, FakeQuantLinear], method: Method) -> bool:
+def _install_clips(
+    twins: dict[str, FakeQuantLinear], method: Method, power: dict[str, torch.Tensor]
+) -> bool:
     """Give every twin its clip; tell whether there is anything to train."""
-    for twin in twins.values():
-        twin.clip = method.clipping.clip_for(twin.weight, twin.grid)
+    for name, twin in twins.items():
+        twin.clip = method.clipping.clip_for(twin.weight, twin.grid, power[name])
     return bool(_trainable(twins))
 
 
@@ -177,9 +185,10 @@ def _train(
     generator = torch.Generator().manual_seed(calibration.seed * SEED_STRIDE + task.index)
     trained = _trainable(twins)
     optimizer = torch.optim.AdamW(trained, lr=method.learning_rate, weight_decay=0.0)
+    steps = calibration.epochs * len(task.inputs)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_RATE, total_iters=steps)
     task.block.train()
     best_loss, best = math.inf, [each.detach().clone() for each in trained]
-    steps = calibration.epochs * len(task.inputs)
     done = task.index * steps
     for _ in range(calibration.epochs):
         losses = []
@@ -192,6 +201,7 @@ def _train(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             optimizer.step()
+            rates.step()
             done += 1
             watch.progress(Stage.CALIBRATING, done, task.total * steps, "step")
         if math.fsum(losses) < best_loss:

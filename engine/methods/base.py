@@ -29,12 +29,15 @@ class Transform(Protocol):
 class Clipping(Protocol):
     """Narrows the range that the grid of a linear layer covers."""
 
-    def clip_for(self, weight: torch.Tensor, grid: WeightGrid) -> RangeClip:
+    def clip_for(
+        self, weight: torch.Tensor, grid: WeightGrid, input_power: torch.Tensor
+    ) -> RangeClip:
         """Make the clip of one linear layer; a module with parameters is trained.
 
         Args:
             weight: float ``[N, K]``.
             grid: of this layer.
+            input_power: float32 ``[K]``, mean square of each input of the quantized chain.
         """
 
 

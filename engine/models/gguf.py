@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from engine.architecture import kept_fields
-from engine.errors import UnsupportedModel
+from engine.errors import EngineError, UnsupportedModel
 from engine.models.loading import HEAD, build_empty_model
 
 __all__ = ["import_gguf"]
@@ -24,7 +24,10 @@ def import_gguf(gguf_file: Path, out_dir: Path) -> None:
 
     Raises:
         UnsupportedModel: if the file does not exist or its architecture is not supported.
+        EngineError: if the directory exists already.
     """
+    if out_dir.exists():
+        raise EngineError(f"{out_dir.name} exists already; name a new directory")
     if not gguf_file.is_file():
         raise UnsupportedModel("gguf_file", f"{gguf_file.name} does not exist")
     folder, name = str(gguf_file.parent), gguf_file.name

@@ -1,0 +1,168 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from engine.calibration.capture import capture_inputs
+from engine.errors import CheckpointInvalid, UnsupportedModel
+from engine.models.blocks import ResidentModel
+from engine.models.loading import (
+    SourceModel,
+    build_empty_model,
+    build_model_config,
+    load_full_precision,
+    read_config,
+)
+from tests.tiny_models import FAMILIES, save_tiny_model
+
+TOKENS = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+def run_blocks(model, tokens):
+    inputs = capture_inputs(model, tokens)
+    hidden = inputs.hidden
+    for index, call in enumerate(inputs.calls):
+        block = model.load_block(index)
+        hidden = torch.cat([call.run(block, each[None]) for each in hidden])
+    return model.load_head()(hidden)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_block_by_block_equals_the_whole_model(tmp_path, model_type):
+    folder = save_tiny_model(tmp_path, model_type)
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
+
+    with torch.no_grad():
+        logits = run_blocks(SourceModel.open(folder), TOKENS)
+        wanted = reference(TOKENS).logits
+
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_whole_load_equals_the_librarys_own(tmp_path, model_type):
+    folder = save_tiny_model(tmp_path, model_type)
+
+    loaded = load_full_precision(folder)
+
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert loaded.state_dict().keys() == reference.keys()
+    assert all(torch.equal(each, reference[name]) for name, each in loaded.state_dict().items())
+
+
+def test_a_model_in_memory_gives_the_same_blocks_and_keeps_its_layers(tmp_path):
+    folder = save_tiny_model(tmp_path, "qwen2")
+    source = SourceModel.open(folder)
+    resident = ResidentModel(architecture=source.architecture, skeleton=load_full_precision(folder))
+
+    with torch.no_grad():
+        seen = run_blocks(resident, TOKENS)
+        again = resident.skeleton(TOKENS).logits
+
+    assert torch.equal(seen, run_blocks(source, TOKENS))
+    torch.testing.assert_close(seen, again, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_and_values_are_rounded_when_asked(tmp_path):
+    source = SourceModel.open(save_tiny_model(tmp_path))
+    inputs = capture_inputs(source, TOKENS)
+    block = source.load_block(0)
+
+    plain = inputs.calls[0].run(block, inputs.hidden)
+    fine = inputs.calls[0].run(block, inputs.hidden, kv_bits=8)
+    coarse = inputs.calls[0].run(block, inputs.hidden, kv_bits=2)
+
+    assert 0 < (fine - plain).abs().max() < (coarse - plain).abs().max()
+
+
+def test_a_missing_tensor_is_named_before_any_weight_is_read(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors")
+
+    with pytest.raises(CheckpointInvalid, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        SourceModel.open(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(128, 32)
+    save_file(weights, folder / "model.safetensors")
+
+    with pytest.raises(CheckpointInvalid, match=r"layers\.1\.mlp\.up_proj.* \(128, 32\)"):
+        SourceModel.open(folder).load_block(1)
+
+
+def test_a_model_with_pickles_only_is_refused(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    with pytest.raises(UnsupportedModel, match="no safetensors"):
+        SourceModel.open(folder)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "model.bin", "/etc/passwd"])
+def test_an_index_that_points_elsewhere_is_refused(tmp_path, name):
+    folder = save_tiny_model(tmp_path)
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    with pytest.raises(CheckpointInvalid, match="no file of the model"):
+        SourceModel.open(folder)
+
+
+def test_broken_weights_are_refused(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"\x80\x04junk")
+
+    with pytest.raises(CheckpointInvalid, match=r"model\.safetensors"):
+        SourceModel.open(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"not json",
+        b"\xff",
+        b'{"a":' * 25 + b"1" + b"}" * 25,
+        b"[" * 100_000,
+        b'{"pad": "' + b"x" * 1_000_000 + b'"}',
+    ],
+)
+def test_a_config_that_is_no_small_object_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+
+    with pytest.raises(UnsupportedModel) as refused:
+        read_config(tmp_path)
+
+    assert refused.value.field == "config.json"
+
+
+def test_a_directory_without_config_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModel, match=r"no config\.json"):
+        read_config(tmp_path)
+
+
+def test_a_config_cannot_choose_the_attention_code(tmp_path):
+    fields = read_config(save_tiny_model(tmp_path))
+
+    built = build_model_config(
+        {**fields, "attn_implementation": "evil/repo", "_attn_implementation_internal": "evil/repo"}
+    )
+
+    assert built.to_dict().get("attn_implementation") is None
+    assert built._attn_implementation == "sdpa"  # noqa: SLF001  it has no public name
+
+
+def test_an_empty_model_takes_no_memory(tmp_path):
+    model = build_empty_model(read_config(save_tiny_model(tmp_path)))
+
+    assert all(each.is_meta for each in model.parameters())
+    assert not any(each.is_meta for each in model.buffers())
