@@ -42,7 +42,8 @@ def run_up(settings: Settings, *, show_logs: bool = False) -> int:
     """
     voice = Voice()
     settings = _with_inference_token(settings)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    # database, artifacts and the client's key are nobody else's business
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _hold_data_dir(settings), catch_signals() as signals:
         api, inference = api_address(settings), inference_address(settings)
         for address in (api, inference):
