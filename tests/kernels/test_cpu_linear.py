@@ -15,7 +15,7 @@ def prepared(weight):
 
 @pytest.mark.parametrize("max_code", [1, 4, 15, 127, 255])
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("m", [1, 2, 33])
+@pytest.mark.parametrize("m", [0, 1, 33, 300])
 def test_it_equals_the_reference_bit_for_bit(max_code, groups, m):
     tokens, weight = random_tokens(m, 256, 8), random_weight(40, 256, max_code, groups)
     bias = torch.randn(40)
