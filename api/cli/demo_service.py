@@ -20,7 +20,7 @@ __all__ = ["log_tail", "running_service"]
 
 LOG_FILE = "service.log"
 START_S = 120.0
-STOP_S = 45.0
+STOP_S = 60.0
 TAIL_LINES = 8
 TAIL_CHARACTERS = 400
 
