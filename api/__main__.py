@@ -1,13 +1,17 @@
-"""`python -m api`: the control plane as a process."""
+"""`python -m api`: the control plane as a process; `python -m api openapi` describes it."""
 
+import json
 import sys
 
 import uvicorn
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from api.app import create_app
 from api.db.connection import Database
+from api.db.migrations import upgrade_database
 from api.hub.routing import create_hub
 from api.queue import create_celery
+from api.routes.interface import Interface
 from api.services.inference import InferenceClient
 from api.services.keys import create_first_key
 from api.settings import Settings
@@ -16,20 +20,19 @@ from api.telemetry import configure_logging
 
 __all__ = ["main"]
 
-SHUTDOWN_S = 10
-"""Open event streams are cut after this; clients come back with `Last-Event-ID`."""
+SHUTDOWN_S = 5
+"""Open streams are cut after this; readers of events come back with `Last-Event-ID`."""
 
 
 def main() -> None:
-    """Serve until told to stop; shows the first API key when it makes one."""
+    """Serve until told to stop, or print the OpenAPI document."""
+    if sys.argv[1:] == ["openapi"]:
+        sys.stdout.write(json.dumps(Interface().openapi(), indent=2) + "\n")
+        return
     settings = Settings()
     configure_logging(settings.log_level)
     database = Database(settings.database_url)
-    first_key = create_first_key(database)
-    if first_key is not None:
-        # to the terminal and not to the log, which others may read and which keeps things
-        sys.stdout.write(f"First API key, shown only now: {first_key}\n")
-        sys.stdout.flush()
+    _prepare(settings, database)
     app = create_app(
         settings,
         database=database,
@@ -46,6 +49,22 @@ def main() -> None:
         access_log=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
+
+
+def _prepare(settings: Settings, database: Database) -> None:
+    """Make the first key; a database of one's own is migrated, another one is the operator's."""
+    if settings.database.url is None:
+        upgrade_database(settings.database_url)
+    try:
+        key = create_first_key(database)
+    except (OperationalError, ProgrammingError) as error:
+        sys.exit(
+            f"The database does not answer, or lacks its tables: run `abq migrate`. {error.orig}"
+        )
+    if key is not None:
+        # to the terminal and not to the log, which others may read and which keeps things
+        sys.stdout.write(f"First API key, shown only now: {key}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from celery import Celery
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
 from api.db.connection import Database
 from api.deps import Ports
 from api.dispatch import Dispatcher
-from api.errors import BodyTooLarge
+from api.errors import BodyTooLarge, ServiceError
 from api.hub.base import ModelHub
 from api.problems import error_response, install_error_handlers
-from api.routes import artifacts, completions, deployments, events, health, keys, quantizations
-from api.schemas.base import Problem
+from api.routes.interface import Interface
 from api.services.events import EventFeed
 from api.services.health import JobCollector
 from api.services.inference import InferenceClient
@@ -29,8 +27,6 @@ __all__ = ["create_app"]
 
 log = get_logger(__name__)
 
-INTERFACE_VERSION = "1.0.0"
-"""Of what is served below `/v1`, not of the package."""
 REQUEST_ID = "X-Request-Id"
 MAX_REQUEST_ID = 100
 UNROUTED = "(none)"
@@ -55,19 +51,8 @@ def create_app(
         feed=EventFeed(database),
         metrics=Metrics(JobCollector(database)),
     )
-    app = FastAPI(
-        title="ABQ Service",
-        version=INTERFACE_VERSION,
-        description="Quantize a language model to any bit width, watch, download, and chat.",
-        lifespan=_lifespan(ports, Dispatcher(database, celery, settings)),
-        generate_unique_id_function=_operation_id,
-        responses={"4XX": {"model": Problem, "description": "Refused; the problem says why."}},
-    )
+    app = Interface(lifespan=_lifespan(ports, Dispatcher(database, celery, settings)))
     app.state.ports = ports
-    for module in (
-        quantizations, events, artifacts, deployments, completions, keys, health
-    ):  # fmt: skip
-        app.include_router(module.router)
     install_error_handlers(app)
     # the last one added is the outermost
     app.add_middleware(BodyLimit, limit_bytes=settings.limits.request_bytes)
@@ -111,7 +96,7 @@ class BodyLimit:
 
 
 class RequestTelemetry:
-    """Gives each request an id, measures it, and logs it once it is answered."""
+    """Gives each request an id, measures and logs it, and answers what nobody else could."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -124,31 +109,44 @@ class RequestTelemetry:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        started, status = time.perf_counter(), 500
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                name = REQUEST_ID.lower().encode()
-                others = [each for each in message["headers"] if each[0].lower() != name]
-                message = {**message, "headers": [*others, (name, request_id.encode())]}
-            await send(message)
-
+        exchange, started = _Exchange(send, request_id), time.perf_counter()
         with bind_context(request_id=request_id):
             try:
-                await self._app(scope, receive, send_with_id)
+                await self._app(scope, receive, exchange.send)
             except Exception:
                 log.exception("request_failed")
-                raise
+                if exchange.status is not None:
+                    # a part of the answer is out: only the cut connection can say that it failed
+                    raise
+                # no internals: the log has them under the request id
+                fault = ServiceError("The service failed at this request.")
+                await error_response(scope, fault)(scope, receive, exchange.send)
             finally:
-                self._record(scope, status, time.perf_counter() - started)
+                self._record(scope, exchange.status or 500, time.perf_counter() - started)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         method, route = scope["method"], getattr(scope.get("route"), "path", UNROUTED)
         self._metrics.observe_request(method, route, status, seconds)
         fields = {"path": scope["path"], "status": status, "seconds": round(seconds, 4)}
         log.info("request_answered", method=method, **fields)
+
+
+class _Exchange:
+    """One answer on its way out: its status, and the request id that it carries."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._header = (REQUEST_ID.lower().encode(), request_id.encode())
+        self.status: int | None = None
+        """None until the answer has begun."""
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            others = [each for each in message["headers"] if each[0].lower() != self._header[0]]
+            message = {**message, "headers": [*others, self._header]}
+        await self._send(message)
 
 
 def _request_id(scope: Scope) -> str:
@@ -175,7 +173,3 @@ def _lifespan(
             await ports.inference.close()
 
     return run
-
-
-def _operation_id(route: APIRoute) -> str:
-    return route.name

@@ -48,7 +48,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(DataError, _on_data_error)
-    app.add_exception_handler(Exception, _on_fault)
 
 
 def error_response(scope: Mapping[str, Any], error: ServiceError) -> Response:
@@ -175,11 +174,6 @@ def _on_data_error(request: Request, _error: Exception) -> Response:
     # PostgreSQL holds no NUL, wherever in a request it came from
     refusal = InvalidRequest("The request has a text or a number that cannot be stored.")
     return error_response(request.scope, refusal)
-
-
-def _on_fault(request: Request, _error: Exception) -> Response:
-    # no internals in the message; the log has them under the request id
-    return error_response(request.scope, ServiceError("The service failed at this request."))
 
 
 def _innermost(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -14,7 +14,7 @@ Item = TypeVar("Item", bound=BaseModel)
 class Schema(BaseModel):
     """A request or response body; unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Page(Schema, Generic[Item]):
@@ -55,7 +55,7 @@ class FieldError(Schema):
 class Problem(BaseModel):
     """An error as RFC 9457 describes it, with this service's members."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     type: str
     title: str

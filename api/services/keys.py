@@ -1,14 +1,17 @@
 """API keys: the first one, and those that keys make for others."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from api.auth import Principal, hash_key, new_key
 from api.db.base import new_id
 from api.db.connection import Database, database_now
 from api.db.repositories import access
+from api.db.repositories.jobs import lock_tenant
 from api.db.tables.access import ApiKey
 from api.errors import InvalidRequest, ScopeMissing
 from api.schemas.keys import ApiKeyRequest, Scope
@@ -30,13 +33,21 @@ class IssuedKey:
 
 
 def create_first_key(database: Database) -> str | None:
-    """Make a key for everything if there is no key at all; returns its text, else None."""
-    with database.write() as session:
+    """Make a key for everything if there is no key at all; returns its text, else None.
+
+    Of several processes that start at once, one makes it.
+    """
+    with suppress(IntegrityError), database.write() as session:
         if access.count_keys(session) > 0:
             return None
+        # others wait for the name or for the lock, and count again behind it
         tenant = access.get_or_create_tenant(session, FIRST_TENANT)
+        lock_tenant(session, tenant.id)
+        if access.count_keys(session) > 0:
+            return None
         wanted = ApiKeyRequest(name=FIRST_NAME, scopes=(Scope.ADMIN,))
         return _issue(session, tenant.id, wanted).text
+    return None
 
 
 def create_key(database: Database, principal: Principal, wanted: ApiKeyRequest) -> IssuedKey:

@@ -1,0 +1,86 @@
+"""`python -m api` as a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from api.cli.environment import settings_environment
+from api.settings import DatabaseSettings, InferenceSettings, ServerSettings, Settings
+from tests.integration.machine import ROOT
+from tests.servers import free_port
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start the process; keywords replace settings."""
+    started = []
+
+    def run(**groups):
+        server = ServerSettings(port=free_port())
+        inference = InferenceSettings(url=f"http://127.0.0.1:{free_port()}")
+        settings = Settings(data_dir=tmp_path, server=server, inference=inference, **groups)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "api"],
+            cwd=ROOT,
+            env=settings_environment(settings, os.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process, f"http://127.0.0.1:{server.port}"
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_it_starts_with_nothing_shows_its_first_key_once_and_stops_with_open_streams(start):
+    process, url = start()
+    shown = process.stdout.readline()
+    key = shown.split()[-1]
+    headers = {"Authorization": f"Bearer {key}", "Accept": "text/event-stream"}
+    with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
+        wait_until_ready(client)
+        made = client.post("/v1/api_keys", json={"name": "n", "scopes": ["admin"]})
+        assert made.status_code == 201
+
+        process.send_signal(signal.SIGTERM)
+        output, log = process.communicate(timeout=20)
+
+    assert "First API key" in shown
+    assert key not in output + log
+    again, url = start()
+    with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
+        wait_until_ready(client)
+        assert client.get("/v1/api_keys").status_code == 200
+    again.send_signal(signal.SIGTERM)
+    assert "First API key" not in again.communicate(timeout=20)[0]
+
+
+def test_a_database_without_tables_is_said_in_one_sentence(start, tmp_path):
+    url = f"sqlite:///{tmp_path / 'empty.db'}"
+
+    process, _ = start(database=DatabaseSettings(url=url))
+    _, log = process.communicate(timeout=30)
+
+    assert process.returncode == 1
+    assert "abq migrate" in log
+    assert "Traceback" not in log
+
+
+def wait_until_ready(client):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            if client.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.05)
+    raise AssertionError("the API did not start")
