@@ -4,7 +4,6 @@ Both may run in every API process at once. Each is safe to repeat: a wake-up too
 nothing to claim, and a job that was put back is not put back again.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -34,10 +33,11 @@ from api.db.repositories.transitions import (
 from api.db.tables.jobs import Job, JobStatus, OutboxMessage
 from api.errors import ServiceError
 from api.settings import Settings
+from api.telemetry import get_logger
 
 __all__ = ["BrokerUnreachable", "Dispatcher", "reap_jobs", "relay_outbox"]
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 BATCH = 100
 DISPATCH_LOCK = 0x6162_7102
@@ -116,7 +116,7 @@ class Dispatcher:
         self._reaped_at: float | None = None
 
     def start(self) -> None:
-        """Begin; the reaper runs at once, for what died together with the last API process."""
+        """Begin; the first round reaps, too: workers may have died with the last API process."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -135,7 +135,7 @@ class Dispatcher:
                         self._dispatch()
                 pause_s = self._settings.queue.relay_interval_s
             except BrokerUnreachable as error:
-                log.warning("broker_unreachable", extra={"error": error.message})
+                log.warning("broker_unreachable", error=error.message)
             except Exception:
                 # the outermost loop: a database that restarts must not end the relay for good
                 log.exception("dispatch_failed")
@@ -144,10 +144,11 @@ class Dispatcher:
         if self._is_reap_due():
             reaped = reap_jobs(self._database, self._settings)
             if reaped:
-                log.info("jobs_reaped", extra={"jobs": reaped})
+                log.info("jobs_reaped", jobs=reaped)
             self._reaped_at = time.monotonic()
         while relay_outbox(self._database, self._celery) == BATCH:
-            pass
+            if self._is_stopping.is_set():
+                return
 
     def _is_reap_due(self) -> bool:
         if self._reaped_at is None:
@@ -163,7 +164,7 @@ def _take_from_worker(session: Session, job: Job) -> None:
         mark_queued_again(session, job, {"reason": "worker_lost"})
     else:
         mark_failed(session, job, WORKER_LOST)
-    log.info("job_abandoned", extra={"job_id": job.id, "attempt": job.attempt})
+    log.info("job_abandoned", job_id=job.id, attempt=job.attempt, status=job.status)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from api.db.connection import database_now
 from api.db.repositories.access import get_or_create_tenant
 from api.db.repositories.events import list_events
 from api.db.repositories.idempotency import RequestKey
-from api.db.repositories.jobs import JobFilter
-from api.db.repositories.leases import claim_job, fail_job
+from api.db.repositories.jobs import JobFilter, count_by_status
+from api.db.repositories.leases import claim_job, fail_job, record_event
 from api.db.repositories.outbox import list_unsent
 from api.db.repositories.pages import Cursor
 from api.db.tables.jobs import IdempotencyKey, Job, JobStatus
@@ -27,6 +27,7 @@ from api.services.jobs import (
     find_replayed_job,
     get_job,
     list_jobs,
+    list_layers,
     retry_job,
 )
 from api.settings import LimitSettings
@@ -241,6 +242,32 @@ def test_another_tenants_job_is_as_if_it_did_not_exist(database, settings, other
         with pytest.raises(JobNotFound):
             attempt()
     assert list_jobs(database, other_tenant, JobFilter(), Cursor()).items == []
+
+
+def test_layers_are_read_in_the_order_of_the_model(database, tenant_id, other_tenant, queue_job):
+    job = queue_job()
+    lease = claim(database).lease
+    with database.write() as session:
+        for index in (10, 2, 0):
+            started = {"index": index, "total": 12, "name": f"layers.{index}", "bits": {"q": 4}}
+            record_event(session, lease, "layer.started", started)
+
+    layers = list_layers(database, tenant_id, job.id)
+
+    assert [layer.index for layer in layers] == [0, 2, 10]
+    with pytest.raises(JobNotFound):
+        list_layers(database, other_tenant, job.id)
+
+
+def test_jobs_of_all_tenants_are_counted_in_every_status(database, other_tenant, queue_job):
+    queue_job()
+    queue_job(other_tenant)
+    claim(database)
+
+    with database.read() as session:
+        counts = count_by_status(session)
+
+    assert counts == dict.fromkeys(JobStatus, 0) | {JobStatus.QUEUED: 1, JobStatus.RUNNING: 1}
 
 
 def test_pages_walk_all_jobs_newest_first_and_back(database, tenant_id, queue_job):

@@ -264,6 +264,48 @@ def test_a_job_that_dies_while_it_is_cancelled_is_cancelled_and_not_tried_again(
     assert story(database, job)[-1] == "job.cancelled"
 
 
+def test_a_cancelled_job_ends_when_its_worker_says_that_nothing_runs_any_more(
+    database, queue_job, claim
+):
+    job = queue_job()
+    lease = claim().lease
+    cancel_job(database, job.tenant_id, job.id)
+    assert read(database, job).status == JobStatus.CANCELLING
+
+    with database.write() as session:
+        cancel_job_finished(session, lease)
+
+    stored = read(database, job)
+    assert (stored.status, stored.lease_owner) == ("cancelled", None)
+    assert attempts(database, job) == [(1, "worker-1", "cancelled")]
+    assert claim() is None
+
+
+def test_a_worker_that_shuts_down_while_it_cancels_ends_the_job(database, queue_job, claim):
+    job = queue_job()
+    lease = claim().lease
+    cancel_job(database, job.tenant_id, job.id)
+
+    with database.write() as session:
+        release_job(session, lease)
+
+    assert read(database, job).status == JobStatus.CANCELLED
+
+
+def test_a_cancel_that_comes_after_the_work_is_done_does_not_throw_it_away(
+    database, queue_job, claim
+):
+    job = queue_job()
+    lease = claim().lease
+    cancel_job(database, job.tenant_id, job.id)
+    artifact, files = artifact_for(job)
+
+    with database.write() as session:
+        complete_job(session, lease, report={}, artifact=artifact, files=files)
+
+    assert read(database, job).status == JobStatus.SUCCEEDED
+
+
 def test_an_orderly_shutdown_costs_no_attempt(database, queue_job, claim):
     job = queue_job()
 
@@ -292,6 +334,9 @@ def test_events_of_the_engine_fold_into_stage_progress_and_layers(database, queu
         ("stage.started", {"stage": "calibrating"}),
         ("layer.started", {"index": 0, "total": 2, "name": "model.layers.0", "bits": {"q": 3}}),
         ("layer.finished", finished),
+        ("stage.started", {"stage": "evaluating"}),
+        ("progress", {"stage": "evaluating", "done": 3, "total": 8, "unit": "windows"}),
+        ("eval.result", {"metric": "perplexity", "fp": 1.0, "quant": 1.1, "tokens": 9}),
     ]
 
     ids, states = [], []
@@ -308,6 +353,9 @@ def test_events_of_the_engine_fold_into_stage_progress_and_layers(database, queu
         ("calibrating", None),
         ("calibrating", {"done": 0, "total": 2, "unit": "layers"}),
         ("calibrating", {"done": 1, "total": 2, "unit": "layers"}),
+        ("evaluating", None),
+        ("evaluating", {"done": 3, "total": 8, "unit": "windows"}),
+        ("evaluating", {"done": 3, "total": 8, "unit": "windows"}),
     ]
     assert read(database, job).version == version + len(events)
     with database.read() as session:

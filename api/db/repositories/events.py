@@ -3,40 +3,27 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from api.db.connection import database_now
-from api.db.tables.jobs import Job, JobEvent
-from api.errors import JobNotFound
+from api.db.tables.jobs import JobEvent
 
-__all__ = ["append_event", "insert_event", "latest_event_id", "list_events", "storable"]
+__all__ = ["insert_event", "list_events", "storable"]
 
 NUL = "\x00"
 """The one character that PostgreSQL keeps in no text; a model's file names may well have it."""
 REPLACEMENT = "\ufffd"
 
 
-def append_event(session: Session, job_id: str, kind: str, data: Mapping[str, Any]) -> int:
-    """Add an event to a job's story and return its id, larger than all before it.
-
-    Raises:
-        JobNotFound: there is no such job.
-    """
-    # the update locks the job first: ids of one job are then in the order of the commits, and
-    # a client that reads on from the last id it saw misses nothing
-    attempt = session.scalar(
-        update(Job).where(Job.id == job_id).values(version=Job.version + 1).returning(Job.attempt)
-    )
-    if attempt is None:
-        raise JobNotFound
-    return insert_event(session, job_id, attempt, kind, data)
-
-
 def insert_event(
     session: Session, job_id: str, attempt: int, kind: str, data: Mapping[str, Any]
 ) -> int:
-    """Add an event in a transaction that has already changed, and so locked, the job."""
+    """Add an event in a transaction that has already changed, and so locked, the job.
+
+    The lock gives the ids of one job the order of their commits: a client that reads on from the
+    last id it saw misses nothing.
+    """
     event = JobEvent(
         job_id=job_id,
         attempt=attempt,
@@ -60,11 +47,6 @@ def list_events(
         .limit(limit)
     )
     return session.scalars(query).all()
-
-
-def latest_event_id(session: Session, job_id: str) -> int:
-    """The id of a job's last event; 0 without events."""
-    return session.scalar(select(func.max(JobEvent.id)).where(JobEvent.job_id == job_id)) or 0
 
 
 def storable(data: Mapping[str, Any]) -> dict[str, Any]:
