@@ -6,40 +6,15 @@ A class's docstring is its default message; `problems.py` alone turns these into
 from typing import Any, ClassVar
 
 __all__ = [
-    "ArtifactNotFound",
-    "BodyTooLarge",
-    "ConfigRejected",
-    "ContextTooLong",
-    "DeploymentConflict",
-    "DeploymentNotFound",
-    "DiskTooSmall",
-    "FileNotInArtifact",
-    "HubUnavailable",
-    "IdempotencyConflict",
-    "IdempotencyMismatch",
-    "InferenceDraining",
-    "InferenceOverloaded",
-    "InferenceUnavailable",
-    "InvalidRequest",
-    "JobNotFound",
-    "JobStateConflict",
-    "KeyMissing",
-    "KeyNotFound",
-    "KeyRejected",
-    "ModelGated",
-    "ModelLoading",
-    "ModelNotHosted",
-    "ModelNotFound",
-    "ModelTooLarge",
-    "ProblemUnknown",
-    "QuotaExceeded",
-    "RangeNotSatisfiable",
-    "RevisionNotFound",
-    "ScopeMissing",
-    "ServiceError",
-    "UnsupportedFormat",
-    "UnsupportedParameter",
-]
+    "ArtifactNotFound", "BodyTooLarge", "ConfigRejected", "ContextTooLong",
+    "DeploymentConflict", "DeploymentNotFound", "DiskTooSmall", "FileNotInArtifact",
+    "HubUnavailable", "IdempotencyConflict", "IdempotencyMismatch", "InferenceDraining",
+    "InferenceOverloaded", "InferenceUnavailable", "InvalidRequest", "JobNotFound",
+    "JobStateConflict", "KeyMissing", "KeyNotFound", "KeyRejected", "ModelGated",
+    "ModelLoading", "ModelNotHosted", "ModelNotFound", "ModelTooLarge", "QuotaExceeded",
+    "RangeNotSatisfiable", "RevisionNotFound", "ScopeMissing", "ServiceError",
+    "UnsupportedFormat", "UnsupportedParameter",
+]  # fmt: skip
 
 
 class ServiceError(Exception):
@@ -269,10 +244,3 @@ class RangeNotSatisfiable(ServiceError):
 
     code: ClassVar[str] = "range_not_satisfiable"
     status: ClassVar[int] = 416
-
-
-class ProblemUnknown(ServiceError):
-    """No such error code."""
-
-    code: ClassVar[str] = "problem_not_found"
-    status: ClassVar[int] = 404

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from http import HTTPStatus
+from typing import ClassVar
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -13,13 +14,20 @@ from typing_extensions import override
 from api.db.connection import Database
 from api.db.repositories.jobs import count_by_status
 from api.db.repositories.positions import oldest_queued_age_s
-from api.errors import InferenceUnavailable, ProblemUnknown, ServiceError
+from api.errors import InferenceUnavailable, ServiceError
 from api.schemas.health import ErrorMeaning, Readiness
 from api.services.inference import InferenceClient
 
-__all__ = ["JobCollector", "check_readiness", "explain_problem"]
+__all__ = ["JobCollector", "ProblemUnknown", "check_readiness", "explain_problem"]
 
 OK = "ok"
+
+
+class ProblemUnknown(ServiceError):
+    """No such error code."""
+
+    code: ClassVar[str] = "problem_not_found"
+    status: ClassVar[int] = 404
 
 
 def check_readiness(database: Database, inference: InferenceClient) -> Readiness:
