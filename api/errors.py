@@ -11,7 +11,7 @@ __all__ = [
     "HubUnavailable", "IdempotencyConflict", "IdempotencyMismatch", "InferenceDraining",
     "InferenceOverloaded", "InferenceUnavailable", "InvalidRequest", "JobNotFound",
     "JobStateConflict", "KeyMissing", "KeyNotFound", "KeyRejected", "ModelGated",
-    "ModelLoading", "ModelNotHosted", "ModelNotFound", "ModelTooLarge", "QuotaExceeded",
+    "ModelLoading", "ModelNotFound", "ModelNotHosted", "ModelTooLarge", "QuotaExceeded",
     "RangeNotSatisfiable", "RevisionNotFound", "ScopeMissing", "ServiceError",
     "UnsupportedFormat", "UnsupportedParameter",
 ]  # fmt: skip
