@@ -1,7 +1,7 @@
 """What a fake Hub holds: repositories with commits, branches, tags, and blobs of any size."""
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf")
 LFS_BYTES = 1 << 20
@@ -31,7 +31,7 @@ class Blob:
     @property
     def git_sha1(self):
         content = b"blob %d\0" % self.size + self.read(0, self.size)
-        return self.digest or hashlib.sha1(content, usedforsecurity=False).hexdigest()
+        return hashlib.sha1(content, usedforsecurity=False).hexdigest()
 
     def is_lfs(self, path):
         return path.endswith(LFS_SUFFIXES) or self.size > LFS_BYTES
@@ -44,9 +44,12 @@ class Repository:
     repo_id: str
     private: bool = False
     gated: bool = False
+    disabled: bool = False
     card: dict = field(default_factory=dict)
     commits: dict = field(default_factory=dict)
     """From a commit to its files."""
+    served: dict = field(default_factory=dict)
+    """From a commit to the files that are served instead."""
     branches: dict = field(default_factory=dict)
     tags: dict = field(default_factory=dict)
 
@@ -80,7 +83,7 @@ class Repository:
             "sha": oid,
             "private": self.private,
             "gated": "auto" if self.gated else False,
-            "disabled": False,
+            "disabled": self.disabled,
             "tags": ["text-generation"],
             "pipeline_tag": "text-generation",
             "cardData": self.card,
@@ -104,11 +107,22 @@ class Repository:
             listed.append(entry)
         return listed
 
+    @property
+    def blobs(self):
+        """What is served of the head, which a test may change behind the listing's back."""
+        head = self.head
+        return self.served.setdefault(head, dict(self.commits[head]))
+
+    def find_blob(self, oid, path):
+        return self.served.get(oid, self.commits.get(oid, {})).get(path)
+
+    def serve_instead(self, path, content):
+        """Serve other bytes than those that are listed."""
+        self.blobs[path] = Blob.of(content)
+
     def corrupt(self, path):
-        """Flip a bit of a file, as a broken disk would: its hash stays what it was."""
-        files = self.commits[self.head]
-        blob = files[path]
+        """Flip a bit of what is served, as a broken disk would."""
+        blob = self.blobs[path]
         spoiled = bytearray(blob.read(0, blob.size))
         spoiled[-1] ^= 1
-        digest = blob.sha256 if blob.is_lfs(path) else blob.git_sha1
-        files[path] = replace(blob, head=bytes(spoiled), digest=digest)
+        self.serve_instead(path, bytes(spoiled))

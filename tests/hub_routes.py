@@ -78,7 +78,7 @@ def resolve(request: Request, owner: str, name: str, revision: str, path: str):
     if blocked is not None:
         return blocked
     oid = repository.find_commit(revision)
-    blob = repository.commits.get(oid, {}).get(path)
+    blob = repository.find_blob(oid, path)
     return _send(hub, request, blob, oid, path) if blob else _error(404, "EntryNotFound")
 
 

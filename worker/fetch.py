@@ -1,6 +1,5 @@
 """A job's source model on local disk: the pinned revision, allow-listed files, checked headers."""
 
-import shutil
 from pathlib import Path
 
 from api.db.tables.jobs import Job
@@ -30,10 +29,6 @@ def fetch_source(hub: ModelHub, job: Job, folder: Path, on_progress: OnProgress)
 
 
 def _check_source(resolved: ResolvedModel, folder: Path) -> None:
-    # what a hub keeps beside the model, and nothing a loader could mistake for a part of it
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
     files = tuple(
         RemoteFile(path=path.name, bytes=path.stat().st_size) for path in sorted(folder.iterdir())
     )

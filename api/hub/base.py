@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from engine.architecture import Architecture
+
 __all__ = [
     "ModelFacts",
     "ModelHub",
@@ -77,6 +79,8 @@ class ModelFacts:
     """What a model's config and tensor headers say; no weight was read for it."""
 
     config: Mapping[str, Any]
+    architecture: Architecture
+    """What the config says, within the limits of what can be quantized."""
     tensors: Mapping[str, TensorHeader]
     weight_files: tuple[RemoteFile, ...]
     """The shards that hold `tensors`: those of the index, or the one file."""
@@ -149,7 +153,7 @@ class ModelSource(Protocol):
 
         Raises:
             UnsupportedFormat: there are no safetensors weights, or they are malformed.
-            ConfigRejected: the config is no acceptable JSON object.
+            ConfigRejected: config or tokenizer are missing or not acceptable.
             HubUnavailable: the Hub did not answer in time.
         """
 

@@ -187,6 +187,8 @@ def _translate(error: Exception) -> ServiceError:
 def _translate_status(status: int | None) -> ServiceError:
     if status in (401, 403):
         return ModelGated("The Hub refuses the configured token; set another.", param="model")
+    if status == 416:
+        return HubUnavailable("The Hub holds fewer bytes of a file than it announced.")
     return HubUnavailable(f"The Hub answered {status}.")
 
 

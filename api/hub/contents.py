@@ -11,7 +11,6 @@ from api.hub.base import RemoteFile, ResolvedModel
 __all__ = [
     "INDEX_FILE",
     "MAX_JSON_BYTES",
-    "check_tokenizer",
     "parse_json_object",
     "select_small_files",
     "select_weight_files",
@@ -72,18 +71,6 @@ def select_weight_files(
         absent = next(name for name, each in zip(names, shards, strict=True) if each is None)
         raise _malformed_index(f"it names {absent}, which the model does not have")
     return found
-
-
-def check_tokenizer(resolved: ResolvedModel) -> None:
-    """Refuse a model whose tokenizer would need Python code.
-
-    Raises:
-        ConfigRejected: if there is no `tokenizer.json`.
-    """
-    if resolved.find_file("tokenizer.json") is None:
-        raise _rejected(
-            "the model has no tokenizer.json; save its fast tokenizer with save_pretrained"
-        )
 
 
 def parse_json_object(raw: bytes, path: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

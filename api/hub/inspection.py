@@ -9,13 +9,12 @@ from api.hub.base import ModelFacts, RemoteFile, ResolvedModel, TensorHeader
 from api.hub.contents import (
     INDEX_FILE,
     MAX_JSON_BYTES,
-    check_tokenizer,
     parse_json_object,
     select_small_files,
     select_weight_files,
 )
 from api.hub.headers import LENGTH_BYTES, parse_header, parse_length
-from engine.architecture import check_config
+from engine.architecture import Architecture, check_config
 from engine.errors import UnsupportedModel
 
 __all__ = ["ReadRange", "inspect_model"]
@@ -47,12 +46,14 @@ def inspect_model(resolved: ResolvedModel, read: ReadRange) -> ModelFacts:
         # a repository with pickles only is told so, whatever its config says
         select_weight_files(resolved, None)
     config = _read_config(resolved, read)
-    check_tokenizer(resolved)
+    architecture = _read_architecture(config)
+    _check_tokenizer(resolved, read)
     index = _read_index(resolved, read)
     shards = select_weight_files(resolved, index)
     headers = _read_headers(shards, read)
     return ModelFacts(
         config=config,
+        architecture=architecture,
         tensors=_merge_headers(headers, index),
         weight_files=shards,
         fetched_files=(*small, *shards),
@@ -61,27 +62,33 @@ def inspect_model(resolved: ResolvedModel, read: ReadRange) -> ModelFacts:
 
 def _read_config(resolved: ResolvedModel, read: ReadRange) -> dict[str, Any]:
     if resolved.find_file("config.json") is None:
-        raise ConfigRejected("the model has no config.json", param="model")
-    config = parse_json_object(read("config.json", 0, MAX_JSON_BYTES + 1), "config.json")
-    _check_architecture(config)
-    name = "tokenizer_config.json"
-    if resolved.find_file(name) is not None:
-        tokenizer = parse_json_object(read(name, 0, MAX_JSON_BYTES + 1), name)
-        if "auto_map" in tokenizer:
-            raise ConfigRejected(
-                f"auto_map in {name} asks for code from the repository; only built-in classes run",
-                param="model",
-            )
-    return config
+        raise ConfigRejected("The model has no config.json.", param="model")
+    return parse_json_object(read("config.json", 0, MAX_JSON_BYTES + 1), "config.json")
 
 
-def _check_architecture(config: Mapping[str, Any]) -> None:
+def _read_architecture(config: Mapping[str, Any]) -> Architecture:
     try:
-        check_config(config)
+        return check_config(config)
     except UnsupportedModel as error:
         # the message quotes the value, and a value may be as long as the config
         message = error.message[:MAX_MESSAGE]
         raise ConfigRejected(message, param="model", config_field=error.field) from error
+
+
+def _check_tokenizer(resolved: ResolvedModel, read: ReadRange) -> None:
+    if resolved.find_file("tokenizer.json") is None:
+        raise ConfigRejected(
+            "The model has no tokenizer.json; save its fast tokenizer with save_pretrained.",
+            param="model",
+        )
+    name = "tokenizer_config.json"
+    if resolved.find_file(name) is None:
+        return
+    if "auto_map" in parse_json_object(read(name, 0, MAX_JSON_BYTES + 1), name):
+        raise ConfigRejected(
+            f"auto_map in {name} asks for code from the repository; only built-in classes run.",
+            param="model",
+        )
 
 
 def _read_index(resolved: ResolvedModel, read: ReadRange) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
-from typing_extensions import Buffer, override
+from typing_extensions import override
 
 from api.errors import HubUnavailable, InvalidRequest, ModelGated, ModelNotFound
 from api.hub.base import PublishedModel, PublishTarget
@@ -164,11 +164,6 @@ class _CheckedFile(io.BufferedReader):
         self._check()
         return super().read(size)
 
-    @override
-    def readinto(self, buffer: Buffer, /) -> int:
-        self._check()
-        return super().readinto(buffer)
-
 
 def _check_contents(info: "ModelInfo", target: PublishTarget) -> None:
     names = {each.rfilename for each in info.siblings or ()}
@@ -193,9 +188,7 @@ def _unwrapped_upload() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if error.__cause__ is not None:
-            raise error.__cause__ from error
-        raise
+        raise (error.__cause__ or error) from error
 
 
 def _moved_on(error: BaseException | None) -> bool:

@@ -17,8 +17,8 @@ from api.hub.base import ModelFacts, ModelHub, PublishTarget, ResolvedModel
 from api.hub.names import check_repo_id
 from api.hub.texts import BUILTIN, find_text
 from api.settings import Settings
-from engine.architecture import Architecture, check_config
-from engine.errors import SpecError, UnsupportedModel
+from engine.architecture import Architecture
+from engine.errors import SpecError
 from engine.fit import Estimate, check_spec, estimate_bytes
 from engine.spec import QuantSpec
 
@@ -73,7 +73,7 @@ def preflight(  # noqa: PLR0913 - the fields of one request, by name
     if target is not None:
         _check_publish(hub, resolved, target)
     facts = hub.inspect(resolved)
-    architecture = _read_architecture(facts)
+    architecture = facts.architecture
     _check_size(settings, architecture, facts)
     _check_tensors(architecture, facts)
     try:
@@ -106,13 +106,6 @@ def _check_publish(hub: ModelHub, resolved: ResolvedModel, target: PublishTarget
             param="publish.private",
         )
     hub.check_target(target)
-
-
-def _read_architecture(facts: ModelFacts) -> Architecture:
-    try:
-        return check_config(facts.config)
-    except UnsupportedModel as error:
-        raise ConfigRejected(error.message, param="model", config_field=error.field) from error
 
 
 def _check_size(settings: Settings, architecture: Architecture, facts: ModelFacts) -> None:

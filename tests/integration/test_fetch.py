@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from api.db.tables.jobs import Job
-from api.errors import HubUnavailable, ModelGated, RevisionNotFound, UnsupportedFormat
+from api.errors import (
+    HubUnavailable,
+    ModelGated,
+    ModelNotFound,
+    RevisionNotFound,
+    UnsupportedFormat,
+)
 from api.hub.routing import create_hub
 from api.settings import HubSettings, Settings
 from tests.fake_hub import WRITER, Trouble
@@ -143,6 +149,74 @@ def test_a_file_that_differs_from_its_hash_never_gets_its_name(
         fetch_source(hub, job, tmp_path / "source", ignore)
 
     assert list((tmp_path / "source").glob(f"{path}*")) == []
+
+
+def test_a_branch_that_is_named_like_the_commit_deceives_nobody(hub, repository, job, tmp_path):
+    good = repository.head
+    repository.branches[good] = repository.commit(model_files(LICENSE=b"another licence"))
+
+    with pytest.raises(RevisionNotFound):
+        fetch_source(hub, job, tmp_path / "source", ignore)
+
+    assert not (tmp_path / "source").exists()
+
+
+def test_a_disabled_model_is_gone(hub, repository, job, tmp_path):
+    repository.disabled = True
+
+    with pytest.raises(ModelNotFound, match="disabled"):
+        fetch_source(hub, job, tmp_path / "source", ignore)
+
+
+def test_a_file_that_lost_its_content_is_said_to_be_lost(hub, repository, job, tmp_path):
+    del repository.blobs["tokenizer.json"]
+
+    with pytest.raises(ModelNotFound, match="lost a file"):
+        fetch_source(hub, job, tmp_path / "source", ignore)
+
+
+@pytest.mark.parametrize(("size", "what"), [(10, "fewer bytes"), (30, "more bytes")])
+def test_a_file_of_another_length_than_announced_is_refused(
+    hub, repository, job, tmp_path, size, what
+):
+    repository.serve_instead("LICENSE", b"x" * size)
+
+    with pytest.raises(HubUnavailable, match=what):
+        fetch_source(hub, job, tmp_path / "source", ignore)
+
+    assert not (tmp_path / "source" / "LICENSE").exists()
+
+
+def test_a_short_file_from_a_hub_without_ranges_is_refused(
+    hub, fake_hub, repository, job, tmp_path
+):
+    repository.serve_instead("LICENSE", b"x" * 10)
+    fake_hub.inject(Trouble.NO_RANGE, "LICENSE", times=10)
+
+    with pytest.raises(HubUnavailable, match="only 10 bytes"):
+        fetch_source(hub, job, tmp_path / "source", ignore)
+
+
+def test_a_part_that_is_longer_than_its_file_is_fetched_again(hub, job, tmp_path):
+    part = tmp_path / "source" / "LICENSE.part"
+    part.parent.mkdir()
+    part.write_bytes(b"x" * 1000)
+
+    fetch_source(hub, job, tmp_path / "source", ignore)
+
+    assert read_all(tmp_path / "source") == expected()
+
+
+def test_a_part_with_foreign_bytes_is_dropped_and_fetched_again(hub, job, tmp_path):
+    part = tmp_path / "source" / "LICENSE.part"
+    part.parent.mkdir()
+    part.write_bytes(b"x")
+
+    with pytest.raises(HubUnavailable):
+        fetch_source(hub, job, tmp_path / "source", ignore)
+    fetch_source(hub, job, tmp_path / "source", ignore)
+
+    assert read_all(tmp_path / "source") == expected()
 
 
 def test_a_gate_that_closed_meanwhile_is_respected(hub, repository, job, tmp_path):

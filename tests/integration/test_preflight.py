@@ -402,6 +402,13 @@ def test_a_busy_hub_says_when_to_come_back(fake_hub, caller):
     assert len(fake_hub.requests) == 1
 
 
+def test_a_date_to_come_back_at_is_not_waited_for(fake_hub, caller):
+    fake_hub.add("acme/tiny", model_files())
+    fake_hub.inject(Trouble.BUSY, "/api/models", amount="Wed, 25 Nov 2026 07:28:00 GMT")
+
+    assert caller.ask().resolved.sha
+
+
 def test_a_hub_that_is_not_there_is_told_within_the_limit(fake_hub, tmp_path):
     caller = Caller(fake_hub, tmp_path)
     caller.settings = caller.settings.model_copy(

@@ -211,6 +211,31 @@ def test_a_branch_that_moves_on_meanwhile_is_caught_up_with(hub, fake_hub, job, 
     assert fake_hub.repositories[TARGET].head == published.revision
 
 
+def test_a_branch_that_never_rests_is_given_up(hub, fake_hub, job, folder):
+    fake_hub.inject(Trouble.MOVED, "/commit/", times=100)
+
+    with pytest.raises(HubUnavailable, match="keeps changing"):
+        publish_to_hub(hub, job, folder, ignore)
+
+
+def test_a_card_in_the_folder_gives_way_to_the_new_one(hub, fake_hub, job, tmp_path):
+    folder = save_artifact(tmp_path / "out", **{"README.md": b"an older card"})
+
+    published = publish_to_hub(hub, job, folder, ignore)
+
+    card = pushed_files(fake_hub, published.revision)["README.md"]
+    assert b"an older card" not in card
+
+
+def test_a_storage_that_refuses_is_reported_as_what_it_is(hub, fake_hub, job, folder):
+    fake_hub.inject(Trouble.REFUSED, "/upload/", times=2)
+
+    with pytest.raises(InvalidRequest) as refusal:
+        publish_to_hub(hub, job, folder, ignore)
+
+    assert refusal.value.param == "publish.repo_id"
+
+
 def test_a_hub_that_stays_down_leaves_nothing_visible(fake_hub, job, folder):
     fake_hub.inject(Trouble.DOWN, "/commit/", times=100)
 

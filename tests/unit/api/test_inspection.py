@@ -78,3 +78,64 @@ def test_an_index_that_makes_no_sense_is_refused(index):
     refusal = refusal_of(model_files() | {"model.safetensors.index.json": index})
 
     assert refusal.status == 422
+
+
+def test_a_model_without_config_is_refused():
+    files = model_files()
+    del files["config.json"]
+
+    assert "config.json" in refusal_of(files).message
+
+
+def test_a_tensor_in_two_shards_is_refused():
+    files = model_files(shards=2)
+    files["model-00002-of-00002.safetensors"] = files["model-00001-of-00002.safetensors"]
+    index = json.loads(files["model.safetensors.index.json"])
+    names = sorted(set(index["weight_map"]))
+    index["weight_map"] = {
+        name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(names)
+    }
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+
+    assert "same name" in refusal_of(files).message
+
+
+def test_an_index_of_too_many_shards_is_refused():
+    weight_map = {f"t{index}": f"model-{index}.safetensors" for index in range(1025)}
+    index = json.dumps({"weight_map": weight_map}).encode()
+
+    refusal = refusal_of(model_files() | {"model.safetensors.index.json": index})
+
+    assert "1025 shards" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("tokenizer.json", 65 << 20), ("model.safetensors.index.json", 26_000_000),
+     ("tokenizer_config.json", 1_000_001)],
+)  # fmt: skip
+def test_a_small_file_of_absurd_size_is_refused_unread(name, size):
+    files = model_files() | {name: b"{}" + b" " * (size - 2)}
+
+    refusal = refusal_of(files)
+
+    assert name in refusal.message
+    assert refusal.status == 422
+
+
+def test_an_empty_license_list_is_no_problem():
+    files = {path: content for path, content in model_files().items() if path != "LICENSE"}
+    files["NOTICE.txt"] = b"notice"
+    files["LICENSE-other file"] = b"x"
+
+    fetched = {each.path for each in inspect(files).fetched_files}
+
+    assert "NOTICE.txt" in fetched
+    assert "LICENSE-other file" not in fetched
+
+
+def test_a_model_may_go_without_tokenizer_config():
+    files = model_files()
+    del files["tokenizer_config.json"]
+
+    assert inspect(files).architecture.layers == 2

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from api.errors import FileNotInArtifact
-from api.storage.local import LocalStore
+from api.settings import Settings, StorageSettings
+from api.storage.local import LocalStore, create_store
 
 
 @pytest.fixture
@@ -15,6 +16,14 @@ def source(tmp_path):
     path = tmp_path / "source.bin"
     path.write_bytes(b"weights")
     return path
+
+
+def test_the_store_of_the_settings_lies_where_they_say(tmp_path, source):
+    store = create_store(Settings(storage=StorageSettings(root=tmp_path / "shared")))
+
+    store.put_file("art_1/a", source)
+
+    assert (tmp_path / "shared" / "art_1" / "a").read_bytes() == b"weights"
 
 
 def test_a_link_below_the_root_does_not_lead_out_of_it(tmp_path, source):
