@@ -60,10 +60,12 @@ def quantize_activations(x_MK: torch.Tensor, bits: int) -> QuantizedActivations:
             f"need 2-d tokens and {MIN_BITS} to {MAX_BITS} bits, got {x_MK.dim()}-d and {bits}"
         )
     max_code = (1 << bits) - 1
-    x_MK = x_MK.float()
+    x_MK = x_MK.detach().float()
     low_M1, high_M1 = torch.aminmax(x_MK, dim=1, keepdim=True)
     low_M1 = low_M1.clamp_(max=0)
-    scale_M1 = high_M1.clamp_(min=0).sub_(low_M1).div_(max_code).clamp_(min=MIN_ACTIVATION_SCALE)
+    # CUDA multiplies by the reciprocal of a plain number; a tensor makes it divide, as a CPU does
+    steps = x_MK.new_full((), max_code)
+    scale_M1 = high_M1.clamp_(min=0).sub_(low_M1).div_(steps).clamp_(min=MIN_ACTIVATION_SCALE)
     # zero times infinity is NaN, everything else stays
     scale_M1 = torch.add(scale_M1, scale_M1, alpha=0)
     # -low is at most max_code scales, so rounding lands on a code

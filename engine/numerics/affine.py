@@ -65,8 +65,9 @@ def weight_range(w_NK: torch.Tensor, group_size: int) -> GroupRange:
     Raises:
         ValueError: if the group size does not divide K.
     """
-    low_NS, high_NS = torch.aminmax(_split_groups(w_NK.float(), group_size), dim=-1)
-    return GroupRange(low=low_NS.clamp(max=0), high=high_NS.clamp(min=0))
+    w_NSG = _split_groups(w_NK.float(), group_size)
+    # not aminmax: torch 2.11 has no derivative for it
+    return GroupRange(low=w_NSG.amin(-1).clamp(max=0), high=w_NSG.amax(-1).clamp(min=0))
 
 
 def affine_params(group_range: GroupRange, grid: WeightGrid) -> AffineParams:
@@ -126,7 +127,7 @@ def fake_quantize_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
     x = x.float()
     low = x.amin(-1, keepdim=True).clamp(max=0)
     high = x.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / max_code).clamp(min=MIN_ACTIVATION_SCALE)
+    scale = _divide(high - low, max_code).clamp(min=MIN_ACTIVATION_SCALE)
     zero_point = torch.round(-low / scale).clamp(0, max_code).detach()
     q = (_round_through(x / scale) + zero_point).clamp(0, max_code)
     return (q - zero_point) * scale
@@ -135,9 +136,9 @@ def fake_quantize_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
 def _exact_scale(group_range: GroupRange, grid: WeightGrid) -> torch.Tensor:
     if grid.symmetric:
         reach_NS = torch.maximum(group_range.high, -group_range.low)
-        scale_NS = reach_NS / (grid.max_code // 2)
+        scale_NS = _divide(reach_NS, grid.max_code // 2)
     else:
-        scale_NS = (group_range.high - group_range.low) / grid.max_code
+        scale_NS = _divide(group_range.high - group_range.low, grid.max_code)
     return scale_NS.clamp(MIN_SCALE, MAX_SCALE)
 
 
@@ -146,6 +147,11 @@ def _zero_point(group_range: GroupRange, scale_NS: torch.Tensor, grid: WeightGri
         return torch.full_like(scale_NS, grid.max_code // 2)
     # the rounded scale may be a little short, so -low / scale may pass the last code
     return torch.round(-group_range.low / scale_NS).clamp(0, grid.max_code)
+
+
+def _divide(x: torch.Tensor, steps: int) -> torch.Tensor:
+    # CUDA multiplies by the reciprocal of a plain number; a tensor makes it divide, as a CPU does
+    return x / x.new_full((), steps)
 
 
 def _round_through(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,62 @@
+"""The engine on a GPU against the engine on a CPU."""
+
+import pytest
+import torch
+
+from engine.checkpoint.reader import load_checkpoint
+from engine.inference.engine import open_engine
+from engine.inference.kv_cache import make_cache
+from engine.inference.request import GenerationRequest
+from engine.modules.swap import quant_linears
+from tests.unit.engine.quantized_models import save_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("notation", ["w4a8", "w3a8g32", "w2*a8", "w8a8g32", "w4a4"])
+def test_a_layer_gives_the_same_bits_on_both(tmp_path, notation):
+    directory = save_checkpoint(tmp_path, notation)[1]
+    on_cpu = quant_linears(load_checkpoint(directory).model)
+    on_gpu = quant_linears(load_checkpoint(directory, "cuda").model)
+
+    for name, layer in on_cpu.items():
+        x = torch.randn(3, layer.in_features)
+        assert torch.equal(on_gpu[name](x.cuda()).cpu(), layer(x))
+
+
+@pytest.mark.parametrize("notation", ["w4a16", "w3a16g32", "w4a8", "w4a8kv8"])
+def test_logits_agree(tmp_path, notation):
+    twin, directory, _ = save_checkpoint(tmp_path, notation)
+    loaded = load_checkpoint(directory, "cuda")
+    kv_bits = loaded.spec.kv_bits
+
+    with torch.inference_mode():
+        actual = loaded.model(TOKENS.cuda(), past_key_values=make_cache(2, kv_bits)).logits.cpu()
+        expected = twin(TOKENS, past_key_values=make_cache(2, kv_bits)).logits
+        twin.cuda()
+        same_place = twin(TOKENS.cuda(), past_key_values=make_cache(2, kv_bits)).logits.cpu()
+
+    assert torch.equal(actual, same_place)
+    # attention differs between devices, which may move a rounded activation by one step
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("notation", ["w4a8", "w4a16", "w4a8kv4"])
+def test_a_checkpoint_generates(tmp_path, notation):
+    engine = open_engine(save_checkpoint(tmp_path, notation)[1], "cuda")
+    request = GenerationRequest(prompt_ids=(65, 66), max_tokens=20, seed=3, ignore_eos=True)
+
+    first, second = list(engine.generate(request)), list(engine.generate(request))
+
+    assert len(first) == 20
+    assert first == second
+
+
+def test_packed_weights_stay_packed_where_activations_are_not_quantized(tmp_path):
+    loaded = load_checkpoint(save_checkpoint(tmp_path, "w2a16")[1], "cuda")
+
+    assert all(each.operand_bytes == 0 for each in quant_linears(loaded.model).values())
