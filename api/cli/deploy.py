@@ -77,7 +77,7 @@ def list_deployments(
         print_json(deployments)
         return
     rows = [(each["name"], each["id"], *_state(each)) for each in deployments]
-    columns = ("model", "deployment", "status", ">memory", "created")
+    columns = ("~model", "deployment", "status", ">memory", "created")
     print_table(list_table(columns, rows))
 
 

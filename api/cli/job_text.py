@@ -52,14 +52,16 @@ def estimate_facts(estimate: Mapping[str, Any]) -> dict[str, str | Text]:
 
 def job_row(job: Mapping[str, Any]) -> tuple[str | Text, ...]:
     """One line of `abq jobs list`."""
-    stage = f"{job.get('stage') or ''} {_progress_text(job)}" if job["status"] == "running" else ""
+    status = status_text(job["status"])
+    if job["status"] == "running" and job.get("stage"):
+        status.append(f", {job['stage']}{_share_text(job.get('progress'))}", style="dim")
+    perplexity = (job.get("report") or {}).get("perplexity")
     return (
         job["id"],
         job["model"],
         job["notation"],
-        status_text(job["status"]),
-        stage.strip(),
-        _perplexity_text(job.get("report") or {}),
+        status,
+        f"{perplexity['fp']:.2f} -> {perplexity['quant']:.2f}" if perplexity else "",
         age_text(job["created_at"]),
     )
 
@@ -96,6 +98,12 @@ def _perplexity_text(report: Mapping[str, Any]) -> str:
         return ""
     change = change_text(perplexity["fp"], perplexity["quant"])
     return f"{perplexity['fp']:.2f} -> {perplexity['quant']:.2f} ({change})"
+
+
+def _share_text(progress: Mapping[str, Any] | None) -> str:
+    if not progress or not progress.get("total"):
+        return ""
+    return f" {100 * progress['done'] / progress['total']:.0f} %"
 
 
 def _progress_text(job: Mapping[str, Any]) -> str:

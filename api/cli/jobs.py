@@ -46,7 +46,7 @@ def list_jobs(
     if not jobs:
         print_table(facts_table({"no jobs": "start one: abq quantize MODEL w4a8 --watch"}))
         return
-    columns = ("job", "model", "bits", "status", "progress", ">perplexity", "created")
+    columns = ("job", "~model", "bits", "status", ">perplexity", "created")
     print_table(list_table(columns, map(job_row, jobs)))
 
 
@@ -67,7 +67,7 @@ def show_job(
         return
     print_table(facts_table(job_facts(job), title=job["id"]))
     if rows:
-        columns = (">layer", "name", ">loss, rounded", ">loss, trained", ">change", ">time")
+        columns = (">layer", "~name", ">loss, rounded", ">loss, trained", ">change", ">time")
         print_table(list_table(columns, map(layer_row, rows)))
 
 

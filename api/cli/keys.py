@@ -41,7 +41,7 @@ def list_keys(
         )
         for each in keys
     ]
-    print_table(list_table(("name", "id", "key", "scopes", "last used", "created"), rows))
+    print_table(list_table(("~name", "id", "key", "~scopes", "last used", "created"), rows))
 
 
 @keys_app.command("create")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -41,13 +41,25 @@ def remark(message: str, style: str = "") -> None:
     Console(stderr=True, highlight=False).print(Text(message, style=style), soft_wrap=True)
 
 
-def list_table(columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> Table:
-    """Lay out a list; a column whose name starts with `>` holds numbers and is aligned right."""
+def list_table(columns: Iterable[str], rows: Iterable[Sequence[str | Text]]) -> Table:
+    """Lay out a list.
+
+    A column whose name starts with `>` holds numbers and is aligned right; one that starts with
+    `~` gives way where the terminal is narrow. All others are shown whole: an id that is cut off
+    is of no use.
+    """
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for name in columns:
-        right = name.startswith(">")
-        table.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
-    for row in rows:
+    cells = list(rows)
+    for index, name in enumerate(columns):
+        gives_way, label = name.startswith("~"), name.lstrip(">~")
+        table.add_column(
+            label,
+            justify="right" if name.startswith(">") else "left",
+            no_wrap=not gives_way,
+            overflow="ellipsis",
+            min_width=4 if gives_way else max(map(len, [label, *(row[index] for row in cells)])),
+        )
+    for row in cells:
         table.add_row(*row)
     return table
 

@@ -43,8 +43,10 @@ class JobPicture:
     title: str
     status: str = "queued"
     stage: str = ""
+    layer: str = ""
     remark: str = ""
     layers: deque[LayerRow] = field(default_factory=lambda: deque(maxlen=LAYERS_SHOWN))
+    _is_counted: bool = False
     _bar: Progress = field(init=False)
     _task: TaskID = field(init=False)
 
@@ -64,18 +66,20 @@ class JobPicture:
         data = event.data
         match event.type:
             case "stage.started":
-                self.stage = str(data["stage"])
+                self.stage, self.layer, self._is_counted = str(data["stage"]), "", False
                 self._bar.reset(self._task, description=self.stage, total=None, count="")
             case "layer.started":
-                self._advance(data["index"], data["total"], f"layer {data['index'] + 1}")
+                self._show_layer(data["index"], data)
             case "layer.finished":
                 self.layers.append(LayerRow.from_event(data))
-                self._advance(data["index"] + 1, data["total"], f"layer {data['index'] + 1}")
+                self._show_layer(data["index"] + 1, data)
             case "download.progress":
                 done, total = data["bytes"], data["total"]
-                self._advance(done, total, f"{bytes_text(done)}")
+                self._advance(done, total, f"{bytes_text(done)} of {bytes_text(total)}")
             case "progress":
-                self._advance(data["done"], data["total"], f"{data['done']} {data['unit']}")
+                self._is_counted = True
+                counted = f"{data['unit']} {data['done']} of {data['total']}"
+                self._advance(data["done"], data["total"], self.layer or counted)
             case "log":
                 self.remark = str(data["message"])
             case _ if event.type.startswith("job."):
@@ -83,9 +87,16 @@ class JobPicture:
             case _:
                 pass
 
+    def _show_layer(self, done: int, data: dict[str, Any]) -> None:
+        self.layer = f"layer {data['index'] + 1} of {data['total']}"
+        if self._is_counted:
+            # steps are the finer measure; the layer is only named
+            self._bar.update(self._task, count=self.layer)
+        else:
+            self._advance(done, data["total"], self.layer)
+
     def _advance(self, done: float, total: float, count: str) -> None:
-        of = f" of {bytes_text(total)}" if total > 100_000 else f" of {total:.0f}"
-        self._bar.update(self._task, completed=done, total=total, count=count + of)
+        self._bar.update(self._task, completed=done, total=total, count=count)
 
     def _turn(self, event: JobEvent) -> None:
         """A status changed; a requeued job waits again."""

@@ -57,9 +57,9 @@ def api(settings, database, cli_model_root):
 def run(monkeypatch, capsys):
     """Run `abq` in this process."""
 
-    def command(*arguments):
+    def command(*arguments, columns=200):
         monkeypatch.setattr(sys, "argv", ["abq", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", str(columns))
         capsys.readouterr()
         try:
             main()
@@ -76,4 +76,4 @@ def run(monkeypatch, capsys):
 def abq(api, run):
     """Run `abq` with an admin's key against the running API."""
     key = api.key()
-    return lambda *arguments: run("--url", api.url, "--key", key, *arguments)
+    return lambda *arguments, **options: run("--url", api.url, "--key", key, *arguments, **options)

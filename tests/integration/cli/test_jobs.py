@@ -121,3 +121,12 @@ def test_a_service_that_does_not_answer_is_one_line(run, tmp_path):
     assert answer.code == 1
     assert f"no service answers at {url}" in answer.err
     assert answer.err.count("\n") == 1
+
+
+def test_a_narrow_terminal_never_cuts_an_id(abq, api):
+    job = api.queue_job(model="some-organization/a-model-with-quite-a-long-name")
+
+    shown = abq("jobs", "list", columns=80).out
+
+    assert job.id in shown
+    assert max(map(len, shown.splitlines())) <= 80
