@@ -1,14 +1,20 @@
 """How workers are woken: the one Celery configuration, and the row that asks for a wake-up."""
 
+import json
+import time
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from celery import Celery
+from kombu.transport import filesystem
 from sqlalchemy.orm import Session
+from typing_extensions import override
 
 from api.db.repositories.outbox import TaskName, put_wakeup
 from api.settings import Settings
 
-__all__ = ["QUEUE", "TaskName", "create_celery", "submit_job"]
+__all__ = ["QUEUE", "FileTransport", "TaskName", "create_celery", "submit_job"]
 
 QUEUE = "abq"
 FILESYSTEM = "filesystem://"
@@ -17,9 +23,7 @@ SOFT_SHUTDOWN_S = 60
 
 def create_celery(settings: Settings) -> Celery:
     """Make the Celery app that API and workers share; it connects to nothing yet."""
-    # kombu remarks on a URL without a host, even where there is none
-    is_local = settings.broker_url == FILESYSTEM
-    celery = Celery("abq", broker="filesystem://localhost" if is_local else settings.broker_url)
+    celery = Celery("abq", broker=settings.broker_url)
     celery.conf.update(
         task_default_queue=QUEUE,
         # only ever a job id, and never pickle
@@ -43,7 +47,37 @@ def create_celery(settings: Settings) -> Celery:
     )
     if settings.broker_url.startswith("redis"):
         celery.conf.worker_disable_prefetch = True
+    if settings.broker_url == FILESYSTEM:
+        # kombu remarks on a URL without a host, even where there is none
+        celery.conf.update(
+            broker_url=f"{FILESYSTEM}localhost", broker_transport="api.queue:FileTransport"
+        )
     return celery
+
+
+class FileChannel(filesystem.Channel):
+    """Puts whole messages into the folder.
+
+    kombu's own channel creates the file first and fills it then; a worker that looks in between
+    takes an empty message and ends. That happened to 47 of 3000 messages under constant polling.
+    """
+
+    # kombu calls it by position, and names its arguments differently in each of its own classes
+    @override
+    def _put(self, queue: str, payload: dict[str, Any], **kwargs: Any) -> None:  # type: ignore[override]
+        """Write a message under a name that no reader takes, then rename it."""
+        folder = Path(self.data_folder_out)
+        # readers take the oldest name first
+        name = f"{round(time.monotonic() * 1000)}_{uuid4()}.{queue}.msg"
+        unfinished = folder / f".{name}.part"
+        unfinished.write_text(json.dumps(payload))
+        unfinished.replace(folder / name)
+
+
+class FileTransport(filesystem.Transport):
+    """kombu's filesystem transport with messages that appear at once."""
+
+    Channel = FileChannel
 
 
 def submit_job(session: Session, job_id: str) -> None:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -441,6 +441,32 @@ def test_a_second_failure_of_the_same_attempt_cannot_queue_the_job_twice(
         fail_job(session, lease, error={"code": "x", "message": "x", "layer": None}, retry=True)
 
     assert read(database, job).status == JobStatus.QUEUED
+
+
+SEND_MANY = """
+from api.queue import TaskName, create_celery
+from api.settings import Settings
+
+celery = create_celery(Settings())
+for number in range(600):
+    celery.send_task(TaskName.RUN_JOB, args=[str(number)])
+"""
+
+
+def test_a_reader_of_the_folder_never_meets_half_a_message(settings, file_celery):
+    environment = os.environ | {"ABQ_DATA_DIR": str(settings.data_dir)}
+    writer = subprocess.Popen([sys.executable, "-c", SEND_MANY], env=environment)
+    taken = []
+
+    with ending_after(writer, WAIT_S), file_celery.connection() as connection:
+        queue = SimpleQueue(connection, QUEUE)
+        while len(taken) < 600 and (writer.poll() is None or queue.qsize()):
+            with suppress(queue.Empty):
+                message = queue.get(block=False)
+                taken.append(message.payload[0][0])
+                message.ack()
+
+    assert sorted(map(int, taken)) == list(range(600))
 
 
 def test_files_and_redis_share_one_configuration(tmp_path, settings):
