@@ -84,7 +84,11 @@ class LaunchConfig:
 
 
 def select_config(m: int, k: int, groups: int) -> LaunchConfig:
-    """Pick the launch for a shape: a heuristic from the compiled code, no tile has been timed.
+    """Pick the launch for a shape: a heuristic from the compiled code, no tile has been tuned.
+
+    Timed once as it is (H100, torch 2.11, triton 3.6, warm L2, 4096x4096, microseconds at 1 / 16 /
+    2048 tokens): W2A8 61 / 71 / 543, W4A8 95 / 101 / 818, bf16 of cuBLAS 23 / 23 / 92. Unpacking
+    one plane at a time costs about 20 instructions a weight and is what to change first.
 
     A step along K never leaves its group, so it is the largest power of two that divides a group.
     """

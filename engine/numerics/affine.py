@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.spec import PER_CHANNEL, WeightGrid
+from kernels.activation_quant import MIN_ACTIVATION_SCALE
 
 __all__ = [
     "AffineParams",
@@ -32,7 +33,6 @@ __all__ = [
 MIN_SCALE = 1e-5
 MAX_SCALE = 65504.0
 """The largest float16."""
-MIN_ACTIVATION_SCALE = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,6 +137,18 @@ def test_the_longest_rows_of_8_bits_are_refused_where_int32_ends():
         )
 
 
+@pytest.mark.parametrize(
+    ("scale", "in_features"), [((4, 1), 96), ((3, 1), 64), ((4, 4), 64), ((4, 3), 64)]
+)
+def test_tensors_that_do_not_make_a_weight_are_refused(scale, in_features):
+    packed = torch.zeros(2, 4, 2, dtype=torch.int32)
+
+    with pytest.raises(ValueError, match="K = "):
+        PackedWeight.from_stored(
+            packed, torch.ones(scale).half(), torch.zeros(scale, dtype=torch.uint8), in_features
+        )
+
+
 def test_activations_of_another_width_are_refused():
     with pytest.raises(ValueError, match="K = 64"):
         integer_linear(random_tokens(1, 64, 8), random_weight(4, 96, 15))

@@ -91,3 +91,22 @@ def test_a_prompt_in_parts_gives_the_logits_of_the_whole(tmp_path, notation, tol
     whole = logits_of(loaded.model, loaded.spec.kv_bits)
     # attention adds in another order, which may move a rounded activation by one step
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("kv_bits", "tolerance"), [(16, 1e-4), (8, 0.1)])
+def test_a_cache_changes_nothing_but_rounding_even_beyond_a_sliding_window(
+    tmp_path, family, kv_bits, tolerance
+):
+    _, directory, _ = save_checkpoint(tmp_path, "w8a16", family)
+    model = load_checkpoint(directory).model
+    cache = make_cache(2, kv_bits)
+
+    with torch.inference_mode():
+        without = model(TOKENS, use_cache=False).logits
+        steps = [
+            model(TOKENS[:, start : start + 4], past_key_values=cache).logits
+            for start in range(0, 40, 4)
+        ]
+
+    torch.testing.assert_close(torch.cat(steps, 1), without, rtol=0, atol=tolerance)
