@@ -29,7 +29,7 @@ FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".h5", ".msg
 MAX_JSON_BYTES = 1_000_000
 MAX_JSON_DEPTH = 20
 MAX_TOKENIZER_BYTES = 64 << 20
-MAX_SHARDS = 1024
+MAX_SHARDS = 512
 
 
 def select_small_files(resolved: ResolvedModel) -> tuple[RemoteFile, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from api.errors import ConfigRejected, UnsupportedFormat
@@ -23,6 +24,8 @@ FIRST_READ_BYTES = 100_000
 """Holds the whole header of most shards, so that one request does."""
 # an index names every tensor of the model once
 MAX_INDEX_BYTES = 25_000_000
+# a model of a thousand billion parameters stays below half of it
+MAX_HEADERS_BYTES = 50_000_000
 PARALLEL_READS = 8
 MAX_MESSAGE = 500
 
@@ -108,14 +111,34 @@ def _read_headers(
     shards: tuple[RemoteFile, ...], read: ReadRange
 ) -> dict[str, dict[str, TensorHeader]]:
     with ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="header") as pool:
-        headers = pool.map(lambda shard: _read_header(shard, read), shards)
+        beginnings = tuple(pool.map(lambda shard: _read_beginning(shard, read), shards))
+        # each header may be long, but not all of them
+        total = sum(each.header_bytes for each in beginnings)
+        if total > MAX_HEADERS_BYTES:
+            raise UnsupportedFormat(
+                f"the headers of the shards have {total} bytes, the limit is {MAX_HEADERS_BYTES}",
+                param="model",
+            )
+        headers = pool.map(lambda each: _read_header(each, read), beginnings)
         return {shard.path: header for shard, header in zip(shards, headers, strict=True)}
 
 
-def _read_header(shard: RemoteFile, read: ReadRange) -> dict[str, TensorHeader]:
-    first = read(shard.path, 0, min(FIRST_READ_BYTES, shard.bytes))
-    length = parse_length(first, shard.bytes, shard.path)
-    end = LENGTH_BYTES + length
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Beginning:
+    shard: RemoteFile
+    content: bytes
+    header_bytes: int
+
+
+def _read_beginning(shard: RemoteFile, read: ReadRange) -> _Beginning:
+    content = read(shard.path, 0, min(FIRST_READ_BYTES, shard.bytes))
+    length = parse_length(content, shard.bytes, shard.path)
+    return _Beginning(shard=shard, content=content, header_bytes=length)
+
+
+def _read_header(beginning: _Beginning, read: ReadRange) -> dict[str, TensorHeader]:
+    shard, first = beginning.shard, beginning.content
+    end = LENGTH_BYTES + beginning.header_bytes
     raw = first[LENGTH_BYTES:end]
     if len(first) < end:
         raw += read(shard.path, len(first), end - len(first))

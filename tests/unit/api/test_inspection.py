@@ -100,13 +100,24 @@ def test_a_tensor_in_two_shards_is_refused():
     assert "same name" in refusal_of(files).message
 
 
+def test_headers_that_are_long_together_are_refused_unread():
+    head = (20_000_000).to_bytes(8, "little") + b"{"
+    names = [f"model-{index}.safetensors" for index in range(3)]
+    index = json.dumps({"weight_map": {f"t{name}": name for name in names}}).encode()
+    shards = dict.fromkeys(names, head + bytes(20_100_000))
+
+    refusal = refusal_of(model_files() | shards | {"model.safetensors.index.json": index})
+
+    assert "60000000 bytes" in refusal.message
+
+
 def test_an_index_of_too_many_shards_is_refused():
-    weight_map = {f"t{index}": f"model-{index}.safetensors" for index in range(1025)}
+    weight_map = {f"t{index}": f"model-{index}.safetensors" for index in range(513)}
     index = json.dumps({"weight_map": weight_map}).encode()
 
     refusal = refusal_of(model_files() | {"model.safetensors.index.json": index})
 
-    assert "1025 shards" in refusal.message
+    assert "513 shards" in refusal.message
 
 
 @pytest.mark.parametrize(
