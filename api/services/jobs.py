@@ -160,8 +160,9 @@ def retry_job(database: Database, settings: Settings, tenant_id: str, job_id: st
         QuotaExceeded: the tenant has too many jobs that are not at an end.
     """
     with database.write() as session:
-        jobs.lock_tenant(session, tenant_id)
+        # first the job, then the tenant, as a worker that claims it does: never a deadlock
         job = jobs.lock_job(session, tenant_id, job_id)
+        jobs.lock_tenant(session, tenant_id)
         if job.status not in {JobStatus.FAILED, JobStatus.CANCELLED}:
             raise JobStateConflict(
                 f"the quantization is {job.status}; only a failed or cancelled one can be retried"
