@@ -8,10 +8,13 @@ so that a typing error is refused without a query and secret scanners recognize 
 import hmac
 import secrets
 import string
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
 from zlib import crc32
+
+from sqlalchemy.exc import OperationalError
 
 from api.db.connection import Database, database_now
 from api.db.repositories import access
@@ -82,7 +85,8 @@ def authenticate(database: Database, key: str | None) -> Principal:
     if row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= now):
         raise KeyRejected
     if row.last_used_at is None or now - row.last_used_at > LAST_USED_STEP:
-        with database.write() as session:
+        # a database too busy to note the use still serves the request
+        with suppress(OperationalError), database.write() as session:
             access.note_key_use(session, row.id, now)
     return _principal(row)
 

@@ -35,6 +35,8 @@ class Interface(FastAPI):
             version=VERSION,
             description="Quantize a language model to any bit width; watch, download and chat.",
             generate_unique_id_function=_operation_id,
+            # a redirect would lose the body or the key of some clients; a wrong path is 404
+            redirect_slashes=False,
             **options,
         )
         for router in ROUTERS:

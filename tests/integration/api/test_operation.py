@@ -80,6 +80,7 @@ def test_a_request_id_is_made_or_taken_over(anyone):
     [
         ("GET", "/nowhere", 404, "not_found"),
         ("GET", "/v1/artifacts/x", 404, "not_found"),
+        ("GET", "/v1/quantizations/", 404, "not_found"),
         ("PUT", "/v1/quantizations", 405, "method_not_allowed"),
         ("GET", "/problems/nonsense", 404, "problem_not_found"),
     ],

@@ -10,6 +10,9 @@ import httpx
 import pytest
 
 from api.cli.environment import settings_environment
+from api.db.connection import Database
+from api.db.repositories.access import get_or_create_tenant
+from api.services.jobs import NewJob, create_job
 from api.settings import DatabaseSettings, InferenceSettings, ServerSettings, Settings
 from tests.integration.machine import ROOT
 from tests.servers import free_port
@@ -41,20 +44,23 @@ def start(tmp_path):
         process.communicate()
 
 
-def test_it_starts_with_nothing_shows_its_first_key_once_and_stops_with_open_streams(start):
+def test_it_starts_with_nothing_shows_its_first_key_once_and_stops_with_open_streams(
+    start, tmp_path
+):
     process, url = start()
     shown = process.stdout.readline()
     key = shown.split()[-1]
     headers = {"Authorization": f"Bearer {key}", "Accept": "text/event-stream"}
     with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
         wait_until_ready(client)
-        made = client.post("/v1/api_keys", json={"name": "n", "scopes": ["admin"]})
-        assert made.status_code == 201
-
-        process.send_signal(signal.SIGTERM)
-        output, log = process.communicate(timeout=20)
+        job = queue_job(tmp_path)
+        with client.stream("GET", f"/v1/quantizations/{job.id}/events") as stream:
+            next(stream.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            output, log = process.communicate(timeout=20)
 
     assert "First API key" in shown
+    assert process.returncode in {0, -signal.SIGTERM}
     assert key not in output + log
     again, url = start()
     with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
@@ -73,6 +79,20 @@ def test_a_database_without_tables_is_said_in_one_sentence(start, tmp_path):
     assert process.returncode == 1
     assert "abq migrate" in log
     assert "Traceback" not in log
+
+
+def queue_job(data_dir):
+    settings = Settings(data_dir=data_dir)
+    database = Database(settings.database_url)
+    with database.write() as session:
+        tenant = get_or_create_tenant(session, "default")
+    wanted = NewJob(
+        model="acme/tiny", revision=None, source_sha="f" * 40, spec={"w_bits": 4}, evaluation={}
+    )
+    try:
+        return create_job(database, settings, tenant.id, wanted)
+    finally:
+        database.close()
 
 
 def wait_until_ready(client):
