@@ -2,13 +2,14 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import make_url, select
 
 from api.cli.environment import settings_environment
 from api.db.repositories.access import get_or_create_tenant
@@ -72,6 +73,22 @@ class Machine:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
+    def freeze(self, process):
+        """Stop a process and its pool in their tracks, but not inside a transaction."""
+        path = make_url(self.settings.database_url).database
+        while True:
+            os.killpg(process.pid, signal.SIGSTOP)
+            # a frozen holder of SQLite's only lock would freeze everyone else as well
+            with closing(sqlite3.connect(path, timeout=0.2, isolation_level=None)) as connection:
+                try:
+                    connection.execute("BEGIN IMMEDIATE")
+                except sqlite3.OperationalError:
+                    os.killpg(process.pid, signal.SIGCONT)
+                    time.sleep(0.05)
+                else:
+                    connection.execute("ROLLBACK")
+                    return
+
     def stop(self):
         """End everything that was started."""
         for process in self._processes:
@@ -80,15 +97,23 @@ class Machine:
             process.wait()
         wait_until(lambda: not self.children(), "a calibration process outlived its worker")
 
-    def create_job(self, model="local:models/tiny", spec=SPEC):
-        """Queue a quantization as the API does after its checks."""
-        wanted = NewJob(
+    def create_job(self, **fields):
+        """Queue a quantization as the API does after its checks; return its id."""
+        return self.queue(self.new_job(**fields))
+
+    def new_job(self, model="local:models/tiny", spec=SPEC, publish=None):
+        """What the API makes of a request that passed its checks."""
+        return NewJob(
             model=model,
             revision=None,
             source_sha=create_hub(self.settings).resolve(model, None).sha,
             spec=QuantSpec.from_json(spec).to_json(),
             evaluation=EVALUATION,
+            publish=publish,
         )
+
+    def queue(self, wanted):
+        """Queue a quantization and return its id."""
         return create_job(self.database, self.settings, self.tenant_id, wanted).id
 
     def job(self, job_id):

@@ -76,7 +76,7 @@ def test_a_killed_worker_leaves_no_orphan_and_the_job_resumes_to_the_same_bytes(
 def test_nothing_outlives_the_main_process_of_a_worker(machine, dispatcher):
     worker = machine.start("worker")
     job_id = machine.create_job()
-    machine.wait_for_child(job_id)
+    machine.wait_for_layer(job_id, 0)
 
     os.kill(worker.pid, signal.SIGKILL)
     worker.wait()
@@ -127,9 +127,9 @@ def test_a_worker_that_comes_back_from_the_dead_changes_nothing(machine, dispatc
     job_id = machine.create_job()
     machine.wait_for_layer(job_id, 0)
 
-    os.killpg(frozen.pid, signal.SIGSTOP)
     child = machine.wait_for_child(job_id)
     os.kill(child, signal.SIGSTOP)
+    machine.freeze(frozen)
     wait_until(lambda: machine.attempts(job_id) == ["worker_lost"], "the lease did not end", 10)
     machine.start("worker")
     wait_until(lambda: len(machine.children(job_id)) == 2, "no second attempt began")
