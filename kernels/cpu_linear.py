@@ -89,19 +89,21 @@ def cpu_linear(
     # flipping the top bit of a byte is subtracting 128
     x_MK = (activations.codes ^ SHIFT if shift else activations.codes).view(torch.int8)
     zero_M1 = activations.zero_point - shift
-    starts = range(0, max(1, x_MK.shape[0]), ROW_BLOCK)
-    blocks = []
-    for rows in (slice(start, start + ROW_BLOCK) for start in starts):
-        block_MN = _scaled_sum(x_MK[rows], zero_M1[rows], weight)
-        blocks.append(block_MN.mul_(activations.scale[rows]))
-    out_MN = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    m = x_MK.shape[0]
+    if m <= ROW_BLOCK:
+        out_MN = _scaled_sum(x_MK, zero_M1, weight)
+    else:
+        blocks = [slice(start, start + ROW_BLOCK) for start in range(0, m, ROW_BLOCK)]
+        out_MN = torch.cat([_scaled_sum(x_MK[rows], zero_M1[rows], weight) for rows in blocks])
+    out_MN.mul_(activations.scale)
     return out_MN if bias is None else out_MN.add_(bias.float())
 
 
 def _scaled_sum(x_MK: torch.Tensor, zero_M1: torch.Tensor, weight: CpuWeight) -> torch.Tensor:
     """Sum the groups' exact integers, each times its weight scale: float32 ``[M, N]``."""
     out_MN = None
-    for group, x_MG in enumerate(torch.tensor_split(x_MK, len(weight.columns), dim=1)):
+    groups = len(weight.columns)
+    for group, x_MG in enumerate(x_MK.tensor_split(groups, dim=1) if groups > 1 else (x_MK,)):
         integer_MN = _multiply(x_MG, weight.columns[group])
         integer_MN.addcmul_(zero_M1, weight.sums[group], value=-1)
         if weight.residual is not None:
