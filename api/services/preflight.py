@@ -163,7 +163,7 @@ def _describe(
     # the files' own size: a source in fp32 takes twice what its parameters suggest
     needed = facts.source_bytes + estimate.disk_bytes - estimate.source_bytes
     disk = shutil.disk_usage(_existing(settings.work_dir))
-    device = settings.worker.device or "cpu"
+    device = "cuda" if (settings.worker.device or "").startswith("cuda") else "cpu"
     return {
         "parameters": estimate.parameters,
         "layers": architecture.layers,
