@@ -5,7 +5,7 @@ thread alone holds the job. When the lease is lost the work is killed and nothin
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
@@ -141,6 +141,7 @@ class Watch:
         while True:
             try:
                 with self._database.write() as session:
+                    self._write(session, self._pending)
                     return write(session, self._lease)
             except UNREACHABLE as error:
                 self._note_unreachable(error)
@@ -164,8 +165,10 @@ class Watch:
         self._flush()
 
     def _flush(self) -> None:
-        if self._pending and self._attempt(self._write_pending):
-            self._pending.clear()
+        # an event that cannot be written raises, once; only those of a lost connection wait
+        events, self._pending = self._pending, []
+        if events and not self._attempt(lambda session: self._write(session, events)):
+            self._pending = events
 
     def _beat_when_due(self) -> None:
         if time.monotonic() >= self._beat_at:
@@ -177,8 +180,8 @@ class Watch:
         self._is_cancelled = renew_lease(session, self._lease, self._settings.lease_s)
         self._renewed_at = started
 
-    def _write_pending(self, session: Session) -> None:
-        for event in self._pending:
+    def _write(self, session: Session, events: Sequence[dict[str, Any]]) -> None:
+        for event in events:
             data = {name: value for name, value in event.items() if name != "type"}
             record_event(session, self._lease, event["type"], data)
 
