@@ -29,8 +29,14 @@ PASSED_NAMES = frozenset({
     "PYTHONHASHSEED", "PYTHONPATH", "SYSTEMROOT", "TMPDIR", "TZ", "VIRTUAL_ENV",
 })  # fmt: skip
 PASSED_PREFIXES = ("LC_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "OPENBLAS_", "TORCH", "TRITON_")
-# the child reads local folders only
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+# the child reads local folders only, and no token that a login left in the home folder
+OFFLINE = {
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
 
 
 class ChildProcess:

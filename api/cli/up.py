@@ -96,13 +96,14 @@ def _programs(settings: Settings) -> list[Program]:
     bare = settings.model_copy(
         update={"hub": HubSettings(), "database": DatabaseSettings(), "queue": QueueSettings()}
     )
+    harmless = {name: value for name, value in os.environ.items() if not _is_secret(name)}
     return [
         Program(name="api", module="api", stop_s=STOP_MARGIN_S, environment=everything),
         Program(
             name="inference",
             module="worker.inference",
             stop_s=30.0 + STOP_MARGIN_S,
-            environment=settings_environment(bare, os.environ),
+            environment=settings_environment(bare, harmless),
         ),
         Program(
             name="worker",
@@ -111,6 +112,10 @@ def _programs(settings: Settings) -> list[Program]:
             environment=everything,
         ),
     ]
+
+
+def _is_secret(name: str) -> bool:
+    return any(word in name for word in ("TOKEN", "SECRET", "PASSWORD", "API_KEY"))
 
 
 def _with_inference_token(settings: Settings) -> Settings:

@@ -158,9 +158,11 @@ def test_no_secret_and_no_setting_reaches_the_child():
         "PATH": "/bin",
         "OMP_NUM_THREADS": "2",
         "CUDA_VISIBLE_DEVICES": "GPU-1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        "TRANSFORMERS_OFFLINE": "1",
     }
 
 
