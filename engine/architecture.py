@@ -165,7 +165,7 @@ def _refuse_foreign_code(config: Mapping[str, Any]) -> None:
     if config.get("quantization_config") is not None:
         raise UnsupportedModel(
             "quantization_config",
-            "quantization_config says the model is quantized already; name its full-precision source",
+            "quantization_config says the model is quantized already; name its source",
         )
 
 
@@ -198,11 +198,8 @@ def _check_values(config: Mapping[str, Any], layers: int) -> None:
         _check_rope(name, config.get(name))
     kinds = config.get("layer_types")
     allowed = ("full_attention", "sliding_attention")
-    if kinds is not None and (
-        not isinstance(kinds, list)
-        or len(kinds) != layers
-        or not all(kind in allowed for kind in kinds)
-    ):
+    listed = kinds if isinstance(kinds, list) else [None]
+    if kinds is not None and (len(listed) != layers or any(k not in allowed for k in listed)):
         raise UnsupportedModel(
             "layer_types", f"layer_types must list one of {', '.join(allowed)} for each layer"
         )
