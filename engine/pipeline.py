@@ -32,7 +32,7 @@ from engine.fit import check_spec
 from engine.models.loading import SourceModel, read_config
 from engine.spec import QuantSpec
 
-__all__ = ["QuantJob", "QuantReport", "best_device", "quantize_model"]
+__all__ = ["EvaluationPlan", "QuantJob", "QuantReport", "best_device", "quantize_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

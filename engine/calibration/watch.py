@@ -23,6 +23,9 @@ class Watch:
 
     on_event: EventSink
     should_stop: Callable[[], bool] = _goes_on
+    part: int = 0
+    """Which of several equal parts of a stage this one reports on."""
+    parts: int = 1
     _reported_at_s: float = field(default=NEVER, init=False)
 
     def check(self) -> None:
@@ -43,8 +46,16 @@ class Watch:
         self.on_event(LogLine(level="info", message=message))
 
     def progress(self, stage: Stage, done: int, total: int, unit: str) -> None:
-        """Report how far a stage is, at most twice a second; the last one always."""
+        """Report how far a stage is, at most twice a second; the last one always.
+
+        Args:
+            stage: the stage.
+            done: pieces of this part that are done.
+            total: pieces of this part.
+            unit: what a piece is.
+        """
         now_s = time.monotonic()
+        done, total = done + self.part * total, self.parts * total
         if done < total and now_s - self._reported_at_s < PROGRESS_INTERVAL_S:
             return
         self._reported_at_s = now_s

@@ -1,6 +1,6 @@
 """Perplexity of a source and of its checkpoint over the same tokens, written into the manifest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.calibration.dataset import (
@@ -78,10 +78,14 @@ def _measure(
     text = read_text(plan.text, BuiltinText.EVALUATION)
     ids = tokenize(load_tokenizer(checkpoint), text)
     tokens = consecutive_windows(text, ids, plan.windows, plan.length).tokens
-    full = measure_perplexity(source, tokens, watch, device=device)
+    full = measure_perplexity(source, tokens, replace(watch, part=0, parts=2), device=device)
     loaded = load_checkpoint(checkpoint, device)
     resident = ResidentModel(architecture=loaded.architecture, skeleton=loaded.model)
     rounded = measure_perplexity(
-        resident, tokens, watch, kv_bits=loaded.spec.kv_bits, device=device
+        resident,
+        tokens,
+        replace(watch, part=1, parts=2),
+        kv_bits=loaded.spec.kv_bits,
+        device=device,
     )
     return Perplexities(fp=full.value, quant=rounded.value, tokens=full.tokens, dataset=text.name)
