@@ -15,16 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.errors import (
-    BodyTooLarge,
-    ConfigRejected,
-    InvalidRequest,
-    KeyRejected,
-    ServiceError,
-    UnsupportedParameter,
-)
+from api.errors import InvalidRequest, KeyRejected, ServiceError, UnsupportedParameter
 from api.schemas.base import FieldError, OpenAIError, Problem
-from engine.errors import SpecError, UnsupportedModel
+from engine.errors import SpecError
 
 __all__ = ["error_response", "install_error_handlers", "is_openai_path"]
 
@@ -43,8 +36,6 @@ MAX_SHOWN = 100
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of the app in its wire form."""
     app.add_exception_handler(ServiceError, _on_service_error)
-    app.add_exception_handler(SpecError, _on_spec_error)
-    app.add_exception_handler(UnsupportedModel, _on_unsupported_model)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(DataError, _on_data_error)
@@ -126,20 +117,6 @@ def _on_service_error(request: Request, error: Exception) -> Response:
     return error_response(request.scope, error)
 
 
-def _on_spec_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, SpecError)  # noqa: S101 - what the handler is registered for
-    item = _spec_item(("spec",), error)
-    return error_response(
-        request.scope, InvalidRequest(error.message, param=item.param, errors=[item])
-    )
-
-
-def _on_unsupported_model(request: Request, error: Exception) -> Response:
-    assert isinstance(error, UnsupportedModel)  # noqa: S101 - what the handler is registered for
-    refusal = ConfigRejected(error.message, param="model", field=error.field)
-    return error_response(request.scope, refusal)
-
-
 def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - what it is registered for
     items = [_field_error(each) for each in _innermost(error.errors())]
@@ -153,8 +130,6 @@ def _on_validation_error(request: Request, error: Exception) -> Response:
 
 def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - what the handler is registered for
-    if error.status_code == BodyTooLarge.status:
-        return error_response(request.scope, BodyTooLarge())
     phrase = HTTPStatus(error.status_code).phrase
     messages = {
         400: "The request could not be read.",

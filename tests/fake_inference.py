@@ -71,6 +71,8 @@ def run_fake_inference():
 
     @app.delete("/models/{artifact_id}")
     def unload(artifact_id: str) -> Response:
+        if artifact_id not in fake.loaded:
+            return Response(status_code=404)
         fake.loaded.remove(artifact_id)
         return Response(status_code=204)
 

@@ -37,8 +37,6 @@ def read_spec(value: object) -> object:
     if isinstance(value, Mapping):
         _refuse_flags_for_numbers(value)
         return value
-    if isinstance(value, QuantSpec):
-        return value
     raise SpecError("spec", value, "write w4a8 or the like, or a JSON object with w_bits")
 
 

@@ -13,7 +13,6 @@ from api.db.tables.artifacts import Artifact, Deployment
 from api.db.tables.jobs import JobStatus
 from api.errors import (
     DeploymentNotFound,
-    InferenceUnavailable,
     JobStateConflict,
     ModelNotHosted,
     ServiceError,
@@ -162,7 +161,7 @@ def _loaded(inference: InferenceClient) -> Mapping[str, Mapping[str, Any]] | Non
     """What is in memory by artifact id; None when the inference service does not answer."""
     try:
         return {each["artifact_id"]: each for each in inference.list_models()}
-    except InferenceUnavailable:
+    except ServiceError:
         return None
 
 

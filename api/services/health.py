@@ -14,7 +14,7 @@ from typing_extensions import override
 from api.db.connection import Database
 from api.db.repositories.jobs import count_by_status
 from api.db.repositories.positions import oldest_queued_age_s
-from api.errors import InferenceUnavailable, ServiceError
+from api.errors import ServiceError
 from api.schemas.health import ErrorMeaning, Readiness
 from api.services.inference import InferenceClient
 
@@ -91,7 +91,7 @@ def _check_database(database: Database) -> str:
 def _check_inference(inference: InferenceClient) -> str:
     try:
         inference.list_models()
-    except InferenceUnavailable as error:
+    except ServiceError as error:
         return error.message
     return OK
 

@@ -18,12 +18,17 @@ from api.errors import (
     UnsupportedParameter,
 )
 from api.settings import InferenceSettings
+from api.telemetry import get_logger
 
 __all__ = ["InferenceClient", "error_of_record"]
+
+log = get_logger(__name__)
 
 INTERNAL_HEADER = "X-ABQ-Internal-Token"
 CONNECT_TIMEOUT_S = 2.0
 CONTROL_TIMEOUT_S = 10.0
+MODEL_FAILED = "model_failed"
+"""The one fault whose message is meant for the caller."""
 
 BY_CODE: Mapping[str, type[ServiceError]] = {
     each.code: each
@@ -117,9 +122,15 @@ def error_of_record(record: Mapping[str, Any], status: int = 500) -> ServiceErro
     message, param = record.get("message"), record.get("param")
     if kind := BY_CODE.get(str(record.get("code"))):
         return kind(message, param=param)
+    if status in {401, 403}:
+        # the two processes do not share a token: nothing that the caller could mend
+        log.error("inference_refuses_the_api", status=status)
+        return InferenceUnavailable()
     if 400 <= status < 500:
         return InvalidRequest(message, param=param)
-    return InferenceUnavailable() if status == 503 else ServiceError("The generation failed.")
+    if status == 503:
+        return InferenceUnavailable()
+    return ServiceError(message if record.get("code") == MODEL_FAILED else "The generation failed.")
 
 
 def _refusal(response: httpx.Response) -> ServiceError:

@@ -87,7 +87,10 @@ def test_a_text_is_completed_whole_and_in_chunks(hosting, inference):
     *chunks, last = read_data(hosting.post(TEXT_URL, json=TEXT | {"stream": True}))
 
     assert (whole["object"], whole["choices"][0]["text"]) == ("text_completion", "Hello")
+    counted = TEXT | {"stream": True, "stream_options": {"include_usage": True}}
+    *_, usage, _ = read_data(hosting.post(TEXT_URL, json=counted))
     texts = [json.loads(each)["choices"][0]["text"] for each in chunks]
+    assert (json.loads(usage)["choices"], json.loads(usage)["usage"]["total_tokens"]) == ([], 5)
     assert ("".join(texts), last) == ("Hello", "[DONE]")
     assert "usage" not in json.loads(chunks[0])
     # OpenAI's default for plain completions
@@ -212,6 +215,43 @@ def test_a_fault_in_the_middle_of_a_stream_is_an_event_and_its_end(hosting, infe
     assert "secret" not in streamed[-1] + whole.text
 
 
+@pytest.mark.parametrize(
+    ("records", "status"),
+    [([], 503), ([{"type": "error", "code": "context_length_exceeded", "message": "m"}], 400)],
+)
+def test_a_generation_that_never_began_has_a_status_of_its_own(hosting, inference, records, status):
+    inference.records = records
+
+    response = hosting.post(CHAT_URL, json=CHAT | {"stream": True})
+
+    assert response.status_code == status
+    assert set(response.json()) == {"error"}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "answered", "message"),
+    [
+        (400, {"code": "invalid_request", "message": "too hot", "param": "top_p"}, 400, "too hot"),
+        (500, {"code": "model_failed", "message": "a shard is damaged"}, 500, "a shard is damaged"),
+        (500, {"code": "internal_error", "message": "/secret"}, 500, "The generation failed."),
+        (502, "no record", 500, "The generation failed."),
+        (401, {"code": "invalid_api_key", "message": "internal token"}, 503, "does not answer"),
+        (503, {"code": "new_code", "message": "later"}, 503, "does not answer"),
+    ],
+)
+def test_faults_between_the_two_services_are_told_to_whom_they_concern(
+    hosting, inference, status, body, answered, message
+):
+    inference.refusal = (status, body, {})
+
+    response = hosting.post(CHAT_URL, json=CHAT)
+
+    error = response.json()["error"]
+    assert response.status_code == answered
+    assert message in error["message"]
+    assert (error["code"] is None) == (answered == 500)
+
+
 def test_a_stream_that_breaks_off_does_not_look_complete(hosting, inference):
     inference.records = [START, {"type": "token", "text": "Hel"}]
 
@@ -244,6 +284,14 @@ def test_a_caller_that_goes_away_cancels_the_generation(hosting, inference, dela
         time.sleep(0.02)
 
     assert (inference.cancelled, inference.finished) == (1, 0)
+
+
+@pytest.mark.parametrize("body", [[], "text", None])
+def test_a_body_that_is_no_object_is_400(hosting, body):
+    response = hosting.post(CHAT_URL, json=body)
+
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_hosted_models_are_listed_and_read_by_name(hosting):
@@ -283,7 +331,19 @@ def test_deployments_are_made_shown_and_removed(hosting, inference):
     assert [each.status_code for each in gone] == [200, 404]
     # the other name still hosts it
     assert inference.loaded == [named.json()["artifact_id"]]
-    hosting.delete(f"/v1/deployments/{named.json()['id']}")
+    inference.loaded.clear()
+    assert hosting.get(named.headers["location"]).json()["status"] == "idle"
+    # it had left memory by itself: the inference service knows nothing to unload
+    assert hosting.delete(named.headers["location"]).status_code == 200
+
+
+def test_the_last_name_of_an_artifact_takes_it_out_of_memory(hosting, inference):
+    (deployment,) = hosting.get("/v1/deployments").json()["data"]
+    assert inference.loaded == [deployment["artifact_id"]]
+
+    gone = hosting.delete(f"/v1/deployments/{deployment['id']}")
+
+    assert gone.json() == {"id": deployment["id"], "object": "deployment", "deleted": True}
     assert inference.loaded == []
 
 

@@ -4,6 +4,7 @@ import hashlib
 import socket
 from base64 import b64encode
 
+import httpx
 import pytest
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -145,6 +146,20 @@ def test_head_tells_the_size_and_digest_of_the_whole_file_without_its_bytes(shar
     whole = client.get(url).headers
     for name in ("content-length", "etag", "repr-digest", "content-type"):
         assert head.headers[name] == whole[name]
+
+
+def test_a_disk_that_fails_in_the_middle_cuts_the_connection(shard, monkeypatch):
+    client, url = shard
+
+    def read(_):
+        yield CONTENT[:1000]
+        raise OSError("input/output error")
+
+    monkeypatch.setattr("api.services.artifacts.Download.read", read)
+
+    # a file that ended early without a sign would be taken for complete
+    with pytest.raises(httpx.RemoteProtocolError):
+        client.get(url)
 
 
 def test_an_empty_file_is_no_fault(shard):
