@@ -38,6 +38,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOME=/var/lib/abq/cache \
     HF_HOME=/var/lib/abq/cache/huggingface \
     TRITON_CACHE_DIR=/var/lib/abq/cache/triton \
+    OMP_WAIT_POLICY=passive \
     ABQ_DATA_DIR=/var/lib/abq/data \
     ABQ_STORAGE__ROOT=/var/lib/abq/artifacts
 WORKDIR /var/lib/abq

@@ -33,8 +33,8 @@ HOME = Path(".demo")
 REPORT_FILE = "report.json"
 QUESTION = "What is the capital of France, and what is it known for?"
 # chosen so that the demo ends within minutes on two cores; the engine's own default trains longer
-CALIBRATION = ("calibration.samples=8", "calibration.length=256", "calibration.epochs=2")
-EVALUATION = {"enabled": True, "windows": 4, "length": 512}
+CALIBRATION = ("calibration.samples=16", "calibration.length=256", "calibration.epochs=2")
+EVALUATION = {"enabled": True, "windows": 4, "length": 1024}
 
 
 @demo_app.command()

@@ -56,14 +56,14 @@ def quantize(  # noqa: PLR0913 - each option is a parameter
     }
     with open_client(context) as client:
         if estimate:
-            answer = client.post("/v1/quantizations/estimate", body)
-            _show(answer, json_output=json_output)
+            _show(client.post("/v1/quantizations/estimate", body), json_output=json_output)
             return
         # a request that is sent again after a lost answer must not start a second job
         job = client.post("/v1/quantizations", body, {"Idempotency-Key": uuid4().hex})
         if watch:
             job = watch_job(client, job["id"], json_output=json_output)
-    _show(job, json_output=json_output)
+    # behind events, the job is one more line
+    _show(job, json_output=json_output, indent=None if watch else 2)
     if not watch and not json_output:
         remark(f"follow it with: abq watch {job['id']}", "dim")
     if watch and job["status"] != "succeeded":
@@ -111,9 +111,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     return record
 
 
-def _show(record: dict[str, Any], *, json_output: bool) -> None:
+def _show(record: dict[str, Any], *, json_output: bool, indent: int | None = 2) -> None:
     if json_output:
-        print_json(record)
+        print_json(record, indent=indent)
     elif "status" in record:
         print_table(facts_table(job_facts(record), title=record["id"]))
     else:

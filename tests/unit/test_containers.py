@@ -9,9 +9,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from pydantic import BaseModel
 
 from api.settings import Settings
+from tests.setting_variables import setting_variables
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -93,19 +93,9 @@ def test_an_image_ends_as_another_user_than_root(path):
     assert int(users[-1].split(":")[0]) > 0
 
 
-def setting_names(model, prefix):
-    """The environment variables of a settings class, group by group."""
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from setting_names(kind, f"{prefix}{name.upper()}__")
-        else:
-            yield f"{prefix}{name.upper()}"
-
-
 @pytest.mark.parametrize("name", OWN)
 def test_every_variable_that_compose_sets_is_a_setting(name):
-    known = set(setting_names(Settings, "ABQ_"))
+    known = setting_variables()
     given = {each for each in SERVICES[name]["environment"] if each.startswith("ABQ_")}
 
     assert given
@@ -114,7 +104,7 @@ def test_every_variable_that_compose_sets_is_a_setting(name):
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_every_variable_that_an_image_sets_is_a_setting(path):
-    known = set(setting_names(Settings, "ABQ_"))
+    known = setting_variables()
 
     assert set(re.findall(r"\b(ABQ_\w+)=", path.read_text())) <= known
 

@@ -1,19 +1,19 @@
 """What the pages say, held against the code where that is possible."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from pydantic import BaseModel
 
 from api import errors
 from api.cli.main import COMMANDS
-from api.settings import Settings
 from engine.events import Stage
 from engine.numerics.affine import affine_params, dequantize_weight, quantize_weight, weight_range
 from engine.spec import QuantSpec
 from kernels.layouts import pack_codes
+from tests.setting_variables import setting_variables
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,18 +21,9 @@ CLIENT_VARIABLES = {"ABQ_URL", "ABQ_API_KEY"}
 """Read by the command line, no settings of the service."""
 
 
-def setting_names(model, prefix="ABQ_"):
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from setting_names(kind, f"{prefix}{name.upper()}__")
-        else:
-            yield f"{prefix}{name.upper()}"
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_variable_on_a_page_is_a_setting(page):
-    known = {*setting_names(Settings), *CLIENT_VARIABLES}
+    known = setting_variables() | CLIENT_VARIABLES
 
     assert set(re.findall(r"\bABQ_[A-Z_]+\b", page.read_text())) <= known
 
@@ -93,3 +84,14 @@ def test_the_decoder_on_the_page_of_the_format_reads_what_the_engine_packs(spec)
     )
 
     assert torch.equal(torch.from_numpy(read), dequantize_weight(codes, params))
+
+
+def test_the_page_of_the_interface_names_only_paths_that_are_served():
+    page = (ROOT / "docs/api.md").read_text().split("## Keys")[0]
+    served = json.loads((ROOT / "docs/openapi.json").read_text())["paths"]
+    shapes = {re.sub(r"\{\w+\}", "{}", path) for path in served}
+    told = {re.sub(r"\{\w+\}", "{}", path) for path in re.findall(r"(/[\w/{}]+)", page)}
+
+    named = {path for path in told if path.startswith(("/v1", "/healthz", "/readyz", "/metrics"))}
+    assert len(named) >= 10
+    assert named <= shapes
