@@ -153,8 +153,9 @@ def test_many_watchers_cost_no_more_queries_than_one(api):
             time.sleep(1.5)
             costs.append(len([each for each in queries[before:] if "job_events" in each]))
 
-    assert 1 < costs[0] < 20
-    assert costs[1] <= costs[0] + 2
+    # four rounds a second of one query; twelve loops would make 72
+    assert min(costs) > 0
+    assert max(costs) <= 10
 
 
 def test_a_waiting_stream_sends_comments(api, monkeypatch):

@@ -57,7 +57,7 @@ def test_it_starts_with_nothing_shows_its_first_key_once_and_stops_with_open_str
         with client.stream("GET", f"/v1/quantizations/{job.id}/events") as stream:
             next(stream.iter_lines())
             process.send_signal(signal.SIGTERM)
-            output, log = process.communicate(timeout=20)
+            output, log = process.communicate(timeout=40)
 
     assert "First API key" in shown
     assert process.returncode in {0, -signal.SIGTERM}
@@ -67,7 +67,7 @@ def test_it_starts_with_nothing_shows_its_first_key_once_and_stops_with_open_str
         wait_until_ready(client)
         assert client.get("/v1/api_keys").status_code == 200
     again.send_signal(signal.SIGTERM)
-    assert "First API key" not in again.communicate(timeout=20)[0]
+    assert "First API key" not in again.communicate(timeout=40)[0]
 
 
 def test_a_database_without_tables_is_said_in_one_sentence(start, tmp_path):
