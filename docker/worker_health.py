@@ -6,7 +6,7 @@ import sys
 from api.queue import create_celery
 from api.settings import Settings
 
-ANSWER_S = 5.0
+ANSWER_S = 3.0
 
 
 def main() -> int:
