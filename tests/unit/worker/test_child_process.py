@@ -2,6 +2,8 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -45,9 +47,9 @@ def follow(child):
 
 def test_events_arrive_in_order_and_the_report_apart(run_program):
     child = run_program(
-        "print('{\"type\": \"log\", \"message\": \"a\"}');"
-        "print('{\"type\": \"log\", \"message\": \"b\"}');"
-        "print('{\"type\": \"result\", \"report\": {\"layers\": 2}}')"
+        'print(\'{"type": "log", "message": "a"}\');'
+        'print(\'{"type": "log", "message": "b"}\');'
+        'print(\'{"type": "result", "report": {"layers": 2}}\')'
     )
 
     events = follow(child)
@@ -85,7 +87,9 @@ def test_a_killed_child_ran_out_of_memory_as_far_as_anyone_can_tell(run_program)
 
 
 def test_a_crash_is_told_with_the_last_line_of_its_log(run_program):
-    child = run_program("raise RuntimeError('no such layer hf_abcdefghijklmnopqrstuvwxyz0123456789')")
+    child = run_program(
+        "raise RuntimeError('no such layer hf_abcdefghijklmnopqrstuvwxyz0123456789')"
+    )
     follow(child)
 
     failure = failure_of_child(child)
@@ -97,8 +101,8 @@ def test_a_crash_is_told_with_the_last_line_of_its_log(run_program):
 
 def test_an_error_record_names_the_layer_and_is_not_tried_again(run_program):
     child = run_program(
-        "print('{\"type\": \"error\", \"code\": \"calibration_diverged\","
-        " \"message\": \"loss is nan\", \"layer\": \"model.layers.3\"}'); raise SystemExit(1)"
+        'print(\'{"type": "error", "code": "calibration_diverged",'
+        ' "message": "loss is nan", "layer": "model.layers.3"}\'); raise SystemExit(1)'
     )
     follow(child)
 
@@ -109,7 +113,7 @@ def test_an_error_record_names_the_layer_and_is_not_tried_again(run_program):
 
 
 def test_a_report_followed_by_a_crash_is_no_success(run_program):
-    child = run_program("print('{\"type\": \"result\", \"report\": {}}'); raise SystemExit(3)")
+    child = run_program('print(\'{"type": "result", "report": {}}\'); raise SystemExit(3)')
     follow(child)
 
     assert failure_of_child(child).code == "calibration_crashed"
@@ -119,7 +123,7 @@ def test_killing_a_child_kills_what_it_started(run_program):
     child = run_program(
         "import subprocess, sys\n"
         "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "print('{\"type\": \"log\", \"pid\": %d}' % p.pid, flush=True)\n"
+        'print(\'{"type": "log", "pid": %d}\' % p.pid, flush=True)\n'
         "p.wait()"
     )
     (event,) = wait_for_events(child)
@@ -134,7 +138,7 @@ def test_a_grandchild_that_keeps_the_pipe_does_not_keep_the_job(run_program):
     child = run_program(
         "import subprocess, sys\n"
         "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "print('{\"type\": \"log\", \"pid\": %d}' % p.pid, flush=True)"
+        'print(\'{"type": "log", "pid": %d}\' % p.pid, flush=True)'
     )
 
     (event,) = follow(child)
@@ -181,8 +185,9 @@ def wait_until_gone(pid):
         except ProcessLookupError:
             return True
         # an orphan whose new parent does not reap it is gone as well
-        with open(f"/proc/{pid}/stat") as stat:
-            if stat.read().rpartition(")")[2].split()[0] == "Z":
+        with suppress(FileNotFoundError):
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            if stat.rpartition(")")[2].split()[0] == "Z":
                 return True
         time.sleep(0.02)
     return False
