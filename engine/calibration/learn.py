@@ -12,10 +12,12 @@ Shape legend: W windows, T tokens, H hidden size.
 
 import copy
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.calibration.capture import BlockCall
 from engine.calibration.statistics import input_power
@@ -195,11 +197,12 @@ def _train(
         for window in torch.randperm(len(task.inputs), generator=generator).tolist():
             watch.check()
             inputs, wanted = task.inputs[window : window + 1], task.wanted[window : window + 1]
-            loss = method.loss(task.call.run(task.block, inputs, spec.kv_bits), wanted)
-            losses.append(float(loss.detach()))
-            _check_loss(task, losses[-1])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+            with _repeatable_attention(inputs.device):
+                loss = method.loss(task.call.run(task.block, inputs, spec.kv_bits), wanted)
+                losses.append(float(loss.detach()))
+                _check_loss(task, losses[-1])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             optimizer.step()
             rates.step()
             done += 1
@@ -210,3 +213,11 @@ def _train(
     task.block.eval()
     for parameter, value in zip(trained, best, strict=True):
         parameter.data.copy_(value)
+
+
+def _repeatable_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Choose an attention whose gradients are the same bits every time."""
+    if device.type == "cpu":
+        return nullcontext()
+    # the fused kernels of a GPU add up their gradients in no fixed order
+    return sdpa_kernel(SDPBackend.MATH)

@@ -127,6 +127,18 @@ def test_equal_jobs_write_equal_bytes(source, tmp_path):
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_writes_equal_bytes_and_resumes_to_them(source, tmp_path):
+    quantize(job_of(source, tmp_path / "a", device="cuda", evaluation=SMALL_PLAN))
+    job = job_of(source, tmp_path / "b", device="cuda", evaluation=SMALL_PLAN)
+
+    interrupt(job, 1)
+    quantize(job)
+
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+
+
 def test_another_seed_writes_other_bytes(source, tmp_path):
     seeded = CalibrationSpec(samples=3, length=32, epochs=2, seed=1)
 
