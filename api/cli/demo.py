@@ -52,6 +52,8 @@ def demo(
     signal.signal(signal.SIGTERM, _end)
     home = home.absolute()
     home.mkdir(parents=True, exist_ok=True)
+    # a failing run must not leave the report of an earlier one
+    (home / REPORT_FILE).unlink(missing_ok=True)
     wanted = read_spec(spec, [*CALIBRATION, *(setting or ())])
     try:
         report, manifest, total_s = _run(home, wanted, question)
