@@ -23,8 +23,6 @@ class ServerSettings(_Group):
 
     host: str = "127.0.0.1"
     port: int = 8000
-    public_url: str | None = None
-    """What clients call; None derives it from each request."""
 
 
 class DatabaseSettings(_Group):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_never
 
-from api.db.repositories.leases import cancel_job_finished, fail_job, release_job
+from api.db.repositories.leases import LeaseLost, cancel_job_finished, fail_job, release_job
 from api.db.tables.jobs import Job, JobStatus
-from api.errors import DiskTooSmall, HubUnavailable
+from api.errors import DiskTooSmall, HubUnavailable, ServiceError
 from api.hub.base import ModelHub
 from api.settings import Settings
 from api.storage.base import ObjectStore
@@ -17,10 +17,10 @@ from engine.events import Stage
 from worker.background import BackgroundWork, Reporter
 from worker.child_process import ChildProcess, scrub_environment
 from worker.devices import Gpu
-from worker.failure import AttemptFailed, Failure, failure_of_child
+from worker.failure import AttemptFailed, Failure, failure_of_child, failure_of_error
 from worker.fetch import fetch_source
 from worker.job_file import describe_job
-from worker.outcome import Outcome
+from worker.outcome import Outcome, Push
 from worker.publish import publish_to_hub, store_artifact
 from worker.watch import StopReason, Watch
 from worker.workspace import Workspace
@@ -89,7 +89,7 @@ class Attempt:
             )
         )
         log.warning("attempt_ended", code=failure.code, status=status)
-        if status is not JobStatus.QUEUED:
+        if status != JobStatus.QUEUED:
             self.workspace.drop_source()
 
     def _enter(self, stage: Stage) -> None:
@@ -134,22 +134,38 @@ class Attempt:
         if stored.manifest_sha256 != report["manifest_sha256"]:
             message = "the artifact changed between its making and its storing"
             raise AttemptFailed(Failure(code="checkpoint_invalid", message=message))
-        published = self._in_background(
-            "publish",
-            lambda reporter: _insist(
-                reporter, lambda each: publish_to_hub(self.hub, self.job, output, each.check)
-            ),
-        )
+        push = self._publish()
         outcome = Outcome(
             job=self.job,
             artifact_id=artifact_id,
-            report=report,
+            report={**report, "publish_error": push.error},
             stored=stored,
-            published=published,
+            published=push.published,
         )
         self.watch.settle(outcome.commit)
         log.info("job_succeeded", artifact_id=artifact_id)
         self.workspace.drop_all()
+
+    def _publish(self) -> Push:
+        """Push where the job asks for it. A push that is refused never costs the artifact."""
+        output = self.workspace.output
+        try:
+            published = self._in_background(
+                "publish",
+                lambda reporter: _insist(
+                    reporter, lambda each: publish_to_hub(self.hub, self.job, output, each.check)
+                ),
+            )
+        except LeaseLost:
+            raise
+        except ServiceError as error:
+            failure = failure_of_error(error)
+            if failure.is_transient and self.job.attempt < self.job.max_attempts:
+                raise
+            refusal = failure.to_json()
+            self.watch.record({"type": "publish.failed", **refusal})
+            return Push(error=refusal)
+        return Push(published=published)
 
     def _in_background(self, name: str, run: Callable[[Reporter], T]) -> T:
         work = BackgroundWork(run, name=name)

@@ -13,7 +13,16 @@ from api.db.tables.jobs import Job
 from api.hub.base import PublishedModel
 from worker.publish import StoredArtifact
 
-__all__ = ["Outcome"]
+__all__ = ["Outcome", "Push"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Push:
+    """How the push to the Hub ended; neither where none was asked for."""
+
+    published: PublishedModel | None = None
+    error: dict[str, Any] | None = None
+    """`code`, `message` and `layer` of a push that the Hub refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +32,7 @@ class Outcome:
     job: Job
     artifact_id: str
     report: Mapping[str, Any]
-    """What the engine measured."""
+    """What the engine measured, and `publish_error` where a push was refused."""
     stored: StoredArtifact
     published: PublishedModel | None
 

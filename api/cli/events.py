@@ -98,8 +98,10 @@ def parse_server_events(lines: Iterable[str]) -> Iterator[ServerEvent]:
         if not name:
             continue
         value = value.removeprefix(" ")
-        # several data lines are one text
-        fields[name] = f"{fields[name]}\n{value}" if name == "data" in fields else value
+        if name == "data" and name in fields:
+            # several data lines are one text
+            value = f"{fields[name]}\n{value}"
+        fields[name] = value
 
 
 def _server_event(fields: dict[str, str]) -> ServerEvent:

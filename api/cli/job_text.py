@@ -30,6 +30,7 @@ def job_facts(job: Mapping[str, Any]) -> dict[str, str | Text]:
         "perplexity": _perplexity_text(report),
         "took": duration_text(report["seconds"]) if report.get("seconds") else "",
         "artifact": str(job.get("artifact_id") or ""),
+        "push": _push_text(report),
         "created": age_text(job["created_at"]),
     }
 
@@ -90,6 +91,11 @@ def _measure_text(report: Mapping[str, Any], estimate: Mapping[str, Any]) -> str
     sizes = f"{bytes_text(report['bytes_fp'])} -> {bytes_text(report['bytes_quant'])}"
     bits = f"{report['bits_per_weight']:.3f} bits per weight"
     return f"{bits} (promised {promised:.3f}), {sizes}"
+
+
+def _push_text(report: Mapping[str, Any]) -> str | Text:
+    refusal = report.get("publish_error")
+    return Text(f"{refusal['code']}: {refusal['message']}", "red") if refusal else ""
 
 
 def _perplexity_text(report: Mapping[str, Any]) -> str:

@@ -80,7 +80,7 @@ class JobPicture:
                 self._is_counted = True
                 counted = f"{data['unit']} {data['done']} of {data['total']}"
                 self._advance(data["done"], data["total"], self.layer or counted)
-            case "log":
+            case "log" | "publish.failed":
                 self.remark = str(data["message"])
             case _ if event.type.startswith("job."):
                 self._turn(event)
@@ -142,7 +142,7 @@ def event_line(event: JobEvent) -> str | None:
             kind, said = "layer", _layer_text(LayerRow.from_event(data))
         case "eval.result":
             kind, said = "evaluation", f"{data['metric']} {data['fp']:.3f} -> {data['quant']:.3f}"
-        case "eval.failed" | "log":
+        case "eval.failed" | "publish.failed" | "log":
             kind, said = "remark", str(data["message"])
         case "job.failed":
             kind, said = "failed", str((data.get("error") or data).get("message", ""))

@@ -103,7 +103,7 @@ def test_cancelling_a_download_takes_seconds_and_publishes_nothing(machine, disp
     assert machine.artifact_folders() == []
 
 
-def test_a_job_whose_push_is_refused_says_so_and_keeps_no_half_repository(
+def test_a_push_that_is_refused_costs_neither_the_artifact_nor_a_half_repository(
     machine, dispatcher, fake_hub
 ):
     fake_hub.inject(Trouble.REFUSED, "/commit/")
@@ -111,8 +111,9 @@ def test_a_job_whose_push_is_refused_says_so_and_keeps_no_half_repository(
 
     job = machine.wait_for_end(machine.create_job(model="acme/tiny", spec=QUICK, publish=PUBLISH))
 
-    assert job.status == JobStatus.FAILED
-    assert job.error["code"] == "invalid_request"
-    assert TARGET in job.error["message"]
+    assert job.status == JobStatus.SUCCEEDED
+    assert job.report["publish_error"]["code"] == "invalid_request"
+    assert TARGET in job.report["publish_error"]["message"]
+    assert machine.artifact_folders() == [job.artifact_id]
     repository = fake_hub.repositories[TARGET]
     assert set(repository.commits[repository.head]) == {".gitattributes"}
