@@ -39,7 +39,8 @@ def change_text(before: float | None, after: float | None) -> str:
     """How much smaller the second number is: `-38 %`."""
     if before is None or after is None or before == 0:
         return "-"
-    return f"{(after / before - 1) * 100:+.0f} %"
+    percent = (after / before - 1) * 100
+    return f"{percent:+.0f} %" if abs(percent) >= 9.5 else f"{percent:+.1f} %"
 
 
 def age_text(moment: str | None, now: datetime | None = None) -> str:

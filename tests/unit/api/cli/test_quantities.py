@@ -27,6 +27,10 @@ def test_a_change_is_signed():
     assert change_text(0.0, 1.0) == "-"
 
 
+def test_a_small_change_keeps_a_decimal():
+    assert change_text(280.0, 278.0) == "-0.7 %"
+
+
 def test_a_loss_has_three_digits_that_count():
     assert loss_text(0.00012345) == "0.000123"
 
