@@ -76,6 +76,8 @@ def test_the_hub_token_is_found_nowhere_but_at_the_hub(machine, dispatcher, fake
         machine.start("worker")
         job_id = machine.create_job(model="acme/tiny", spec=QUICK, publish=PUBLISH)
         job = machine.wait_for_end(job_id)
+        # it sweeps up behind the job; nothing may vanish while the files are read
+        machine.stop()
 
     token = WRITER.encode()
     assert job.status == JobStatus.SUCCEEDED, job.error
