@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job of a file; the exit status repeats what the last record says."""
     path = Path((sys.argv[1:] if arguments is None else arguments)[0])
     channel = _take_over_stdout()
-    threading.Thread(target=_end_with_supervisor, name="supervisor-watch", daemon=True).start()
+    watcher = threading.Thread(
+        target=_end_with_supervisor, args=(channel,), name="supervisor-watch", daemon=True
+    )
+    watcher.start()
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the supervisor records it; the traceback goes to the log
         channel.write_error("engine_error", f"{type(error).__name__}: {error}")
         raise
-    channel.write({"type": "result", "report": report})
+    channel.write_last({"type": "result", "report": report})
     return 0
 
 
@@ -62,18 +65,21 @@ class _Channel:
     def __init__(self, pipe: IO[str]) -> None:
         self._pipe = pipe
         self._lock = threading.Lock()
+        self.is_final = False
+        """True from the moment the last record is on its way."""
 
     def write_event(self, event: Event) -> None:
         """Write one event."""
         self._write_line(encode_event(event))
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Write one record."""
+    def write_last(self, record: Mapping[str, Any]) -> None:
+        """Write the record that says how it ended."""
+        self.is_final = True
         self._write_line(json.dumps(record, separators=(",", ":"), allow_nan=False))
 
     def write_error(self, code: str, message: str, layer: str | None = None) -> None:
         """Write the last record of a job that failed."""
-        self.write({"type": "error", "code": code, "message": message, "layer": layer})
+        self.write_last({"type": "error", "code": code, "message": message, "layer": layer})
 
     def _write_line(self, line: str) -> None:
         with self._lock:
@@ -103,11 +109,13 @@ def _take_over_stdout() -> _Channel:
     return _Channel(pipe)
 
 
-def _end_with_supervisor() -> None:
+def _end_with_supervisor(channel: _Channel) -> None:
     """Wait for the end of standard input, then leave without a word."""
     while os.read(0, 4096):
         continue
-    os._exit(EXIT_ORPHANED)
+    # a supervisor that has its answer may hang up; the exit status must still repeat it
+    if not channel.is_final:
+        os._exit(EXIT_ORPHANED)
 
 
 if __name__ == "__main__":

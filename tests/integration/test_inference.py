@@ -201,6 +201,7 @@ def test_a_damaged_artifact_is_not_loaded(client):
     assert response.json()["code"] == "model_failed"
     assert "differs from its sha256" in response.json()["message"]
     assert status_of(client, "art_damaged") == "failed"
+    assert generate(client, "art_damaged").json() == response.json()
     assert generate(client).status_code == 200
 
 

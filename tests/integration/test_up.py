@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -89,6 +90,24 @@ def test_one_command_starts_the_service_and_one_interrupt_ends_all_of_it(service
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(30) == 0
     assert service.processes() == []
+
+
+def test_a_port_that_is_taken_is_named_with_its_setting(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+
+        refused = subprocess.run(
+            [sys.executable, "-m", "api.cli", "up", "--port", str(port)],
+            cwd=ROOT,
+            env={**os.environ, "ABQ_DATA_DIR": str(tmp_path / "data")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert refused.returncode == 1
+    assert f"127.0.0.1:{port}" in refused.stderr
+    assert "ABQ_SERVER__PORT" in refused.stderr
 
 
 def test_a_killed_process_comes_back(service):

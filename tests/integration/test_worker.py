@@ -66,7 +66,7 @@ def test_a_worker_that_is_told_to_stop_gives_its_job_back_uncounted(machine, dis
     machine.wait_for_layer(job_id, 0)
 
     worker.terminate()
-    code = worker.wait(15)
+    code = worker.wait(45)
 
     job = machine.job(job_id)
     assert code == 0

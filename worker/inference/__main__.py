@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import torch
@@ -11,12 +12,13 @@ from api.settings import Settings
 from api.telemetry import configure_logging
 from worker.inference.app import create_app
 from worker.inference.artifacts import ArtifactFolder
-from worker.inference.generation import Generations
+from worker.inference.generation import MAX_RUNNING, Generations
 from worker.inference.pool import ModelPool
 from worker.inference.server import DrainingServer
 
 DRAIN_S = 25.0
 """Below the 30 s that a container is usually given to stop."""
+SPARE_THREADS = 8
 
 
 def main() -> None:
@@ -30,6 +32,9 @@ def main() -> None:
 
 async def _serve(settings: Settings) -> None:
     inference = settings.inference
+    # generations hold a thread each, and loads and prompts must find one beside them
+    threads = ThreadPoolExecutor(MAX_RUNNING + SPARE_THREADS, thread_name_prefix="inference")
+    asyncio.get_running_loop().set_default_executor(threads)
     shelf = ArtifactFolder(root=settings.storage_root, device=inference.device)
     pool = ModelPool(
         shelf, budget_bytes=inference.memory_bytes, load_timeout_s=inference.load_timeout_s

@@ -51,6 +51,7 @@ def create_app(pool: ModelPool, generations: Generations, token: str | None) -> 
     app = FastAPI(title="ABQ inference", lifespan=lifespan, openapi_url=None)
     app.add_exception_handler(ServiceError, _answer_refusal)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(Exception, _answer_fault)
     app.include_router(_model_routes(pool), dependencies=[Depends(check_token)])
     app.include_router(_generation_routes(generations), dependencies=[Depends(check_token)])
     app.include_router(_health_routes(pool))
@@ -162,6 +163,11 @@ async def _answer_invalid(_: Request, error: Exception) -> JSONResponse:
     fault = error.errors()[0]
     param = ".".join(str(part) for part in fault["loc"][1:]) or None
     return _error(400, "invalid_request", str(fault["msg"]), param, {})
+
+
+async def _answer_fault(_request: Request, _fault: Exception) -> JSONResponse:
+    # what it was is in the log; a caller learns no internals
+    return _error(500, "internal_error", "the request failed", None, {})
 
 
 def _error(

@@ -6,7 +6,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from api.errors import ContextTooLong, InferenceDraining, InferenceOverloaded, ServiceError
+from api.errors import (
+    ContextTooLong,
+    InferenceDraining,
+    InferenceOverloaded,
+    InferenceUnavailable,
+    ServiceError,
+)
 from api.telemetry import get_logger
 from engine.errors import ContextLengthExceeded, EngineError
 from engine.inference.engine import InferenceEngine
@@ -90,12 +96,7 @@ def _read_request(body: GenerateBody, engine: InferenceEngine) -> GenerationRequ
 
 async def _records(engine: InferenceEngine, request: GenerationRequest) -> AsyncGenerator[Record]:
     cancelled = threading.Event()
-    try:
-        chunks = engine.generate(request, cancelled.is_set)
-    except ContextLengthExceeded as error:
-        raise ContextTooLong(error.message, param=error.field) from error
-    except RequestInvalid as error:
-        raise GenerationRefused(error.message, param=error.field) from error
+    chunks = _begin(engine, request, cancelled)
     prompt_tokens = len(request.prompt_ids)
     yield {"type": "start", "prompt_tokens": prompt_tokens}
     try:
@@ -113,6 +114,20 @@ async def _records(engine: InferenceEngine, request: GenerationRequest) -> Async
         yield {"type": "error", "code": "internal_error", "message": message, "param": None}
     finally:
         cancelled.set()
+
+
+def _begin(
+    engine: InferenceEngine, request: GenerationRequest, cancelled: threading.Event
+) -> Iterator[GenerationChunk]:
+    try:
+        return engine.generate(request, cancelled.is_set)
+    except ContextLengthExceeded as error:
+        raise ContextTooLong(error.message, param=error.field) from error
+    except RequestInvalid as error:
+        raise GenerationRefused(error.message, param=error.field) from error
+    except EngineError as error:
+        # unloaded between the wait for its turn and the turn
+        raise InferenceUnavailable(error.message) from error
 
 
 def _end_record(chunk: GenerationChunk, prompt_tokens: int) -> Record:

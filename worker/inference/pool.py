@@ -4,6 +4,7 @@ All state belongs to the event loop's thread; only opening and closing a model l
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ __all__ = ["HostedModel", "ModelFailed", "ModelPool", "ModelShelf", "ModelStatus
 
 log = get_logger(__name__)
 
+RETRY_S = 30.0
+"""A model that failed to load is not read and hashed again for every request."""
+
 
 class ModelStatus(StrEnum):
     """Where a model is between disk and use."""
@@ -29,7 +33,7 @@ class ModelStatus(StrEnum):
     READY = "ready"
     """It answers."""
     FAILED = "failed"
-    """It could not be loaded; asking again tries again."""
+    """It could not be loaded; `load` tries again, as does a request after a while."""
 
 
 class ModelFailed(ServiceError):
@@ -71,6 +75,7 @@ class ModelPool:
         self._entries: dict[str, _Entry] = {}
         self._one_load = asyncio.Lock()
         self._ticks = count()
+        self._closing: set[asyncio.Task[None]] = set()
         self._is_draining = False
 
     def load(self, artifact_id: str) -> None:
@@ -80,7 +85,7 @@ class ModelPool:
             ModelNotHosted: there is no such artifact.
             InferenceDraining: the process is about to stop.
         """
-        self._ensure(artifact_id)
+        self._ensure(artifact_id, is_asked_again=True)
 
     def list_models(self) -> list[HostedModel]:
         """Every model in the pool, the most recently used first."""
@@ -106,7 +111,7 @@ class ModelPool:
             InferenceOverloaded: the models in use leave no room.
             InferenceDraining: the process is about to stop.
         """
-        entry = self._ensure(artifact_id)
+        entry = self._ensure(artifact_id, is_asked_again=False)
         entry.users += 1
         try:
             # shielded: another request may wait for the same load
@@ -121,8 +126,14 @@ class ModelPool:
     async def unload(self, artifact_id: str) -> None:
         """Drop a model; generations that run on it end at their next token."""
         entry = self._entries.pop(artifact_id, None)
-        if entry is not None:
-            await self._close(entry)
+        if entry is None:
+            return
+        closing = asyncio.create_task(_close(entry))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        # a load cannot be broken off in the middle of a file, and nobody waits for that
+        if entry.loading.done():
+            await closing
 
     def start_draining(self) -> None:
         """Load and hand out nothing any more."""
@@ -138,12 +149,14 @@ class ModelPool:
         self._is_draining = True
         for artifact_id in list(self._entries):
             await self.unload(artifact_id)
+        if self._closing:
+            await asyncio.wait(self._closing)
 
-    def _ensure(self, artifact_id: str) -> "_Entry":
+    def _ensure(self, artifact_id: str, *, is_asked_again: bool) -> "_Entry":
         if self._is_draining:
             raise InferenceDraining
         entry = self._entries.get(artifact_id)
-        if entry is None or entry.status is ModelStatus.FAILED:
+        if entry is None or entry.may_try_again(is_asked_again=is_asked_again):
             self._shelf.check(artifact_id)
             entry = _Entry(artifact_id, next(self._ticks))
             entry.loading = asyncio.create_task(self._load(entry))
@@ -199,12 +212,6 @@ class ModelPool:
     def _taken_bytes(self) -> int:
         return sum(entry.memory_bytes for entry in self._entries.values())
 
-    async def _close(self, entry: "_Entry") -> None:
-        # a load cannot be broken off in the middle of a file; it is awaited and then dropped
-        await asyncio.wait({entry.loading})
-        if entry.engine is not None:
-            await asyncio.to_thread(entry.engine.close)
-
     def _forget(self, entry: "_Entry") -> None:
         if self._entries.get(entry.artifact_id) is entry:
             del self._entries[entry.artifact_id]
@@ -221,6 +228,19 @@ class _Entry:
         self.memory_bytes = 0
         self.users = 0
         self.used_tick = tick
+        self._failed_at = 0.0
 
     def fail(self, message: str) -> None:
         self.status, self.error, self.memory_bytes = ModelStatus.FAILED, message, 0
+        self._failed_at = time.monotonic()
+
+    def may_try_again(self, *, is_asked_again: bool) -> bool:
+        if self.status is not ModelStatus.FAILED:
+            return False
+        return is_asked_again or time.monotonic() - self._failed_at >= RETRY_S
+
+
+async def _close(entry: _Entry) -> None:
+    await asyncio.wait({entry.loading})
+    if entry.engine is not None:
+        await asyncio.to_thread(entry.engine.close)
