@@ -180,6 +180,15 @@ def test_a_diverging_layer_is_named_in_the_last_record(tmp_path):
     assert (tmp_path / "state" / "block-00000.json").is_file()
 
 
+def test_a_supervisor_that_hangs_up_after_the_last_record_still_reads_the_exit_status(
+    source, tmp_path
+):
+    with started(write_job(source, tmp_path, spec={"w_bits": 9})) as child:
+        wait_for(child, "error")
+        child.stdin.close()
+        assert child.wait(60) == 1
+
+
 def test_a_job_that_is_not_possible_ends_with_the_engines_code(source, tmp_path):
     job_file = write_job(source, tmp_path, spec={"w_bits": 9})
 
