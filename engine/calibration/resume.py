@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint.manifest import hash_file
 from engine.models.tensors import TensorFiles
 from engine.spec import QuantSpec
 
@@ -25,7 +26,6 @@ __all__ = ["ENGINE_VERSION", "BlockStore", "SavedBlock", "fingerprint"]
 ENGINE_VERSION = "0.1.0"
 """Raised with every change that alters what a calibration writes."""
 FINGERPRINT_NAME = "fingerprint.json"
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class BlockStore:
         path = self._tensor_path(index)
         partial = path.with_suffix(".partial")
         save_file({name: each.cpu().contiguous() for name, each in block.tensors.items()}, partial)
-        digest = _hash(partial)
+        digest = hash_file(partial).sha256
         _sync(partial)
         partial.replace(path)
         record = {
@@ -79,7 +79,7 @@ class BlockStore:
         """Read a block; None where it is missing, torn or damaged."""
         record = _read_json(self._record_path(index))
         path = self._tensor_path(index)
-        if record is None or not path.is_file() or _hash(path) != record.get("sha256"):
+        if record is None or not path.is_file() or hash_file(path).sha256 != record.get("sha256"):
             return None
         try:
             return SavedBlock(
@@ -118,19 +118,11 @@ def fingerprint(
         "torch_version": torch.__version__,
         "device": device.type,
         "config": config,
-        "weights": {path.name: _hash(path) for path in files.files},
+        "weights": {path.name: hash_file(path).sha256 for path in files.files},
         "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "spec": asdict(spec),
     }
     return hashlib.sha256(_as_bytes(parts)).hexdigest()
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _as_bytes(record: Mapping[str, Any]) -> bytes:
