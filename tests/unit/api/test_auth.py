@@ -32,7 +32,9 @@ def test_every_typing_error_of_one_character_is_found_without_a_database():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "abq_live_", "x" * 45, new_key()[:-1], new_key() + "0", "ä" * 45]
+    "text",
+    ["", "abq_live_", "x" * 45, new_key()[:-1], new_key() + "0", "ä" * 45],
+    ids=["none", "prefix", "no-prefix", "short", "long", "not-ascii"],
 )
 def test_what_is_no_key_is_refused_before_any_query(text):
     expected = KeyRejected if text else KeyMissing
