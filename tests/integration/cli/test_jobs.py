@@ -1,4 +1,15 @@
+from api.db.tables.jobs import Job
 from tests.servers import free_port
+
+REPORT = {
+    "bits_per_weight": 4.035,
+    "promised_bits_per_weight": 4.035,
+    "bytes_fp": 269_030_016,
+    "bytes_quant": 110_244_096,
+    "perplexity": {"fp": 20.82, "quant": 25.1, "tokens": 4092},
+    "evaluation_status": "succeeded",
+    "seconds": 153.2,
+}
 
 
 def test_a_list_shows_jobs_newest_first(abq, api):
@@ -130,3 +141,16 @@ def test_a_narrow_terminal_never_cuts_an_id(abq, api):
 
     assert job.id in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_result_that_could_not_be_pushed_says_why(abq, api):
+    job = api.queue_job()
+    api.finish(api.claim())
+    with api.database.write() as session:
+        session.get_one(Job, job.id).report = REPORT | {"publish_error": "the token was revoked"}
+
+    shown = abq("jobs", "show", job.id).out
+
+    assert "4.035 bits per weight (promised 4.035)" in shown
+    assert "20.82 -> 25.10" in shown
+    assert "the token was revoked" in shown
