@@ -28,7 +28,6 @@ def job_facts(job: Mapping[str, Any]) -> dict[str, str | Text]:
         "promised": _promise_text(estimate) if not report else "",
         "measured": _measure_text(report, estimate) if report else "",
         "perplexity": _perplexity_text(report),
-        "not pushed": Text(str(report.get("publish_error") or ""), "yellow"),
         "took": duration_text(report["seconds"]) if report.get("seconds") else "",
         "artifact": str(job.get("artifact_id") or ""),
         "push": _push_text(report),

@@ -146,8 +146,9 @@ def test_a_narrow_terminal_never_cuts_an_id(abq, api):
 def test_a_result_that_could_not_be_pushed_says_why(abq, api):
     job = api.queue_job()
     api.finish(api.claim())
+    refusal = {"code": "hub_token_rejected", "message": "the token was revoked"}
     with api.database.write() as session:
-        session.get_one(Job, job.id).report = REPORT | {"publish_error": "the token was revoked"}
+        session.get_one(Job, job.id).report = REPORT | {"publish_error": refusal}
 
     shown = abq("jobs", "show", job.id).out
 
