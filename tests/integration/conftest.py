@@ -12,10 +12,12 @@ from api.settings import (
     DatabaseSettings,
     HubSettings,
     QueueSettings,
+    ServerSettings,
     Settings,
     WorkerSettings,
 )
 from tests.integration.machine import TOKEN, Machine
+from tests.servers import free_port
 from tests.tiny_llama import save_tiny_llama
 
 
@@ -45,6 +47,7 @@ def machine_settings(request, form, tmp_path, models):
         url = request.getfixturevalue("sqlite_url")
     return Settings(
         data_dir=tmp_path / "data",
+        server=ServerSettings(port=free_port()),
         database=DatabaseSettings(url=url),
         queue=QueueSettings(
             broker_url=broker_url,
