@@ -46,7 +46,7 @@ class CalibrationSpec:
     """Windows of tokens."""
     length: int = 512
     """Tokens in a window."""
-    epochs: int = 8
+    epochs: int = 2
     """Passes over the samples for each decoder layer; 0 trains nothing."""
     seed: int = 0
 

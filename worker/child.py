@@ -15,12 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from engine.calibration.watch import Watch
 from engine.errors import CalibrationDiverged, CalibrationInterrupted, EngineError
 from engine.events import Event, encode_event
-from engine.pipeline import QuantJob, quantize_model
 
 __all__ = ["main"]
 
@@ -88,6 +85,11 @@ class _Channel:
 
 
 def _run(path: Path, channel: _Channel, stop: threading.Event) -> dict[str, Any]:
+    # torch takes seconds to import, and the supervisor may be gone or say stop before it is there
+    import torch  # noqa: PLC0415
+
+    from engine.pipeline import QuantJob, quantize_model  # noqa: PLC0415
+
     record = json.loads(path.read_bytes())
     if record.get("threads"):
         torch.set_num_threads(record["threads"])
@@ -97,9 +99,9 @@ def _run(path: Path, channel: _Channel, stop: threading.Event) -> dict[str, Any]
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # the CPU allocator has no error class of its own
+    # the CPU allocator has no error class of its own, and torch may not have been imported
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return on_cpu or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _take_over_stdout() -> _Channel:

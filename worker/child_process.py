@@ -39,6 +39,11 @@ OFFLINE = {
 }
 
 
+# threads that spin while they wait cost several times the work on a machine that does other things
+# too; and without a fixed workspace the matrix products of a GPU do not repeat
+REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_WAIT_POLICY": "passive"}
+
+
 class ChildProcess:
     """One running `python -m worker.child`; its events arrive through `take`."""
 
@@ -150,7 +155,7 @@ def scrub_environment(environment: Mapping[str, str], gpu_uuid: str | None) -> d
         if name in PASSED_NAMES or name.startswith(PASSED_PREFIXES)
     }
     gpu = {} if gpu_uuid is None else {"CUDA_VISIBLE_DEVICES": gpu_uuid}
-    return {**passed, **OFFLINE, **gpu}
+    return {**REPEATABLE, **passed, **OFFLINE, **gpu}
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:

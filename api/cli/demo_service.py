@@ -38,8 +38,6 @@ def running_service(home: Path, model_roots: dict[str, Path]) -> Iterator[ApiCli
     data_dir.mkdir(parents=True)
     api_port, inference_port = _free_ports(2)
     environment = {
-        # on a busy machine, threads that spin while they wait cost several times the work
-        "OMP_WAIT_POLICY": "passive",
         **{name: value for name, value in os.environ.items() if not name.startswith("ABQ_")},
         "ABQ_DATA_DIR": str(data_dir),
         "ABQ_SERVER__PORT": str(api_port),

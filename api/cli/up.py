@@ -91,12 +91,14 @@ def _tend(group: ProcessGroup, signals: StopSignals, voice: Voice, logs: LogLine
 
 
 def _programs(settings: Settings) -> list[Program]:
-    everything = settings_environment(settings, os.environ)
+    # on a busy machine, threads that spin while they wait cost several times the work
+    inherited = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    everything = settings_environment(settings, inherited)
     # it opens what strangers made, so it gets no secret that it has no use for
     bare = settings.model_copy(
         update={"hub": HubSettings(), "database": DatabaseSettings(), "queue": QueueSettings()}
     )
-    harmless = {name: value for name, value in os.environ.items() if not _is_secret(name)}
+    harmless = {name: value for name, value in inherited.items() if not _is_secret(name)}
     return [
         Program(name="api", module="api", stop_s=STOP_MARGIN_S, environment=everything),
         Program(

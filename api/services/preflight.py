@@ -81,6 +81,7 @@ def preflight(  # noqa: PLR0913 - the fields of one request, by name
         check_spec(architecture, spec)
     except SpecError as error:
         raise InvalidRequest(error.message, param=f"spec.{error.field}") from error
+    _check_evaluation(architecture, evaluation or {})
     estimate = _describe(settings, architecture, facts, estimate_bytes(architecture, spec))
     _check_disk(settings, estimate)
     return Preflight(resolved=resolved, architecture=architecture, estimate=estimate)
@@ -90,6 +91,16 @@ def _check_texts(settings: Settings, spec: QuantSpec, evaluation: Mapping[str, A
     roots = settings.hub.text_roots
     find_text(roots, spec.calibration.dataset, param="spec.calibration.dataset")
     find_text(roots, evaluation.get("dataset", BUILTIN), param="evaluation.dataset")
+
+
+def _check_evaluation(architecture: Architecture, evaluation: Mapping[str, Any]) -> None:
+    length = evaluation.get("length", 0)
+    if evaluation.get("enabled", True) and length > architecture.max_positions:
+        raise InvalidRequest(
+            f"length = {length} is not possible: the model has {architecture.max_positions}"
+            " positions; use at most that",
+            param="evaluation.length",
+        )
 
 
 def _check_target_name(target: PublishTarget, model: str) -> None:

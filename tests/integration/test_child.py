@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,14 @@ LAYERS = 3
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 NOISY = """
 import os, sys
+import engine.pipeline as pipeline
 import worker.child as child
-quantize = child.quantize_model
+quantize = pipeline.quantize_model
 def noisy(job, watch):
     print("stray words", flush=True)
     os.write(1, b"stray bytes\\n")
     return quantize(job, watch)
-child.quantize_model = noisy
+pipeline.quantize_model = noisy
 sys.exit(child.main(sys.argv[1:]))
 """
 
@@ -163,6 +165,17 @@ def test_the_end_of_standard_input_ends_the_child_at_once(source, tmp_path):
         assert child.wait(10) == 3
 
     assert not {"result", "error"} & {record["type"] for record in records}
+
+
+def test_a_supervisor_that_dies_before_torch_is_there_leaves_no_orphan(source, tmp_path):
+    with started(write_job(source, tmp_path)) as child:
+        child.stdin.close()
+        asked = time.monotonic()
+        assert child.wait(10) == 3
+
+    # torch alone takes longer to import than this on most machines
+    assert time.monotonic() - asked < 2
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_diverging_layer_is_named_in_the_last_record(tmp_path):

@@ -315,6 +315,15 @@ def test_a_missing_text_is_refused_by_its_field(fake_hub, caller, name):
     assert fake_hub.requests == []
 
 
+def test_an_evaluation_beyond_the_models_positions_is_refused_by_its_field(fake_hub, caller):
+    fake_hub.add("acme/tiny", model_files())
+
+    refusal = caller.refusal(InvalidRequest, evaluation={"enabled": True, "length": 32768})
+
+    assert refusal.param == "evaluation.length"
+    assert "use at most that" in refusal.message
+
+
 @pytest.mark.parametrize("repo_id", ["x", "a/b/c", "a/../b", "https://x/y", "a/b--c", ""])
 def test_a_malformed_target_is_refused_before_the_hub_is_asked(fake_hub, writer, repo_id):
     refusal = writer.refusal(InvalidRequest, publish={"repo_id": repo_id, "private": True})

@@ -161,6 +161,8 @@ def test_no_secret_and_no_setting_reaches_the_child():
     assert passed == {
         "PATH": "/bin",
         "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "CUDA_VISIBLE_DEVICES": "GPU-1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
