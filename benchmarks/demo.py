@@ -1,4 +1,4 @@
-"""The demo's job under several quantizations: what a user of the service gets, and how long it takes.
+"""The demo under several quantizations: what a user of the service gets, and how long it takes.
 
 python -m benchmarks.demo --specs w4a8 w3a8 w5a8
 """

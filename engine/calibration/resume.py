@@ -7,7 +7,6 @@ text, spec, engine or kind of device are never mixed in: the fingerprint tells t
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint.durable import sync_path, write_atomically
 from engine.checkpoint.manifest import hash_file
 from engine.models.tensors import TensorFiles
 from engine.spec import QuantSpec
@@ -52,12 +52,14 @@ class BlockStore:
         """Make the directory, and empty it where it belongs to another fingerprint."""
         directory.mkdir(parents=True, exist_ok=True)
         found = _read_json(directory / FINGERPRINT_NAME)
-        leftovers = [path for path in directory.iterdir() if path.name.startswith("block-")]
+        leftovers = [
+            path for path in directory.iterdir() if path.name.lstrip(".").startswith("block-")
+        ]
         fits = found is not None and found.get("fingerprint") == mark
         if not fits:
             for path in leftovers:
                 path.unlink()
-            _write_atomically(directory / FINGERPRINT_NAME, _as_bytes({"fingerprint": mark}))
+            write_atomically(directory / FINGERPRINT_NAME, _as_bytes({"fingerprint": mark}))
         return cls(directory=directory, mark=mark, was_stale=bool(leftovers) and not fits)
 
     def save(self, index: int, block: SavedBlock) -> None:
@@ -66,14 +68,14 @@ class BlockStore:
         partial = path.with_suffix(".partial")
         save_file({name: each.cpu().contiguous() for name, each in block.tensors.items()}, partial)
         digest = hash_file(partial).sha256
-        _sync(partial)
+        sync_path(partial)
         partial.replace(path)
         record = {
             "sha256": digest,
             "loss_before": block.loss_before,
             "loss_after": block.loss_after,
         }
-        _write_atomically(self._record_path(index), _as_bytes(record))
+        write_atomically(self._record_path(index), _as_bytes(record))
 
     def load(self, index: int) -> SavedBlock | None:
         """Read a block; None where it is missing, torn or damaged."""
@@ -135,19 +137,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ own sha256 is the digest of the artifact.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from engine.checkpoint.bits import StoredBits
+from engine.checkpoint.durable import write_atomically
 from engine.checkpoint.format import MANIFEST_NAME
 from engine.errors import CheckpointInvalid, SpecError
 from engine.spec import QuantSpec
@@ -149,12 +149,7 @@ class Manifest:
 def write_manifest(directory: Path, manifest: Manifest) -> str:
     """Write the manifest, replacing an old one in one step; return its sha256."""
     text = json.dumps(manifest.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
-    partial = directory / f".{MANIFEST_NAME}.partial"
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(directory / MANIFEST_NAME)
+    write_atomically(directory / MANIFEST_NAME, text.encode())
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,7 +1,6 @@
 """Writing a checkpoint directory: tensor by tensor, durable, and visible only when complete."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from engine.architecture import check_config
 from engine.checkpoint.bits import BitTally, StoredBits
+from engine.checkpoint.durable import sync_path
 from engine.checkpoint.format import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -164,16 +164,8 @@ def _write_json(path: Path, record: Mapping[str, Any]) -> None:
 def _publish(partial: Path, out_dir: Path) -> None:
     """Make every byte durable, then rename the directory into place."""
     for path in [*partial.iterdir(), partial]:
-        _sync(path)
+        sync_path(path)
     if out_dir.exists():
         shutil.rmtree(out_dir)
     partial.replace(out_dir)
-    _sync(out_dir.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(out_dir.parent)
