@@ -19,10 +19,12 @@ Labels = Annotated[list[str] | None, typer.Option("--label", "-l", help="name=va
 
 
 @jobs_app.callback(invoke_without_command=True)
-def default(context: typer.Context) -> None:
+def default(context: typer.Context, *, json_output: JsonFlag = False) -> None:
     """List, show, cancel and retry jobs."""
     if context.invoked_subcommand is None:
-        list_jobs(context)
+        list_jobs(context, json_output=json_output)
+    elif json_output:
+        raise typer.BadParameter(f"write it behind {context.invoked_subcommand}")
 
 
 @jobs_app.command("list")

@@ -20,6 +20,12 @@ def test_a_list_shows_jobs_newest_first(abq, api):
     assert [job["id"] for job in jobs] == [newer.id, older.id]
 
 
+def test_jobs_alone_is_json_for_a_program(abq, api):
+    job = api.queue_job()
+
+    assert [each["id"] for each in abq("jobs", "--json").json] == [job.id]
+
+
 def test_a_long_list_is_read_page_by_page(abq, api):
     ids = [api.queue_job().id for _ in range(105)]
 
