@@ -7,12 +7,14 @@ takes three. A stored weight costs `planes + (SCALE_BITS + ZERO_POINT_BITS) / gr
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from enum import StrEnum
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
 from engine.errors import SpecError
+from engine.fields import check_range, known_fields, read_choice
+from engine.recipe import Ingredients, Recipe
+from engine.target import BitTarget
 
 __all__ = ["CalibrationSpec", "LayerOverride", "QuantSpec", "Recipe", "WeightGrid"]
 
@@ -23,15 +25,6 @@ ZERO_POINT_BITS = 8
 GROUP_STEP = 32  # groups are whole words of the stored bit-planes
 MAX_OVERRIDES = 256
 NOTATION = re.compile(r"w(\d+)(\*?)a(\d+)(\*?)(?:kv(\d+))?(?:g(\d+))?(?:kv(\d+))?", re.IGNORECASE)
-
-
-class Recipe(StrEnum):
-    """Named compositions of transform, clipping, rounding and loss."""
-
-    RTN = "rtn"
-    """Round to nearest on the min-max grid; nothing is trained."""
-    LWC = "lwc"
-    """Learnable weight clipping, trained on the output error of each decoder layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +44,10 @@ class CalibrationSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_range("calibration.samples", self.samples, 1, 4096)
-        _check_range("calibration.length", self.length, 16, 32768)
-        _check_range("calibration.epochs", self.epochs, 0, 100)
-        _check_range("calibration.seed", self.seed, 0, 2**31 - 1)
+        check_range("calibration.samples", self.samples, 1, 4096)
+        check_range("calibration.length", self.length, 16, 32768)
+        check_range("calibration.epochs", self.epochs, 0, 100)
+        check_range("calibration.seed", self.seed, 0, 2**31 - 1)
         if self.dataset != "builtin" and not self.dataset.startswith("local:"):
             raise SpecError(
                 "calibration.dataset", self.dataset, "use builtin or local:<root>/<file>"
@@ -69,6 +62,8 @@ class WeightGrid:
     group_size: int
     symmetric: bool
     bit_balance: bool
+    half_step: bool = False
+    """The levels lie half a step beside zero, symmetric: for two bits -1.5, -0.5, 0.5, 1.5."""
 
     @property
     def max_code(self) -> int:
@@ -108,9 +103,9 @@ class LayerOverride:
         if self.w_bits is None and self.a_bits is None and self.group_size is None:
             raise SpecError("overrides", self.pattern, "set w_bits, a_bits or group_size")
         if self.w_bits is not None:
-            _check_range("overrides.w_bits", self.w_bits, 1, 8, also=FULL_BITS)
+            check_range("overrides.w_bits", self.w_bits, 1, 8, also=FULL_BITS)
         if self.a_bits is not None:
-            _check_range("overrides.a_bits", self.a_bits, 2, 8, also=FULL_BITS)
+            check_range("overrides.a_bits", self.a_bits, 2, 8, also=FULL_BITS)
         if self.group_size is not None:
             _check_group("overrides.group_size", self.group_size)
 
@@ -123,21 +118,31 @@ class QuantSpec:
 
     w_bits: int
     a_bits: int = FULL_BITS
+    q_bits: int = FULL_BITS
+    """Queries after rotary embedding, for each token and head."""
     kv_bits: int = FULL_BITS
     group_size: int = PER_CHANNEL
     symmetric: bool = False
     bit_balance: bool = False
+    half_step: bool = False
+    """The four-level grid of true two bits, symmetric around zero without holding it (ParetoQ)."""
     overrides: tuple[LayerOverride, ...] = ()
+    target: BitTarget | None = None
+    """Asks for a search: it chooses the bits of every layer and records them as overrides."""
     recipe: Recipe = Recipe.LWC
+    ingredients: Ingredients = field(default_factory=Ingredients)
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
 
     def __post_init__(self) -> None:
-        _check_range("w_bits", self.w_bits, 1, 8)
-        _check_range("a_bits", self.a_bits, 2, 8, also=FULL_BITS)
-        _check_range("kv_bits", self.kv_bits, 2, 8, also=FULL_BITS)
+        check_range("w_bits", self.w_bits, 1, 8)
+        check_range("a_bits", self.a_bits, 2, 8, also=FULL_BITS)
+        check_range("q_bits", self.q_bits, 2, 8, also=FULL_BITS)
+        check_range("kv_bits", self.kv_bits, 2, 8, also=FULL_BITS)
         _check_group("group_size", self.group_size)
         if self.bit_balance and self.w_bits > 2:
             raise SpecError("bit_balance", self.bit_balance, "use w_bits 1 or 2 with it")
+        if self.half_step and (self.w_bits > 2 or self.bit_balance):
+            raise SpecError("half_step", self.half_step, "use w_bits 1 or 2, without bit_balance")
         if self.symmetric and self.w_bits == 1 and not self.bit_balance:
             raise SpecError("symmetric", self.symmetric, "with one bit add bit_balance")
         if len(self.overrides) > MAX_OVERRIDES:
@@ -173,19 +178,21 @@ class QuantSpec:
         Raises:
             SpecError: naming the field, the value and what would do.
         """
-        values = _known_fields(cls, record, "")
+        values = known_fields(cls, record, "")
         if "calibration" in values:
             values["calibration"] = CalibrationSpec(
-                **_known_fields(CalibrationSpec, values["calibration"], "calibration.")
+                **known_fields(CalibrationSpec, values["calibration"], "calibration.")
             )
         overrides = [
-            _known_fields(LayerOverride, o, "overrides.") for o in values.get("overrides", ())
+            known_fields(LayerOverride, o, "overrides.") for o in values.get("overrides", ())
         ]
         values["overrides"] = tuple(LayerOverride(**each) for each in overrides)
-        recipe = values.get("recipe", Recipe.LWC)
-        if recipe not in list(Recipe):
-            raise SpecError("recipe", recipe, f"use one of {', '.join(Recipe)}")
-        return cls(**{**values, "recipe": Recipe(recipe)})
+        if values.get("target") is not None:
+            values["target"] = BitTarget.from_json(values["target"])
+        if "ingredients" in values:
+            values["ingredients"] = Ingredients.from_json(values["ingredients"])
+        recipe = read_choice("recipe", values.get("recipe", Recipe.LWC), Recipe)
+        return cls(**{**values, "recipe": recipe})
 
     def to_json(self) -> dict[str, Any]:
         """Write every field, as request and manifest hold them."""
@@ -208,9 +215,12 @@ class QuantSpec:
         if bits == FULL_BITS:
             return None
         balanced = self.bit_balance and bits <= 2
-        symmetric = self.symmetric and (bits > 1 or balanced)
         return WeightGrid(
-            bits=bits, group_size=group_size, symmetric=symmetric, bit_balance=balanced
+            bits=bits,
+            group_size=group_size,
+            symmetric=self.symmetric and (bits > 1 or balanced),
+            bit_balance=balanced,
+            half_step=self.half_step and bits <= 2,
         )
 
     def activation_bits(self, layer: str) -> int:
@@ -222,25 +232,6 @@ class QuantSpec:
 
     def _matching(self, layer: str) -> list[LayerOverride]:
         return [each for each in self.overrides if fnmatchcase(layer, each.pattern)]
-
-
-def _known_fields(cls: type, record: object, prefix: str) -> dict[str, Any]:
-    if not isinstance(record, Mapping):
-        raise SpecError(prefix.rstrip(".") or "spec", record, "write a JSON object")
-    names = [each.name for each in fields(cls)]
-    for name in record:
-        if name not in names:
-            raise SpecError(f"{prefix}{name}", record[name], f"use one of {', '.join(names)}")
-    return dict(record)
-
-
-def _check_range(name: str, value: Any, low: int, high: int, also: int | None = None) -> None:
-    # bool is an int in Python, and True is no number of bits
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    if is_number and (low <= value <= high or value == also):
-        return
-    other = f" or {also}" if also is not None else ""
-    raise SpecError(name, value, f"use {low} to {high}{other}")
 
 
 def _check_group(name: str, value: Any) -> None:

@@ -23,7 +23,10 @@ __all__ = [
 ]
 
 LABELS_MAX = 16
-FLAGS = ("symmetric", "bit_balance")
+FLAGS = (
+    "symmetric", "bit_balance", "half_step",
+    "rotation", "online_hadamard", "equivalent_transform", "compensation",
+)  # fmt: skip
 """The fields of a spec that are true or false; every other one that is given so is refused."""
 
 LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,63}$")]

@@ -46,7 +46,8 @@ TOKENIZER_FILES = (
 )
 """Copied from the source where it has them; `generation_config.json` names the stop tokens."""
 SPEC_FIELDS = (
-    "w_bits", "a_bits", "kv_bits", "group_size", "symmetric", "bit_balance", "overrides",
+    "w_bits", "a_bits", "q_bits", "kv_bits", "group_size", "symmetric", "bit_balance", "half_step",
+    "overrides",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def method_of(recipe: Recipe) -> Method:
     match recipe:
         case Recipe.RTN:
             clipping: FullRange | LearnedClipping = FullRange()
-        case Recipe.LWC:
+        case Recipe.LWC | Recipe.OMNIQUANT | Recipe.FAST | Recipe.DEFAULT | Recipe.ACCURATE:
             clipping = LearnedClipping()
         case _:
             assert_never(recipe)

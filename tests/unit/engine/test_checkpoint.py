@@ -74,10 +74,12 @@ def test_the_config_says_how_to_read_the_tensors(tmp_path):
         "checkpoint_format": "bitplane-v1",
         "w_bits": 4,
         "a_bits": 8,
+        "q_bits": 16,
         "kv_bits": 8,
         "group_size": -1,
         "symmetric": False,
         "bit_balance": False,
+        "half_step": False,
         "overrides": [
             {"pattern": "*.0.mlp.down_proj", "w_bits": 16, "a_bits": None, "group_size": None}
         ],

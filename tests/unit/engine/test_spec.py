@@ -50,7 +50,11 @@ def test_a_spec_survives_json_with_every_field_set():
         ({"w_bits": 4, "group_size": 0}, "group_size", "multiple of 32"),
         ({"w_bits": 3, "bit_balance": True}, "bit_balance", "use w_bits 1 or 2"),
         ({"w_bits": 1, "symmetric": True}, "symmetric", "add bit_balance"),
-        ({"w_bits": 4, "recipe": "magic"}, "recipe", "use one of rtn, lwc"),
+        (
+            {"w_bits": 4, "recipe": "magic"},
+            "recipe",
+            "use one of rtn, lwc, omniquant, fast, default, accurate",
+        ),
         ({"w_bits": 4, "groupsize": 64}, "groupsize", "group_size"),
         ({"w_bits": 4, "calibration": {"samples": 0}}, "calibration.samples", "use 1 to 4096"),
         ({"w_bits": 4, "calibration": {"seeds": 1}}, "calibration.seeds", "seed"),
