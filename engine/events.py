@@ -31,6 +31,8 @@ class Stage(StrEnum):
     """Fetches the source model at its pinned revision."""
     CALIBRATING = "calibrating"
     """Learns and rounds one decoder layer after the other."""
+    TUNING = "tuning"
+    """Tunes the whole quantized model against the full-precision logits."""
     PACKING = "packing"
     """Writes packed tensors and the manifest."""
     EVALUATING = "evaluating"

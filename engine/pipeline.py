@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 
+from engine.calibration.block import BlockShape
 from engine.calibration.block_loop import BlockLoop, BlockLosses
 from engine.calibration.dataset import (
     BuiltinText,
@@ -21,6 +22,7 @@ from engine.calibration.dataset import (
     sample_windows,
     tokenize,
 )
+from engine.calibration.finish import finish
 from engine.calibration.merge import merged_tensors
 from engine.calibration.resume import ENGINE_VERSION, BlockStore, fingerprint
 from engine.calibration.watch import Watch
@@ -137,11 +139,17 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     windows = _calibration_windows(job)
     store = _open_store(job, source, windows, watch)
     loop = BlockLoop(
-        model=source, spec=job.spec, store=store, watch=watch, device=torch.device(job.device)
+        model=source,
+        spec=job.spec,
+        store=store,
+        watch=watch,
+        device=torch.device(job.device),
+        shape=BlockShape.of(source.architecture),
     )
-    losses = loop.run(windows.tokens)
+    calibrated = loop.run(windows.tokens)
+    finish(loop, calibrated, windows.tokens)
     watch.report(StageStarted(stage=Stage.PACKING))
-    summary = _pack(job, source, store, losses)
+    summary = _pack(job, source, store, calibrated.losses)
     evaluation = evaluate(source, job.out_dir, job.evaluation, watch, job.device)
     for path in sorted(job.out_dir.iterdir()):
         file = hash_file(path)

@@ -11,7 +11,19 @@ from typing import Any, ClassVar, Self
 
 from engine.fields import check_number, check_range, known_fields, read_choice
 
-__all__ = ["Clipping", "EndToEnd", "Ingredients", "Recipe", "Rounding", "SecondOrder"]
+__all__ = [
+    "Clipping",
+    "EndToEnd",
+    "Ingredients",
+    "Recipe",
+    "Resolved",
+    "Rounding",
+    "SecondOrder",
+    "resolve",
+]
+
+
+FULL_BITS = 16
 
 
 class Recipe(StrEnum):
@@ -39,7 +51,9 @@ class Clipping(StrEnum):
     SEARCHED = "searched"
     """The common factor with the least rounding error, weighted by the inputs."""
     LEARNED = "learned"
-    """Starts there; then both ends are trained (LWC)."""
+    """Starts there; then both ends are trained as parts of the weight's range (LWC)."""
+    FACTORS = "factors"
+    """Placed there for good; then each end has a factor that is trained beside the rounding."""
 
 
 class SecondOrder(StrEnum):
@@ -128,11 +142,61 @@ class Ingredients:
                 values[name] = read_choice(f"ingredients.{name}", values[name], kind)
         return cls(**values)
 
-    def over(self, others: Self) -> Self:
-        """Lay these answers over those of a recipe."""
-        answered = {
-            each.name: getattr(self, each.name)
-            for each in fields(self)
-            if getattr(self, each.name) is not None
-        }
-        return replace(others, **answered)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """Every question answered; the fields are those of `Ingredients`."""
+
+    rotation: bool = False
+    online_hadamard: bool = False
+    equivalent_transform: bool = False
+    clipping: Clipping = Clipping.FULL
+    second_order: SecondOrder = SecondOrder.NONE
+    rounding: Rounding = Rounding.NEAREST
+    compensation: bool = False
+    own_input_loss: float = 0.0
+    cosine_loss: float = 0.0
+    attention_loss: float = 0.0
+    end_to_end: EndToEnd = EndToEnd.NONE
+    end_to_end_epochs: int = 0
+
+
+def resolve(recipe: Recipe, ingredients: Ingredients, a_bits: int) -> Resolved:
+    """Answer every question: by the ingredients where they do, else by the recipe."""
+    answered = {
+        each.name: getattr(ingredients, each.name)
+        for each in fields(ingredients)
+        if getattr(ingredients, each.name) is not None
+    }
+    return replace(_answers(recipe, a_bits), **answered)
+
+
+def _answers(recipe: Recipe, a_bits: int) -> Resolved:
+    rounds_inputs = a_bits < FULL_BITS
+    fast = Resolved(
+        rotation=True,
+        online_hadamard=rounds_inputs,
+        clipping=Clipping.SEARCHED,
+        second_order=SecondOrder.GPTAQ,
+    )
+    default = replace(
+        fast,
+        clipping=Clipping.FACTORS,
+        rounding=Rounding.LEARNED,
+        end_to_end=EndToEnd.SCALES,
+        end_to_end_epochs=4,
+    )
+    answers = {
+        Recipe.RTN: Resolved(),
+        Recipe.LWC: Resolved(clipping=Clipping.LEARNED),
+        Recipe.OMNIQUANT: Resolved(clipping=Clipping.LEARNED, equivalent_transform=rounds_inputs),
+        Recipe.FAST: fast,
+        Recipe.DEFAULT: default,
+        Recipe.ACCURATE: replace(
+            default,
+            rounding=Rounding.TRAINED,
+            end_to_end=EndToEnd.WEIGHTS,
+            end_to_end_epochs=8,
+        ),
+    }
+    return answers[recipe]

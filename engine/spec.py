@@ -13,12 +13,11 @@ from typing import Any, ClassVar, Self
 
 from engine.errors import SpecError
 from engine.fields import check_range, known_fields, read_choice
-from engine.recipe import Ingredients, Recipe
+from engine.recipe import FULL_BITS, Ingredients, Recipe, Resolved, resolve
 from engine.target import BitTarget
 
-__all__ = ["CalibrationSpec", "LayerOverride", "QuantSpec", "Recipe", "WeightGrid"]
+__all__ = ["FULL_BITS", "CalibrationSpec", "LayerOverride", "QuantSpec", "Recipe", "WeightGrid"]
 
-FULL_BITS = 16
 PER_CHANNEL = -1
 SCALE_BITS = 16
 ZERO_POINT_BITS = 8
@@ -41,12 +40,15 @@ class CalibrationSpec:
     """Tokens in a window."""
     epochs: int = 2
     """Passes over the samples for each decoder layer; 0 trains nothing."""
+    batch: int = 8
+    """Windows of one step."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_range("calibration.samples", self.samples, 1, 4096)
         check_range("calibration.length", self.length, 16, 32768)
         check_range("calibration.epochs", self.epochs, 0, 100)
+        check_range("calibration.batch", self.batch, 1, 4096)
         check_range("calibration.seed", self.seed, 0, 2**31 - 1)
         if self.dataset != "builtin" and not self.dataset.startswith("local:"):
             raise SpecError(
@@ -205,6 +207,11 @@ class QuantSpec:
         group = "" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
         kv = "" if self.kv_bits == FULL_BITS else f"kv{self.kv_bits}"
         return f"w{self.w_bits}{star}a{self.a_bits}{group}{kv}"
+
+    @property
+    def resolved(self) -> Resolved:
+        """What the recipe and the ingredients come to."""
+        return resolve(self.recipe, self.ingredients, self.a_bits)
 
     def weight_grid(self, layer: str) -> WeightGrid | None:
         """The grid of one linear layer by its full name; None leaves it in full precision."""

@@ -12,22 +12,20 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from engine.calibration.block import BlockShape, BlockTask, run_windows
 from engine.calibration.capture import BlockCall, capture_inputs
-from engine.calibration.learn import BlockTask, learn_block, run_windows
+from engine.calibration.learn import learn_block
+from engine.calibration.restore import QUANT_PARTS, install_saved
 from engine.calibration.resume import BlockStore, SavedBlock
 from engine.calibration.watch import Watch
 from engine.events import CheckpointSaved, LayerFinished, LayerStarted
+from engine.methods.losses import token_weights
 from engine.methods.recipes import method_of
 from engine.models.blocks import BlockModel, block_name
-from engine.modules.linear import QuantLinear
-from engine.modules.swap import named_linears, swap_modules
 from engine.spec import FULL_BITS, QuantSpec
 
-__all__ = ["BlockLoop", "BlockLosses"]
-
-QUANT_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+__all__ = ["BlockLoop", "BlockLosses", "Calibrated"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +36,17 @@ class BlockLosses:
     """With plain rounding."""
     after: float
     """With what was kept."""
+    fell_back: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """What the loop leaves behind beside the store."""
+
+    losses: list[BlockLosses]
+    calls: tuple[BlockCall, ...]
+    last_hidden: torch.Tensor
+    """``[W, T, H]`` outputs of the full-precision chain's last block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +69,10 @@ class BlockLoop:
     watch: Watch
     device: torch.device
     """Where blocks run."""
+    shape: BlockShape
+    """What the family's table says about a block."""
 
-    def run(self, tokens: torch.Tensor) -> list[BlockLosses]:
+    def run(self, tokens: torch.Tensor) -> Calibrated:
         """Quantize every block.
 
         Args:
@@ -80,13 +91,17 @@ class BlockLoop:
             started_s = time.monotonic()
             found = self.store.load(index)
             saved, chains = self._step(index, call, chains, found)
-            losses.append(BlockLosses(before=saved.loss_before, after=saved.loss_after))
+            losses.append(
+                BlockLosses(
+                    before=saved.loss_before, after=saved.loss_after, fell_back=saved.fell_back
+                )
+            )
             if found is None:
                 self.store.save(index, saved)
                 self.watch.report(CheckpointSaved(index=index))
             seconds = time.monotonic() - started_s
             self.watch.report(self._finished(index, saved, seconds, resumed=found is not None))
-        return losses
+        return Calibrated(losses=losses, calls=inputs.calls, last_hidden=chains.full_precision)
 
     def _step(
         self, index: int, call: BlockCall, chains: _Chains, found: SavedBlock | None
@@ -95,7 +110,7 @@ class BlockLoop:
         block = self.model.load_block(index).to(self.device)
         wanted = run_windows(block, call, chains.full_precision, FULL_BITS)
         if found is not None:
-            swap_modules(block, self._restore(index, block, found))
+            install_saved(block, block_name(index), found, self.spec)
             outputs = run_windows(block, call, chains.quantized, self.spec.kv_bits)
             return found, _Chains(quantized=outputs, full_precision=wanted)
         task = BlockTask(
@@ -104,35 +119,25 @@ class BlockLoop:
             name=block_name(index),
             block=block,
             call=call,
+            shape=self.shape,
             inputs=chains.quantized,
+            full_inputs=chains.full_precision,
             wanted=wanted,
+            token_weight=token_weights(wanted),
         )
-        learned = learn_block(task, self.spec, method_of(self.spec.recipe), self.watch)
+        learned = learn_block(task, self.spec, method_of(self.spec), self.watch)
+        packed = {
+            f"{name}.{part}": getattr(layer, part)
+            for name, layer in learned.layers.items()
+            for part in QUANT_PARTS
+        }
         saved = SavedBlock(
-            tensors={
-                f"{name}.{part}": getattr(layer, part)
-                for name, layer in learned.layers.items()
-                for part in QUANT_PARTS
-            },
+            tensors=packed | learned.others,
             loss_before=learned.loss_before,
             loss_after=learned.loss_after,
+            fell_back=learned.fell_back,
         )
         return saved, _Chains(quantized=learned.outputs, full_precision=wanted)
-
-    def _restore(self, index: int, block: nn.Module, saved: SavedBlock) -> dict[str, QuantLinear]:
-        """Rebuild the quantized layers of a stored block."""
-        layers = {}
-        for name, linear in named_linears(block).items():
-            full_name = f"{block_name(index)}.{name}"
-            grid = self.spec.weight_grid(full_name)
-            if grid is None:
-                continue
-            layer = QuantLinear.empty(linear, grid, self.spec.activation_bits(full_name))
-            for part in QUANT_PARTS:
-                setattr(layer, part, saved.tensors[f"{name}.{part}"].to(self.device))
-            layer.bias = linear.bias
-            layers[name] = layer.prepare()
-        return layers
 
     def _started(self, index: int) -> LayerStarted:
         prefix = f"{block_name(index)}."

@@ -22,16 +22,19 @@ def merged_tensors(source: SourceModel, store: BlockStore) -> Iterator[tuple[str
     """
     names = [name for name in source.skeleton.state_dict() if not source.is_tied(name)]
     yield from _stored(source, [name for name in names if name.startswith("model.embed")])
+    tuned = store.load_tuned()
     for index in range(source.architecture.layers):
         saved = store.load(index)
         if saved is None:
             raise CheckpointInvalid(f"the calibration of {block_name(index)} is missing")
         prefix = f"{block_name(index)}."
         quantized = {prefix + name.rpartition(".")[0] + ".weight" for name in saved.tensors}
-        kept = [name for name in names if name.startswith(prefix) and name not in quantized]
-        yield from _stored(source, kept)
+        replaced = quantized | {prefix + name for name in saved.tensors}
+        kept = [name for name in names if name.startswith(prefix) and name not in replaced]
+        for name, tensor in _stored(source, kept):
+            yield name, tuned.get(name, tensor)
         for name, tensor in saved.tensors.items():
-            yield prefix + name, tensor
+            yield prefix + name, tuned.get(prefix + name, tensor)
     layers = ("model.embed", "model.layers.")
     yield from _stored(source, [name for name in names if not name.startswith(layers)])
 

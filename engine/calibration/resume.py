@@ -23,8 +23,10 @@ from engine.spec import QuantSpec
 
 __all__ = ["ENGINE_VERSION", "BlockStore", "SavedBlock", "fingerprint"]
 
-ENGINE_VERSION = "0.1.0"
+ENGINE_VERSION = "0.2.0"
 """Raised with every change that alters what a calibration writes."""
+TUNED = 99_999
+"""The number under which the last stage is kept, behind every block."""
 FINGERPRINT_NAME = "fingerprint.json"
 
 
@@ -33,9 +35,12 @@ class SavedBlock:
     """What is kept of a finished block."""
 
     tensors: dict[str, torch.Tensor]
-    """Packed codes, scales and zero-points by their names inside the block."""
+    """Packed codes, scales, zero-points, and norms and biases that changed, by their names inside
+    the block."""
     loss_before: float
     loss_after: float
+    fell_back: bool = False
+    """Learning diverged; the block is rounded to nearest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +79,7 @@ class BlockStore:
             "sha256": digest,
             "loss_before": block.loss_before,
             "loss_after": block.loss_after,
+            "fell_back": block.fell_back,
         }
         write_atomically(self._record_path(index), _as_bytes(record))
 
@@ -88,9 +94,24 @@ class BlockStore:
                 tensors=load_file(path),
                 loss_before=float(record["loss_before"]),
                 loss_after=float(record["loss_after"]),
+                fell_back=bool(record["fell_back"]),
             )
         except (SafetensorError, KeyError, TypeError, ValueError):
             return None
+
+    def save_tuned(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Make what the last stage changed durable; full names, maybe none."""
+        self.save(TUNED, SavedBlock(tensors=tensors, loss_before=0.0, loss_after=0.0))
+
+    def load_tuned(self) -> dict[str, torch.Tensor]:
+        """Read what the last stage changed; empty where there was none."""
+        saved = self.load(TUNED)
+        return {} if saved is None else saved.tensors
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the last stage has run."""
+        return self.load(TUNED) is not None
 
     def _tensor_path(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.safetensors"

@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.calibration.block import run_windows
 from engine.calibration.capture import BlockCall
+from engine.methods.base import ChannelStatistics
 from engine.modules.swap import named_linears
+from engine.spec import FULL_BITS
 
-__all__ = ["input_power"]
+__all__ = ["channel_statistics"]
 
 
 @torch.no_grad()
-def input_power(block: nn.Module, call: BlockCall, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Run a full-precision block and take the mean square of every linear's inputs.
+def channel_statistics(
+    block: nn.Module, call: BlockCall, inputs: torch.Tensor
+) -> dict[str, ChannelStatistics]:
+    """Run a full-precision block and measure every linear's inputs.
 
     Args:
         block: a decoder layer with plain linears.
@@ -26,23 +31,44 @@ def input_power(block: nn.Module, call: BlockCall, inputs: torch.Tensor) -> dict
         inputs: ``[W, T, H]``.
 
     Returns:
-        float32 ``[K]`` by the linear's name inside the block.
+        By the linear's name inside the block; zeros for one that no token reached.
     """
-    sums: dict[str, torch.Tensor] = {}
+    sums = {name: _Sums(each) for name, each in named_linears(block).items()}
     with ExitStack() as hooks:
         for name, linear in named_linears(block).items():
-            sums[name] = torch.zeros(linear.in_features, device=inputs.device)
-            handle = linear.register_forward_pre_hook(_adder(sums[name]))
-            hooks.callback(handle.remove)
-        for window in range(len(inputs)):
-            call.run(block, inputs[window : window + 1])
-    tokens = inputs.shape[0] * inputs.shape[1]
-    return {name: total / tokens for name, total in sums.items()}
+            hooks.callback(linear.register_forward_pre_hook(_adder(sums[name])).remove)
+        run_windows(block, call, inputs, FULL_BITS, out=torch.empty_like(inputs))
+    return {name: each.result() for name, each in sums.items()}
 
 
-def _adder(total_K: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+class _Sums:
+    """Running sums and extremes of one linear's inputs."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        empty = torch.zeros(linear.in_features, device=linear.weight.device)
+        self._squares, self._low, self._high = empty.clone(), empty.clone(), empty.clone()
+        self._tokens = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Count float ``[..., K]``."""
+        x = x.float().flatten(0, -2)
+        if not len(x):
+            return
+        low, high = x.amin(0), x.amax(0)
+        if self._tokens:
+            low, high = torch.minimum(self._low, low), torch.maximum(self._high, high)
+        self._low, self._high = low, high
+        self._squares.add_(x.square().sum(0))
+        self._tokens += len(x)
+
+    def result(self) -> ChannelStatistics:
+        """What was seen."""
+        power = self._squares / max(1, self._tokens)
+        return ChannelStatistics(power=power, low=self._low, high=self._high)
+
+
+def _adder(sums: _Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def add(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        x: torch.Tensor = arguments[0]
-        total_K.add_(x.float().square().flatten(0, -2).sum(0))
+        sums.add(arguments[0])
 
     return add

@@ -1,7 +1,8 @@
-"""What a calibration method is made of: four independent questions, one Protocol each.
+"""What a calibration method is made of: independent questions, one Protocol or switch each.
 
 Transform: how is the block rewritten, without changing its function, before it is rounded?
 Clipping: which part of a group's range does the grid cover?
+Second order: what of a column's error do later columns take?
 Rounding: which code does each weight get?
 Loss: what is a wrong block output worth?
 """
@@ -10,20 +11,36 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from engine.modules.fake_quant import RangeClip
-from engine.numerics.affine import AffineParams
+from engine.recipe import EndToEnd, Rounding, SecondOrder
 from engine.spec import WeightGrid
 
-__all__ = ["Clipping", "Loss", "Method", "Rounding", "Transform"]
+__all__ = ["BlockOutputs", "ChannelStatistics", "Clipping", "Loss", "Method"]
 
 
-class Transform(Protocol):
-    """Rewrites a block so that it rounds better; its full-precision function stays the same."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelStatistics:
+    """What flows into a linear, by input channel over all calibration tokens: float32 ``[K]``."""
 
-    def apply(self, block: nn.Module) -> None:
-        """Change the weights of a decoder layer in place, before its linears are swapped."""
+    power: torch.Tensor
+    """Mean square."""
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockOutputs:
+    """What a loss compares, ``[B, T, H]`` each."""
+
+    seen: torch.Tensor
+    """Of the quantized block."""
+    wanted: torch.Tensor
+    """Of the full-precision block on the full-precision chain's inputs."""
+    own: torch.Tensor | None = None
+    """Of the full-precision block on the quantized chain's inputs; None where nobody asks."""
+    token_weight: torch.Tensor | None = None
+    """float32 ``[B, T, 1]``: what each token's error is multiplied by."""
 
 
 class Clipping(Protocol):
@@ -41,26 +58,51 @@ class Clipping(Protocol):
         """
 
 
-class Rounding(Protocol):
-    """Chooses codes."""
-
-    def codes(self, weight: torch.Tensor, params: AffineParams, grid: WeightGrid) -> torch.Tensor:
-        """Round float ``[N, K]`` to uint8 codes ``[N, K]`` on a grid that is placed."""
-
-
 class Loss(Protocol):
     """Compares block outputs."""
 
-    def __call__(self, seen: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Compare outputs ``[B, T, H]`` of the quantized and the full-precision chain."""
+    needs_own: bool
+    """Whether `BlockOutputs.own` must be there."""
+
+    def __call__(self, outputs: BlockOutputs) -> torch.Tensor:
+        """The scalar to minimize."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """One answer to each question, and how fast to learn."""
 
-    transforms: tuple[Transform, ...]
+    equivalent_transform: bool
     clipping: Clipping
+    factors: Clipping
+    """Of ranges that are placed for good: what is still learned of them beside the rounding."""
+    second_order: SecondOrder
     rounding: Rounding
+    compensation: bool
     loss: Loss
-    learning_rate: float
+    attention_loss: float
+    end_to_end: EndToEnd
+    end_to_end_epochs: int
+    clipping_rate: float
+    transform_rate: float
+    rounding_rate: float
+    tuning_rate: float
+    chooses_clips: bool
+    """Whether `clipping` covers anything but the whole range."""
+    trains_clips: bool
+    """Whether `clipping` has parameters."""
+
+    @property
+    def trains_ranges(self) -> bool:
+        """Whether anything is trained before ranges are placed for good."""
+        return self.equivalent_transform or self.compensation or self.trains_clips
+
+    @property
+    def changes_anything(self) -> bool:
+        """Whether the result can differ from rounding to nearest on the min-max grid."""
+        return self.chooses_clips or self.trains_ranges or self.rounds_otherwise
+
+    @property
+    def rounds_otherwise(self) -> bool:
+        """Whether codes are not simply the nearest."""
+        return self.second_order is not SecondOrder.NONE or self.rounding is not Rounding.NEAREST

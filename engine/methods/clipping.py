@@ -31,10 +31,18 @@ from engine.numerics.affine import (
 )
 from engine.spec import WeightGrid
 
-__all__ = ["FullRange", "LearnedClip", "LearnedClipping", "best_ratio"]
+__all__ = [
+    "FactorClipping",
+    "FullRange",
+    "LearnedClip",
+    "LearnedClipping",
+    "SearchedClipping",
+    "best_ratio",
+]
 
 RATIOS = tuple(1 - step / 25 for step in range(16))
 """1.00 down to 0.40."""
+MIN_RANGE_FACTOR = 0.05
 MAX_LOGIT = 6.0
 """sigmoid(6) = 0.9975: nearly all of the range, with a gradient left to learn by."""
 
@@ -49,15 +57,68 @@ class FullRange:
         return keep_range
 
 
+class SearchedClipping:
+    """Narrows both ends by the common factor that rounds best; nothing to train."""
+
+    def clip_for(
+        self, weight: torch.Tensor, grid: WeightGrid, input_power: torch.Tensor
+    ) -> RangeClip:
+        """Search the factor of every group of one linear layer."""
+        ratio_NS = best_ratio(weight, grid, input_power)
+
+        def narrow(group_range: GroupRange) -> GroupRange:
+            return GroupRange(low=group_range.low * ratio_NS, high=group_range.high * ratio_NS)
+
+        return narrow
+
+
 class LearnedClipping:
-    """Gives every linear layer its own learnable clip."""
+    """Gives every linear layer its own learnable clip (LWC)."""
+
+    def __init__(self, start_logit: float | None = None) -> None:
+        """Start at one logit everywhere, as OmniQuant does at 4; None starts by search."""
+        self._start_logit = start_logit
 
     def clip_for(
         self, weight: torch.Tensor, grid: WeightGrid, input_power: torch.Tensor
     ) -> RangeClip:
         """Make the clip of one linear layer at its starting point."""
+        if self._start_logit is not None:
+            high_NS = weight_range(weight, grid.group_size).high
+            return LearnedClip(torch.full_like(high_NS, self._start_logit))
         ratio_NS = best_ratio(weight, grid, input_power)
         return LearnedClip(torch.logit(ratio_NS).clamp(max=MAX_LOGIT))
+
+
+class FactorClipping:
+    """Gives both ends of every group a factor that starts at one and may grow.
+
+    So step and zero-point are trained beside the rounding (EfficientQAT's Block-AP).
+    """
+
+    def clip_for(
+        self, weight: torch.Tensor, grid: WeightGrid, input_power: torch.Tensor
+    ) -> RangeClip:
+        """Make the factors of one linear layer."""
+        like_NS = weight_range(weight, grid.group_size).high
+        return RangeFactors(like_NS)
+
+
+class RangeFactors(nn.Module):
+    """Moves both ends of every group's range by learned factors."""
+
+    def __init__(self, like_NS: torch.Tensor) -> None:
+        super().__init__()
+        self.upper = nn.Parameter(torch.ones_like(like_NS))
+        self.lower = nn.Parameter(torch.ones_like(like_NS))
+
+    @override
+    def forward(self, group_range: GroupRange) -> GroupRange:
+        """Move float32 ``[N, S]`` ends; zero stays inside."""
+        return GroupRange(
+            low=group_range.low * self.lower.clamp(min=MIN_RANGE_FACTOR),
+            high=group_range.high * self.upper.clamp(min=MIN_RANGE_FACTOR),
+        )
 
 
 class LearnedClip(nn.Module):

@@ -1,7 +1,16 @@
-"""The training twin of a quantized linear layer: float weights, seen through the grid."""
+"""The training twin of a quantized linear layer: float weights, seen through the grid.
+
+    w  = hadamard(weight * columns / rows) + a b^T        what methods made of the source's weight
+    w^ = (clamp(round(w / scale + offset) + zero_point, 0, max_code) - zero_point) * scale
+    y  = x^ w^^T + bias                                   x^ : activations on their own grid
+
+Every part but the grid is optional; what is a module here and has parameters is trained.
+
+Shape legend: N outputs, K inputs, S groups in a row.
+"""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import nn
@@ -19,10 +28,19 @@ from engine.numerics.affine import (
 )
 from engine.spec import FULL_BITS, WeightGrid
 
-__all__ = ["FakeQuantLinear", "RangeClip", "keep_range"]
+__all__ = ["FakeQuantLinear", "RangeClip", "WeightChange", "keep_range"]
 
 RangeClip = Callable[[GroupRange], GroupRange]
 """Narrows the range that a grid covers; a module with parameters where clipping is learned."""
+
+
+class WeightChange(Protocol):
+    """Rewrites weight and bias before they are rounded; a module where it is learned."""
+
+    def __call__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Change float32 ``[N, K]`` and ``[N]``, out of place."""
 
 
 def keep_range(group_range: GroupRange) -> GroupRange:
@@ -37,13 +55,14 @@ class FakeQuantLinear(nn.Module):
     dequantized with straight-through rounding. In evaluation mode it is exact: codes of both are
     multiplied as integers, and the result is bit-equal to `to_quant_linear`'s.
 
-    Assign `clip` to narrow the range of every group; a module assigned there is registered, so
-    that its parameters are found and saved under ``clip.``.
+    Assign `clip` to narrow the range of every group, `changes` to rewrite the weight, `offset` to
+    move each weight before it is rounded, `base_range` to cover another range than the weight's.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     clip: RangeClip
+    offset: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, grid: WeightGrid, a_bits: int) -> None:
         super().__init__()
@@ -53,6 +72,9 @@ class FakeQuantLinear(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
         self.clip = keep_range
+        self.changes = nn.ModuleList()
+        self.offset = None
+        self.base_range: GroupRange | None = None
 
     @classmethod
     def clipped(cls, linear: nn.Linear, grid: WeightGrid, a_bits: int, clip: RangeClip) -> Self:
@@ -61,9 +83,19 @@ class FakeQuantLinear(nn.Module):
         twin.clip = clip
         return twin
 
-    def group_range(self) -> GroupRange:
+    def changed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight ``[N, K]`` and bias ``[N]`` after every change; differentiable."""
+        weight, bias = self.weight, self.bias
+        for change in self.changes:
+            weight, bias = change(weight, bias)
+        return weight, bias
+
+    def group_range(self, w_NK: torch.Tensor | None = None) -> GroupRange:  # noqa: N803  shape suffix
         """The range of every group after clipping; differentiable in what the clip learns."""
-        return self.clip(weight_range(self.weight, self.grid.group_size))
+        if self.base_range is not None:
+            return self.clip(self.base_range)
+        weight = self.changed()[0] if w_NK is None else w_NK
+        return self.clip(weight_range(weight, self.grid.group_size))
 
     @torch.no_grad()
     def params(self) -> AffineParams:
@@ -73,20 +105,33 @@ class FakeQuantLinear(nn.Module):
     @torch.no_grad()
     def codes(self) -> torch.Tensor:
         """The codes as they would be stored now: uint8 ``[N, K]``."""
-        return quantize_weight(self.weight, self.params(), self.grid)
+        return self._codes(self.changed()[0], self.params())
 
     @torch.no_grad()
     def to_quant_linear(self) -> QuantLinear:
         """Pack the layer as it is now."""
-        bias = None if self.bias is None else self.bias.detach()
-        return QuantLinear.from_codes(self.codes(), self.params(), self.grid, self.a_bits, bias)
+        weight, bias = self.changed()
+        params = affine_params(self.group_range(weight), self.grid)
+        codes_NK = self._codes(weight, params)  # noqa: N806  shape suffix
+        bias = None if bias is None else bias.detach()
+        return QuantLinear.from_codes(codes_NK, params, self.grid, self.a_bits, bias)
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to float ``[..., K]``; the result has the dtype of ``x``."""
+        weight, bias = self.changed()
+        group_range = self.group_range(weight)
         if not self.training:
-            return multiply_codes(x, self.codes(), self.params(), self.a_bits, self.bias)
+            params = affine_params(group_range, self.grid)
+            return multiply_codes(x, self._codes(weight, params), params, self.a_bits, bias)
         seen = x.float() if self.a_bits == FULL_BITS else fake_quantize_activations(x, self.a_bits)
-        w_NK = fake_quantize(self.weight, self.group_range(), self.grid)  # noqa: N806  shape suffix
-        bias = None if self.bias is None else self.bias.float()
+        w_NK = fake_quantize(weight, group_range, self.grid, self.offset)  # noqa: N806  shape suffix
+        bias = None if bias is None else bias.float()
         return nn.functional.linear(seen, w_NK, bias).to(x.dtype)
+
+    def _codes(self, weight: torch.Tensor, params: AffineParams) -> torch.Tensor:
+        if self.offset is not None:
+            group = weight.shape[1] // params.scale.shape[1]
+            steps = params.scale.float().repeat_interleave(group, dim=1)
+            weight = weight.float() + self.offset * steps
+        return quantize_weight(weight, params, self.grid)

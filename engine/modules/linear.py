@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from engine.numerics.affine import AffineParams, dequantize_weight, quantize_weight
+from engine.numerics.affine import AffineParams, dequantize_weight, doubled_codes, quantize_weight
 from engine.spec import FULL_BITS, WeightGrid
 from kernels.activation_quant import quantize_activations
 from kernels.cpu_linear import CpuWeight, cpu_linear, prepare_cpu_weight
@@ -104,7 +104,11 @@ class QuantLinear(nn.Module):
     @property
     def params(self) -> AffineParams:
         """Where the codes lie."""
-        return AffineParams(scale=self.weight_scale, zero_point=self.weight_zero_point)
+        return AffineParams(
+            scale=self.weight_scale,
+            zero_point=self.weight_zero_point,
+            half_step=self.grid.half_step,
+        )
 
     @property
     def operand_bytes(self) -> int:
@@ -165,6 +169,8 @@ class QuantLinear(nn.Module):
         on_cpu = self.weight_packed.device.type == "cpu"
         if on_cpu or self.a_bits == FULL_BITS:
             return _derive_from_codes(self.codes(), self.params, self.a_bits)
+        if self.grid.half_step:
+            return _pack_operand(self.codes(), self.params)
         return PackedWeight.from_stored(
             self.weight_packed, self.weight_scale, self.weight_zero_point, self.in_features
         )
@@ -191,10 +197,18 @@ def multiply_codes(
     """
     if codes_NK.device.type == "cpu" or a_bits == FULL_BITS:
         return _multiply(x, _derive_from_codes(codes_NK, params, a_bits), a_bits, bias)
-    packed = PackedWeight.from_stored(
+    return _multiply(x, _pack_operand(codes_NK, params), a_bits, bias)
+
+
+def _pack_operand(
+    codes_NK: torch.Tensor,  # noqa: N803  shape suffix
+    params: AffineParams,
+) -> PackedWeight:
+    if params.half_step:
+        codes_NK, params = doubled_codes(codes_NK, params)  # noqa: N806  shape suffix
+    return PackedWeight.from_stored(
         pack_codes(codes_NK, BYTE_PLANES), params.scale, params.zero_point, codes_NK.shape[1]
     )
-    return _multiply(x, packed, a_bits, bias)
 
 
 def _derive_from_codes(
@@ -204,6 +218,8 @@ def _derive_from_codes(
 ) -> CpuWeight | torch.Tensor:
     if a_bits == FULL_BITS:
         return dequantize_weight(codes_NK, params)
+    if params.half_step:
+        codes_NK, params = doubled_codes(codes_NK, params)  # noqa: N806  shape suffix
     return prepare_cpu_weight(codes_NK, params.scale, params.zero_point)
 
 

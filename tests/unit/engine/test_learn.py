@@ -4,12 +4,14 @@ import math
 import pytest
 import torch
 
+from engine.calibration.block import BlockShape, BlockTask, run_windows
 from engine.calibration.capture import capture_inputs
-from engine.calibration.learn import BlockTask, learn_block, run_windows
-from engine.calibration.statistics import input_power
+from engine.calibration.learn import learn_block
+from engine.calibration.statistics import channel_statistics
 from engine.calibration.watch import Watch
 from engine.errors import CalibrationDiverged, CalibrationInterrupted
 from engine.events import Progress
+from engine.methods.losses import token_weights
 from engine.methods.recipes import method_of
 from engine.models.loading import SourceModel
 from engine.modules.linear import QuantLinear
@@ -31,14 +33,18 @@ def task(folder):
     source = SourceModel.open(folder)
     inputs = capture_inputs(source, TOKENS)
     block = source.load_block(0)
+    wanted = run_windows(block, inputs.calls[0], inputs.hidden, FULL_BITS)
     return BlockTask(
         index=0,
         total=2,
         name="model.layers.0",
         block=block,
         call=inputs.calls[0],
+        shape=BlockShape.of(source.architecture),
         inputs=inputs.hidden + 0.01,
-        wanted=run_windows(block, inputs.calls[0], inputs.hidden, FULL_BITS),
+        full_inputs=inputs.hidden,
+        wanted=wanted,
+        token_weight=token_weights(wanted),
     )
 
 
@@ -48,11 +54,11 @@ def spec_of(epochs=3, recipe=Recipe.LWC, **fields):
 
 
 def learn(task, spec, watch=QUIET):
-    return learn_block(task, spec, method_of(spec.recipe), watch)
+    return learn_block(task, spec, method_of(spec), watch)
 
 
 def mean_square_error(outputs, task):
-    return float((outputs - task.wanted).square().mean())
+    return float(((outputs - task.wanted).square() * task.token_weight).mean())
 
 
 def test_learning_beats_plain_rounding(task):
@@ -84,7 +90,7 @@ def test_without_steps_the_result_is_plain_rounding(task, spec):
 
 def test_a_result_that_is_worse_than_plain_rounding_is_not_kept(task):
     spec = spec_of(epochs=1)
-    ruinous = dataclasses.replace(method_of(spec.recipe), learning_rate=100.0)
+    ruinous = dataclasses.replace(method_of(spec), learning_rate=100.0)
 
     learned = learn_block(task, spec, ruinous, QUIET)
 
@@ -180,7 +186,7 @@ def test_a_transform_is_applied_before_the_ranges_are_taken(folder, task):
 
     spec = spec_of(epochs=0)
     plain = learn(task, spec)
-    method = dataclasses.replace(method_of(spec.recipe), transforms=(Halve(),))
+    method = dataclasses.replace(method_of(spec), transforms=(Halve(),))
     fresh = dataclasses.replace(task, block=SourceModel.open(folder).load_block(0))
 
     moved = learn_block(fresh, spec, method, QUIET)
@@ -192,9 +198,9 @@ def test_a_transform_is_applied_before_the_ranges_are_taken(folder, task):
 
 
 def test_input_power_is_the_mean_square_of_what_a_linear_sees(task):
-    power = input_power(task.block, task.call, task.inputs)
+    found = channel_statistics(task.block, task.call, task.inputs)
 
     seen = task.block.input_layernorm(task.inputs).square().mean((0, 1))
-    torch.testing.assert_close(power["self_attn.q_proj"], seen)
-    assert power["mlp.down_proj"].shape == (128,)
+    torch.testing.assert_close(found["self_attn.q_proj"].power, seen)
+    assert found["mlp.down_proj"].low.shape == (128,)
     assert not task.block.self_attn.q_proj._forward_pre_hooks  # noqa: SLF001  nothing is left behind

@@ -1,0 +1,122 @@
+"""One decoder block as calibration sees it: what goes in, what shall come out, what it became.
+
+Shape legend: W windows, T tokens, H hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import nn
+
+from engine.architecture import Architecture
+from engine.calibration.capture import BlockCall
+from engine.families.base import ChannelPair, NormKind, QueryKeyPair, Sizes
+from engine.families.registry import FAMILIES
+from engine.modules.linear import QuantLinear
+
+__all__ = ["BlockShape", "BlockTask", "LearnedBlock", "run_windows"]
+
+TOKENS_PER_CALL = 8192
+"""On a GPU; a CPU takes window by window."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockShape:
+    """What the family's table says about a block."""
+
+    norm: NormKind
+    pairs: tuple[ChannelPair, ...]
+    query_key: QueryKeyPair | None
+    online_hadamard: tuple[str, ...] = ()
+    """Linears whose inputs are transformed at run time."""
+    can_record: bool = True
+    """Whether the forward is the same launches for any input (no experts)."""
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Self:
+        """Read the family's table."""
+        family = FAMILIES[architecture.model_type]
+        sizes = Sizes(
+            layers=architecture.layers,
+            hidden=architecture.hidden,
+            intermediate=architecture.intermediate,
+            heads=architecture.heads,
+            kv_heads=architecture.kv_heads,
+            head_dim=architecture.head_dim,
+        )
+        config = {"model_type": architecture.model_type}
+        return cls(
+            norm=family.norm,
+            pairs=family.pairs(sizes, config),
+            query_key=family.query_key(sizes, config),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockTask:
+    """One block and what it shall do."""
+
+    index: int
+    total: int
+    name: str
+    """Full name, as `model.layers.3`."""
+    block: nn.Module
+    """In full precision; ends with what was learned in place."""
+    call: BlockCall
+    shape: BlockShape
+    inputs: torch.Tensor
+    """``[W, T, H]`` of the quantized chain."""
+    full_inputs: torch.Tensor
+    """``[W, T, H]`` of the full-precision chain."""
+    wanted: torch.Tensor
+    """``[W, T, H]`` outputs of the full-precision chain."""
+    token_weight: torch.Tensor
+    """float32 ``[W, T, 1]``: what each token's error counts."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block is; chains may be elsewhere."""
+        return next(self.block.parameters()).device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedBlock:
+    """A rounded block."""
+
+    layers: dict[str, QuantLinear]
+    """By name inside the block."""
+    others: dict[str, torch.Tensor]
+    """Norms and biases that changed, by name inside the block."""
+    outputs: torch.Tensor
+    """``[W, T, H]`` of the quantized chain."""
+    loss_before: float
+    loss_after: float
+    fell_back: bool = False
+    """True where learning diverged and plain rounding was kept."""
+
+
+@torch.no_grad()
+def run_windows(
+    block: nn.Module,
+    call: BlockCall,
+    inputs: torch.Tensor,
+    kv_bits: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Apply a block to ``[W, T, H]``, some windows at a time.
+
+    Args:
+        block: on its device.
+        call: how it is called.
+        inputs: on any device, or on disk.
+        kv_bits: of keys and values.
+        out: takes the outputs; may be `inputs`. None makes a tensor beside the inputs.
+    """
+    device = next(block.parameters(), next(block.buffers(), inputs)).device
+    outputs = torch.empty_like(inputs) if out is None else out
+    at_once = 1 if device.type == "cpu" else max(1, TOKENS_PER_CALL // inputs.shape[1])
+    for start in range(0, len(inputs), at_once):
+        some = inputs[start : start + at_once].to(device)
+        outputs[start : start + at_once] = call.run(block, some, kv_bits).to(outputs.device)
+    return outputs

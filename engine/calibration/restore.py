@@ -1,0 +1,57 @@
+"""A finished block, rebuilt from the store."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from engine.calibration.resume import SavedBlock
+from engine.models.blocks import BlockModel, block_name
+from engine.modules.linear import QuantLinear
+from engine.modules.swap import named_linears, swap_modules
+from engine.spec import QuantSpec
+
+__all__ = ["QUANT_PARTS", "install_saved", "restore_block"]
+
+QUANT_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+
+
+def restore_block(
+    model: BlockModel, index: int, saved: SavedBlock, spec: QuantSpec, device: torch.device
+) -> nn.Module:
+    """Load a block and put what was learned of it in place, ready to run."""
+    block = model.load_block(index).to(device)
+    install_saved(block, block_name(index), saved, spec)
+    return block
+
+
+def install_saved(block: nn.Module, name: str, saved: SavedBlock, spec: QuantSpec) -> None:
+    """Put packed layers, and norms and biases that changed, into a full-precision block.
+
+    Args:
+        block: changed in place.
+        name: its full name.
+        saved: what was learned.
+        spec: says the grid of every layer.
+    """
+    device = next(block.parameters()).device
+    layers = {}
+    for short, linear in named_linears(block).items():
+        grid = spec.weight_grid(f"{name}.{short}")
+        if grid is None:
+            continue
+        layer = QuantLinear.empty(linear, grid, spec.activation_bits(f"{name}.{short}"))
+        for part in QUANT_PARTS:
+            setattr(layer, part, saved.tensors[f"{short}.{part}"].to(device))
+        layer.bias = linear.bias
+        layers[short] = layer.prepare()
+    swap_modules(block, layers)
+    block.load_state_dict(_others(saved.tensors, device), strict=False, assign=True)
+
+
+def _others(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.to(device)
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[2] not in QUANT_PARTS
+    }

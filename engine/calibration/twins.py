@@ -1,0 +1,77 @@
+"""The student of a block: the same block with a training twin in place of every linear.
+
+Weights are shared with the full-precision block, so a block is in memory once.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from engine.calibration.block import BlockTask
+from engine.modules.fake_quant import FakeQuantLinear
+from engine.modules.linear import QuantLinear
+from engine.modules.swap import named_linears, swap_modules
+from engine.spec import QuantSpec
+
+__all__ = ["Student", "make_student"]
+
+
+class Student:
+    """A block that learns, beside the full-precision one."""
+
+    def __init__(self, block: nn.Module, twins: dict[str, FakeQuantLinear]) -> None:
+        self.block = block
+        self.twins = twins
+        """By name inside the block."""
+
+    def trains(self, *, on: bool) -> None:
+        """Let the twins be differentiable, or exact; everything else never drops anything."""
+        self.block.eval()
+        for twin in self.twins.values():
+            twin.train(on)
+
+    def pack(self) -> dict[str, QuantLinear]:
+        """Round every twin as it is now."""
+        return {name: twin.to_quant_linear().prepare() for name, twin in self.twins.items()}
+
+    def changed_parts(self, source: nn.Module) -> dict[str, torch.Tensor]:
+        """What else differs from the source by now: norms, and biases of the linears."""
+        before = source.state_dict()
+        skipped = {f"{name}.weight" for name in self.twins}
+        changed = {}
+        for name, value in _plain_parts(self.block, self.twins).items():
+            if name not in skipped and not _is_same(before.get(name), value):
+                changed[name] = value.detach().float()
+        return changed
+
+
+def make_student(task: BlockTask, spec: QuantSpec) -> Student:
+    """Copy the structure of a block and put twins in place; weights are shared."""
+    shared = {id(each): each for each in (*task.block.parameters(), *task.block.buffers())}
+    block = copy.deepcopy(task.block, memo=shared)
+    twins = {}
+    for name, linear in named_linears(block).items():
+        grid = spec.weight_grid(f"{task.name}.{name}")
+        if grid is not None:
+            a_bits = spec.activation_bits(f"{task.name}.{name}")
+            twins[name] = FakeQuantLinear(linear, grid, a_bits)
+    swap_modules(block, twins)
+    return Student(block, twins)
+
+
+def _plain_parts(block: nn.Module, twins: Iterable[str]) -> Mapping[str, torch.Tensor]:
+    """The block's own tensors without what twins learn with."""
+    parts = {}
+    for name, value in block.state_dict().items():
+        owner = next((twin for twin in twins if name.startswith(f"{twin}.")), None)
+        if owner is None or name == f"{owner}.bias":
+            parts[name] = value
+    return parts
+
+
+def _is_same(before: torch.Tensor | None, after: torch.Tensor) -> bool:
+    if before is None or before.shape != after.shape:
+        return False
+    return before.data_ptr() == after.data_ptr() or torch.equal(before.float(), after.float())

@@ -1,0 +1,129 @@
+"""Second-order rounding: the error of a rounded column is passed on to the columns after it.
+
+    minimize || W X_full - W^ X ||^2      X: inputs of the quantized chain, X_full: of the other
+
+With H = X X^T and D = (X_full - X) X^T the best unrounded weight is W* = W (I + D H^-1), and
+
+    || W X_full - W^ X ||^2 = || (W* - W^) H^(1/2) ||^2 + what no W^ can change
+
+so aiming at W* and then rounding by GPTQ (Frantar et al. 2023) treats both (the aim of GPTAQ, Li et
+al. 2025, in closed form; `TRUST` keeps D's sampling noise from being learned). GPTQ walks columns
+in the order of falling H[k,k]; with U the upper Cholesky factor of H^-1,
+
+    e = (w_k - rounded w_k) / U[k,k]         w_j -= e U[k,j]   for every later j
+
+What is returned is each column as it was just before it was rounded: rounding it to nearest gives
+GPTQ's codes, and learned rounding can start from there.
+
+Shape legend: N outputs, K inputs, S groups in a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.numerics.affine import AffineParams
+from engine.spec import WeightGrid
+
+__all__ = ["InputMoments", "aim_at_full_precision", "pass_errors_on"]
+
+DAMPING = 0.01
+"""Part of the mean diagonal that is added to it (GPTQ's percdamp)."""
+TRUST = 0.5
+"""Part of the way from W to W* that is gone."""
+BLOCK = 128
+"""Columns whose updates of the rest are collected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputMoments:
+    """Second moments of a linear's inputs over all calibration tokens."""
+
+    own: torch.Tensor
+    """float32 ``[K, K]``: mean of ``x x^T`` of the quantized chain."""
+    shift: torch.Tensor | None
+    """float32 ``[K, K]``: mean of ``(x_full - x) x^T``; None where it was not asked for."""
+
+
+def aim_at_full_precision(w_NK: torch.Tensor, moments: InputMoments) -> torch.Tensor:
+    """Move a weight towards what answers the full-precision chain: float32 ``[N, K]``."""
+    if moments.shift is None:
+        return w_NK.float()
+    damped_KK, _ = _damped(moments.own)
+    factor_KK = torch.linalg.cholesky(damped_KK)
+    # D H^-1, as the transposed solution of H Z = D^T
+    correction_KK = torch.cholesky_solve(moments.shift.t(), factor_KK).t()
+    return w_NK.float() + TRUST * (w_NK.float() @ correction_KK)
+
+
+def pass_errors_on(
+    w_NK: torch.Tensor, params: AffineParams, grid: WeightGrid, moments: InputMoments
+) -> torch.Tensor:
+    """Change every column for the errors of the columns rounded before it.
+
+    Args:
+        w_NK: float ``[N, K]``.
+        params: a grid that is placed; it stays.
+        grid: of this layer.
+        moments: of its inputs.
+
+    Returns:
+        float32 ``[N, K]``; its nearest codes are GPTQ's.
+    """
+    damped_KK, is_dead = _damped(moments.own)
+    order = torch.argsort(torch.diagonal(damped_KK), descending=True, stable=True)
+    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK[order][:, order]))
+    upper_KK = torch.linalg.cholesky(inverse_KK, upper=True)
+    rest_NK = w_NK.float().masked_fill(is_dead, 0.0)[:, order]
+    scale_NK, centre_NK = _by_column(params, w_NK.shape[1], order)
+    for start in range(0, w_NK.shape[1], BLOCK):
+        stop = min(start + BLOCK, w_NK.shape[1])
+        block_NB = rest_NK[:, start:stop]
+        errors_NB = _round_block(
+            block_NB,
+            scale_NK[:, start:stop],
+            centre_NK[:, start:stop],
+            upper_KK[start:stop, start:stop],
+            grid.max_code,
+        )
+        rest_NK[:, stop:] -= errors_NB @ upper_KK[start:stop, stop:]
+    changed_NK = torch.empty_like(rest_NK)
+    changed_NK[:, order] = rest_NK
+    return changed_NK
+
+
+def _round_block(
+    block_NB: torch.Tensor,
+    scale_NB: torch.Tensor,
+    centre_NB: torch.Tensor,
+    upper_BB: torch.Tensor,
+    max_code: int,
+) -> torch.Tensor:
+    """Walk the columns of one block in place; return their scaled errors ``[N, B]``."""
+    errors_NB = torch.empty_like(block_NB)
+    for column in range(block_NB.shape[1]):
+        w_N, scale_N, centre_N = block_NB[:, column], scale_NB[:, column], centre_NB[:, column]
+        code_N = torch.round(w_N / scale_N + centre_N).clamp_(0, max_code)
+        error_N = (w_N - (code_N - centre_N) * scale_N) / upper_BB[column, column]
+        errors_NB[:, column] = error_N
+        block_NB[:, column + 1 :] -= torch.outer(error_N, upper_BB[column, column + 1 :])
+    return errors_NB
+
+
+def _damped(own_KK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make the moments safely invertible; tell which inputs were always zero (bool ``[K]``)."""
+    damped_KK = own_KK.float().clone()
+    diagonal_K = torch.diagonal(damped_KK)
+    is_dead = diagonal_K == 0
+    damping = (DAMPING * diagonal_K.mean()).clamp(min=1e-12)
+    diagonal_K.add_(damping)
+    return damped_KK, is_dead
+
+
+def _by_column(
+    params: AffineParams, columns: int, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    group = columns // params.scale.shape[1]
+    scale_NK = params.scale.float().repeat_interleave(group, dim=1)[:, order]
+    centre_NK = params.centre.repeat_interleave(group, dim=1)[:, order]
+    return scale_NK, centre_NK
