@@ -30,6 +30,8 @@ from engine.evaluation.comparison import EvaluationPlan, evaluate
 from engine.events import ArtifactFile, Stage, StageStarted
 from engine.fit import check_spec
 from engine.models.loading import SourceModel, read_config
+from engine.models.rotated import rotated
+from engine.rotation import Rotation, online_blocks
 from engine.spec import QuantSpec
 
 __all__ = ["EvaluationPlan", "QuantJob", "QuantReport", "best_device", "quantize_model"]
@@ -136,10 +138,7 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     watch.report(StageStarted(stage=Stage.CALIBRATING))
     windows = _calibration_windows(job)
     store = _open_store(job, source, windows, watch)
-    loop = BlockLoop(
-        model=source, spec=job.spec, store=store, watch=watch, device=torch.device(job.device)
-    )
-    losses = loop.run(windows.tokens)
+    losses = _block_loop(job, source, store, watch).run(windows.tokens)
     watch.report(StageStarted(stage=Stage.PACKING))
     summary = _pack(job, source, store, losses)
     evaluation = evaluate(source, job.out_dir, job.evaluation, watch, job.device)
@@ -157,6 +156,22 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
         layers=source.architecture.layers,
         manifest_sha256=digest_of(job.out_dir),
     )
+
+
+def _block_loop(job: QuantJob, source: SourceModel, store: BlockStore, watch: Watch) -> BlockLoop:
+    rotation = _rotation(job.spec)
+    return BlockLoop(
+        model=rotated(source, rotation),
+        spec=job.spec,
+        store=store,
+        watch=watch,
+        device=torch.device(job.device),
+        hadamards=online_blocks(source.architecture, rotation),
+    )
+
+
+def _rotation(spec: QuantSpec) -> Rotation:
+    return Rotation.of(spec.ingredients, spec.calibration.seed)
 
 
 def _calibration_windows(job: QuantJob) -> TokenWindows:
@@ -195,11 +210,13 @@ def _pack(
         repo=job.repo,
         revision=job.revision,
         layers=_layer_records(job.spec, source, losses),
+        rotation=_rotation(job.spec),
     )
+    model = rotated(source, provenance.rotation)
     return write_checkpoint(
         job.out_dir,
         config=read_config(job.source_dir),
-        tensors=merged_tensors(source, store),
+        tensors=merged_tensors(source, store, model),
         spec=job.spec,
         provenance=provenance,
     )

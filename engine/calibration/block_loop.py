@@ -9,7 +9,8 @@ Shape legend: W windows, T tokens, H hidden size.
 
 import resource
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -60,6 +61,8 @@ class BlockLoop:
     watch: Watch
     device: torch.device
     """Where blocks run."""
+    hadamards: Mapping[str, int] = field(default_factory=dict)
+    """Blocks of online transforms, by the linear's name inside a layer."""
 
     def run(self, tokens: torch.Tensor) -> list[BlockLosses]:
         """Quantize every block.
@@ -106,6 +109,7 @@ class BlockLoop:
             call=call,
             inputs=chains.quantized,
             wanted=wanted,
+            hadamards=self.hadamards,
         )
         learned = learn_block(task, self.spec, method_of(self.spec.recipe), self.watch)
         saved = SavedBlock(
@@ -127,7 +131,8 @@ class BlockLoop:
             grid = self.spec.weight_grid(full_name)
             if grid is None:
                 continue
-            layer = QuantLinear.empty(linear, grid, self.spec.activation_bits(full_name))
+            a_bits = self.spec.activation_bits(full_name)
+            layer = QuantLinear.empty(linear, grid, a_bits, self.hadamards.get(name, 0))
             for part in QUANT_PARTS:
                 setattr(layer, part, saved.tensors[f"{name}.{part}"].to(self.device))
             layer.bias = linear.bias

@@ -12,8 +12,9 @@ Shape legend: W windows, T tokens, H hidden size.
 
 import copy
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -54,6 +55,8 @@ class BlockTask:
     """``[W, T, H]`` of the quantized chain."""
     wanted: torch.Tensor
     """``[W, T, H]`` outputs of the full-precision chain."""
+    hadamards: Mapping[str, int] = field(default_factory=dict)
+    """Blocks of online transforms, by the linear's name inside the block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +88,7 @@ def learn_block(task: BlockTask, spec: QuantSpec, method: Method, watch: Watch) 
     for transform in method.transforms:
         transform.apply(task.block)
     trains = spec.calibration.epochs > 0
-    power = input_power(task.block, task.call, task.inputs) if trains else {}
+    power = _input_power(task) if trains else {}
     twins = _make_twins(task, spec)
     plain = _round(twins, method)
     before = _measure(task, plain, spec)
@@ -130,13 +133,18 @@ def _check_loss(task: BlockTask, loss: float) -> None:
         raise CalibrationDiverged(task.name, f"the loss became {loss}")
 
 
+def _input_power(task: BlockTask) -> dict[str, torch.Tensor]:
+    return input_power(task.block, task.call, task.inputs, task.hadamards)
+
+
 def _make_twins(task: BlockTask, spec: QuantSpec) -> dict[str, FakeQuantLinear]:
     twins = {}
     for name, linear in named_linears(task.block).items():
         grid = spec.weight_grid(f"{task.name}.{name}")
         if grid is not None:
             a_bits = spec.activation_bits(f"{task.name}.{name}")
-            twins[name] = FakeQuantLinear(linear, grid, a_bits)
+            block = task.hadamards.get(name, 0)
+            twins[name] = FakeQuantLinear(linear, grid, a_bits, block)
     return twins
 
 
@@ -159,7 +167,9 @@ def _round(twins: dict[str, FakeQuantLinear], method: Method) -> dict[str, Quant
     for name, twin in twins.items():
         params = twin.params()
         codes = method.rounding.codes(twin.weight, params, twin.grid)
-        rounded[name] = QuantLinear.from_codes(codes, params, twin.grid, twin.a_bits, twin.bias)
+        rounded[name] = QuantLinear.from_codes(
+            codes, params, twin.grid, twin.a_bits, twin.bias, twin.input_hadamard
+        )
         rounded[name].prepare()
     return rounded
 

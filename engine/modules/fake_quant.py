@@ -8,6 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from engine.modules.linear import QuantLinear, multiply_codes
+from engine.modules.rotated import OnlineHadamard
 from engine.numerics.affine import (
     AffineParams,
     GroupRange,
@@ -17,6 +18,7 @@ from engine.numerics.affine import (
     quantize_weight,
     weight_range,
 )
+from engine.numerics.hadamard import rotate_columns
 from engine.spec import FULL_BITS, WeightGrid
 
 __all__ = ["FakeQuantLinear", "RangeClip", "keep_range"]
@@ -39,18 +41,28 @@ class FakeQuantLinear(nn.Module):
 
     Assign `clip` to narrow the range of every group; a module assigned there is registered, so
     that its parameters are found and saved under ``clip.``.
+
+    With `input_hadamard`, the weight is taken in transformed columns and inputs are transformed.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     clip: RangeClip
 
-    def __init__(self, linear: nn.Linear, grid: WeightGrid, a_bits: int) -> None:
+    def __init__(
+        self, linear: nn.Linear, grid: WeightGrid, a_bits: int, input_hadamard: int = 0
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.grid = grid
         self.a_bits = a_bits
+        self.input_hadamard = input_hadamard
+        self.transform: nn.Module = nn.Identity()
         self.weight = linear.weight
+        if input_hadamard:
+            self.transform = OnlineHadamard(input_hadamard).to(linear.weight.device)
+            turned = rotate_columns(linear.weight.detach(), input_hadamard)
+            self.weight = nn.Parameter(turned, linear.weight.requires_grad)
         self.bias = linear.bias
         self.clip = keep_range
 
@@ -79,14 +91,18 @@ class FakeQuantLinear(nn.Module):
     def to_quant_linear(self) -> QuantLinear:
         """Pack the layer as it is now."""
         bias = None if self.bias is None else self.bias.detach()
-        return QuantLinear.from_codes(self.codes(), self.params(), self.grid, self.a_bits, bias)
+        return QuantLinear.from_codes(
+            self.codes(), self.params(), self.grid, self.a_bits, bias, self.input_hadamard
+        )
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to float ``[..., K]``; the result has the dtype of ``x``."""
+        seen = self.transform(x)
         if not self.training:
-            return multiply_codes(x, self.codes(), self.params(), self.a_bits, self.bias)
-        seen = x.float() if self.a_bits == FULL_BITS else fake_quantize_activations(x, self.a_bits)
+            return multiply_codes(seen, self.codes(), self.params(), self.a_bits, self.bias)
+        full = self.a_bits == FULL_BITS
+        seen = seen.float() if full else fake_quantize_activations(seen, self.a_bits)
         w_NK = fake_quantize(self.weight, self.group_range(), self.grid)  # noqa: N806  shape suffix
         bias = None if self.bias is None else self.bias.float()
         return nn.functional.linear(seen, w_NK, bias).to(x.dtype)
