@@ -35,8 +35,9 @@ def merged_tensors(
         if saved is None:
             raise CheckpointInvalid(f"the calibration of {block_name(index)} is missing")
         prefix = f"{block_name(index)}."
-        quantized = {prefix + name.rpartition(".")[0] + ".weight" for name in saved.tensors}
-        kept = [name for name in names if name.startswith(prefix) and name not in quantized]
+        replaced = {prefix + name.rpartition(".")[0] + ".weight" for name in saved.tensors}
+        replaced |= {prefix + name for name in saved.tensors}
+        kept = [name for name in names if name.startswith(prefix) and name not in replaced]
         same = model is source
         yield from _stored(source, kept) if same else _changed(source, model, index, kept)
         for name, tensor in saved.tensors.items():

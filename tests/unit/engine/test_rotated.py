@@ -18,9 +18,10 @@ from engine.models.loading import SourceModel, load_full_precision, read_config
 from engine.models.rotated import RotatedModel, install_rotation, rotated
 from engine.modules.rotated import ResidualRotation, RotatedEmbedding, UnrotatedNorm
 from engine.rotation import Rotation
+from tests.tiny_models import FAMILIES as TINY
 from tests.tiny_models import save_tiny_model
 
-FAMILIES = [name for name in ("llama", "mistral", "qwen2", "qwen3") if TABLES[name].rotates]
+FAMILIES = [name for name in TINY if name in TABLES and TABLES[name].rotates]
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 ROTATION = Rotation(seed=5, online_hadamard=False)
 # heads of 12 channels take a matrix of Paley's, those of 10 and 14 only blocks of two
