@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from engine.architecture import Architecture, LinearShape
 from engine.errors import SpecError
+from engine.rotation import Rotation, check_rotation
 from engine.spec import FULL_BITS, GROUP_STEP, PER_CHANNEL, SCALE_BITS, ZERO_POINT_BITS, QuantSpec
 
 __all__ = ["Estimate", "check_spec", "estimate_bytes", "promised_bits"]
@@ -55,6 +56,7 @@ def check_spec(architecture: Architecture, spec: QuantSpec) -> None:
             )
     for linear in architecture.linears:
         _check_group_size(architecture, spec, linear)
+    check_rotation(architecture, Rotation.of(spec, architecture))
     if not any(spec.weight_grid(name) for name in names):
         raise SpecError("overrides", len(spec.overrides), "leave at least one layer below 16 bits")
     if spec.calibration.length > architecture.max_positions:

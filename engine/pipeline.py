@@ -32,6 +32,8 @@ from engine.evaluation.comparison import EvaluationPlan, evaluate
 from engine.events import ArtifactFile, Stage, StageStarted
 from engine.fit import check_spec
 from engine.models.loading import SourceModel, read_config
+from engine.models.rotated import rotated
+from engine.rotation import Rotation, online_blocks
 from engine.spec import QuantSpec
 
 __all__ = ["EvaluationPlan", "QuantJob", "QuantReport", "best_device", "quantize_model"]
@@ -138,14 +140,7 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     watch.report(StageStarted(stage=Stage.CALIBRATING))
     windows = _calibration_windows(job)
     store = _open_store(job, source, windows, watch)
-    loop = BlockLoop(
-        model=source,
-        spec=job.spec,
-        store=store,
-        watch=watch,
-        device=torch.device(job.device),
-        shape=BlockShape.of(source.architecture),
-    )
+    loop = _block_loop(job, source, store, watch)
     calibrated = loop.run(windows.tokens)
     finish(loop, calibrated, windows.tokens)
     watch.report(StageStarted(stage=Stage.PACKING))
@@ -164,6 +159,18 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
         seconds=round(time.monotonic() - started_s, 3),
         layers=source.architecture.layers,
         manifest_sha256=digest_of(job.out_dir),
+    )
+
+
+def _block_loop(job: QuantJob, source: SourceModel, store: BlockStore, watch: Watch) -> BlockLoop:
+    rotation = Rotation.of(job.spec, source.architecture)
+    return BlockLoop(
+        model=rotated(source, rotation),
+        spec=job.spec,
+        store=store,
+        watch=watch,
+        device=torch.device(job.device),
+        shape=BlockShape.of(source.architecture, online_blocks(source.architecture, rotation)),
     )
 
 
@@ -203,11 +210,13 @@ def _pack(
         repo=job.repo,
         revision=job.revision,
         layers=_layer_records(job.spec, source, losses),
+        rotation=Rotation.of(job.spec, source.architecture),
     )
+    model = rotated(source, provenance.rotation)
     return write_checkpoint(
         job.out_dir,
         config=read_config(job.source_dir),
-        tensors=merged_tensors(source, store),
+        tensors=merged_tensors(source, store, model),
         spec=job.spec,
         provenance=provenance,
     )

@@ -3,7 +3,8 @@
 Shape legend: W windows, T tokens, H hidden size.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -28,13 +29,13 @@ class BlockShape:
     norm: NormKind
     pairs: tuple[ChannelPair, ...]
     query_key: QueryKeyPair | None
-    online_hadamard: tuple[str, ...] = ()
-    """Linears whose inputs are transformed at run time."""
+    hadamards: Mapping[str, int] = field(default_factory=dict)
+    """Blocks of online transforms, by the linear's name inside the block."""
     can_record: bool = True
     """Whether the forward is the same launches for any input (no experts)."""
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Self:
+    def of(cls, architecture: Architecture, hadamards: Mapping[str, int]) -> Self:
         """Read the family's table."""
         family = FAMILIES[architecture.model_type]
         sizes = Sizes(
@@ -50,6 +51,7 @@ class BlockShape:
             norm=family.norm,
             pairs=family.pairs(sizes, config),
             query_key=family.query_key(sizes, config),
+            hadamards=hadamards,
         )
 
 

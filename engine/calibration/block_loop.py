@@ -16,7 +16,7 @@ import torch
 from engine.calibration.block import BlockShape, BlockTask, run_windows
 from engine.calibration.capture import BlockCall, capture_inputs
 from engine.calibration.learn import learn_block
-from engine.calibration.restore import QUANT_PARTS, install_saved
+from engine.calibration.restore import QUANT_PARTS, restore_block
 from engine.calibration.resume import BlockStore, SavedBlock
 from engine.calibration.watch import Watch
 from engine.events import CheckpointSaved, LayerFinished, LayerStarted
@@ -110,7 +110,7 @@ class BlockLoop:
         block = self.model.load_block(index).to(self.device)
         wanted = run_windows(block, call, chains.full_precision, FULL_BITS)
         if found is not None:
-            install_saved(block, block_name(index), found, self.spec)
+            restore_block(block, block_name(index), found, self.spec, self.shape.hadamards)
             outputs = run_windows(block, call, chains.quantized, self.spec.kv_bits)
             return found, _Chains(quantized=outputs, full_precision=wanted)
         task = BlockTask(

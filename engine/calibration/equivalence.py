@@ -87,10 +87,7 @@ def fold_transform(student: Student, kind: NormKind) -> None:
         if isinstance(module, FactoredNorm):
             student.block.set_submodule(name, fold_norm(module, kind))
     for twin in student.twins.values():
-        weight, bias = twin.changed()
-        twin.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        twin.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        twin.changes = nn.ModuleList()
+        twin.fold()
 
 
 def _takes_part(pair: ChannelPair, twins: Mapping[str, FakeQuantLinear]) -> bool:

@@ -65,7 +65,8 @@ def _assemble(loop: BlockLoop, calibrated: Calibrated) -> QuantizedStack:
         saved = loop.store.load(index)
         if saved is None:
             raise CheckpointInvalid(f"the calibration of {name} is missing")
-        blocks.append(restore_block(loop.model, index, saved, loop.spec, loop.device))
+        blocks.append(loop.model.load_block(index).to(loop.device))
+        restore_block(blocks[-1], name, saved, loop.spec, loop.shape.hadamards)
     return QuantizedStack(
         blocks=tuple(blocks),
         names=tuple(names),

@@ -31,7 +31,6 @@ from engine.calibration.twins import Student, make_student
 from engine.calibration.watch import Watch
 from engine.errors import CalibrationDiverged
 from engine.methods.base import ChannelStatistics, Method
-from engine.modules.fake_quant import keep_range
 from engine.modules.linear import QuantLinear
 from engine.modules.swap import swap_modules
 from engine.recipe import Rounding, SecondOrder
@@ -82,25 +81,24 @@ def _learn(task: BlockTask, spec: QuantSpec, method: Method, watch: Watch) -> _C
     """Go through every stage that the method asks for."""
     student = make_student(task, spec)
     phases = Phases(task=task, spec=spec, method=method, student=student, watch=watch)
-    statistics = channel_statistics(task.block, task.call, task.inputs)
+    statistics = channel_statistics(task.block, task.call, task.inputs, task.shape.hadamards)
     _place_clips(student, method, statistics)
     if method.trains_ranges:
         transform = []
         if method.equivalent_transform:
-            transform += install_transform(student, task.shape, statistics)
+            raw = channel_statistics(task.block, task.call, task.inputs)
+            transform += install_transform(student, task.shape, raw)
         if method.compensation:
             transform += install_compensation(student, task)
         phases.train_ranges(transform)
-        if transform:
-            _fold(task, student)
+    _fold(task, student)
     if method.second_order is not SecondOrder.NONE:
         round_by_moments(task, student, method.second_order, spec.kv_bits, watch)
     start = _measure(task, student, spec)
     if method.rounding is Rounding.NEAREST:
         return start
-    # ranges stay from here on; what is left to learn of them is a factor for each end
+    # what is left to learn of a range is a factor for each end
     for name, twin in student.twins.items():
-        twin.base_range = twin.params().covered_range(twin.grid)
         twin.clip = method.factors.clip_for(twin.weight, twin.grid, statistics[name].power)
     phases.train_rounding()
     return _better(start, _measure(task, student, spec))
@@ -117,8 +115,9 @@ def _fold(task: BlockTask, student: Student) -> None:
     """Write the transformation into the weights; the clips that were learned with it stay."""
     ranges = {name: twin.params().covered_range(twin.grid) for name, twin in student.twins.items()}
     fold_transform(student, task.shape.norm)
+    # ranges stay from here on
     for name, twin in student.twins.items():
-        twin.base_range, twin.clip = ranges[name], keep_range
+        twin.fix_range(ranges[name])
 
 
 def _measure(task: BlockTask, student: Student, spec: QuantSpec) -> _Candidate:

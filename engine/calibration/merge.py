@@ -6,16 +6,24 @@ import torch
 
 from engine.calibration.resume import BlockStore
 from engine.errors import CheckpointInvalid
-from engine.models.blocks import block_name
+from engine.models.blocks import BlockModel, block_name
 from engine.models.loading import SourceModel
 
 __all__ = ["merged_tensors"]
 
 
-def merged_tensors(source: SourceModel, store: BlockStore) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_tensors(
+    source: SourceModel, store: BlockStore, model: BlockModel
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor of the quantized model in the order of the forward pass.
 
     What is not quantized keeps the dtype that the source stored; one block is in memory.
+
+    Args:
+        source: as it lies on disk.
+        store: what was quantized.
+        model: what was calibrated: the source, or its rotated form, whose tensors are rounded to
+            the source's dtype (by at most 2^-9 of a value in bfloat16; folded norms are ones).
 
     Raises:
         CheckpointInvalid: if a block is missing from the store.
@@ -28,15 +36,27 @@ def merged_tensors(source: SourceModel, store: BlockStore) -> Iterator[tuple[str
         if saved is None:
             raise CheckpointInvalid(f"the calibration of {block_name(index)} is missing")
         prefix = f"{block_name(index)}."
-        quantized = {prefix + name.rpartition(".")[0] + ".weight" for name in saved.tensors}
-        replaced = quantized | {prefix + name for name in saved.tensors}
+        replaced = {prefix + name.rpartition(".")[0] + ".weight" for name in saved.tensors}
+        replaced |= {prefix + name for name in saved.tensors}
         kept = [name for name in names if name.startswith(prefix) and name not in replaced]
-        for name, tensor in _stored(source, kept):
+        same = model is source
+        plain = _stored(source, kept) if same else _changed(source, model, index, kept)
+        for name, tensor in plain:
             yield name, tuned.get(name, tensor)
         for name, tensor in saved.tensors.items():
             yield prefix + name, tuned.get(prefix + name, tensor)
     layers = ("model.embed", "model.layers.")
     yield from _stored(source, [name for name in names if not name.startswith(layers)])
+
+
+def _changed(
+    source: SourceModel, model: BlockModel, index: int, names: list[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    dtypes = {name: each.dtype for name, each in _stored(source, names)}
+    prefix = f"{block_name(index)}."
+    tensors = model.load_block(index).state_dict()
+    for name in names:
+        yield name, tensors[name.removeprefix(prefix)].to(dtypes[name])
 
 
 def _stored(source: SourceModel, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

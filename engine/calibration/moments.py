@@ -17,9 +17,10 @@ from engine.calibration.block import BlockTask
 from engine.calibration.twins import Student
 from engine.calibration.watch import Watch
 from engine.methods.second_order import InputMoments, aim_at_full_precision, pass_errors_on
-from engine.modules.fake_quant import FakeQuantLinear, keep_range
+from engine.modules.fake_quant import FakeQuantLinear
 from engine.modules.swap import swap_modules
 from engine.recipe import SecondOrder
+from engine.spec import FULL_BITS
 
 __all__ = ["round_by_moments"]
 
@@ -51,8 +52,7 @@ def round_by_moments(
             params = twin.params()
             weight = aim_at_full_precision(twin.weight, moments)
             changed = pass_errors_on(weight, params, twin.grid, moments)
-            twin.base_range = params.covered_range(twin.grid)
-            twin.clip = keep_range
+            twin.fix_range(params.covered_range(twin.grid))
             twin.weight = nn.Parameter(changed, requires_grad=False)
         # packed once, instead of rounded anew in every forward that passes through
         swap_modules(block, {name: twins[name].to_quant_linear().prepare() for name in names})
@@ -87,7 +87,9 @@ def _collect(
     task: BlockTask, student: nn.Module, name: str, order: SecondOrder, kv_bits: int
 ) -> InputMoments:
     """Run both chains up to a linear and sum its inputs' products."""
-    features = _features(student, name)
+    twin = student.get_submodule(name)
+    assert isinstance(twin, FakeQuantLinear)
+    features = twin.in_features
     inner, full = _Inputs(features), _Inputs(features)
     own_KK = torch.zeros(features, features, device=task.device)
     shift_KK = torch.zeros_like(own_KK) if order is SecondOrder.GPTAQ else None
@@ -97,11 +99,12 @@ def _collect(
         hooks.callback(task.block.get_submodule(name).register_forward_pre_hook(full).remove)
         for start in range(0, len(task.inputs), at_once):
             windows = slice(start, start + at_once)
-            x_MK = inner.of(task, student, task.inputs[windows], kv_bits)
+            x_MK = twin.transform(inner.of(task, student, task.inputs[windows], kv_bits))
             own_KK.addmm_(x_MK.t(), x_MK)
             tokens += len(x_MK)
             if shift_KK is not None:
-                full_MK = full.of(task, task.block, task.full_inputs[windows], kv_bits)
+                full_MK = full.of(task, task.block, task.full_inputs[windows], FULL_BITS)
+                full_MK = twin.transform(full_MK)
                 if full_MK.shape != x_MK.shape:
                     # an expert that other tokens reach: there is nothing to compare with
                     shift_KK = None
@@ -109,11 +112,6 @@ def _collect(
                 shift_KK.addmm_((full_MK - x_MK).t(), x_MK)
     count = max(1, tokens)
     return InputMoments(own=own_KK / count, shift=None if shift_KK is None else shift_KK / count)
-
-
-def _features(student: nn.Module, name: str) -> int:
-    features: int = student.get_submodule(name).in_features  # type: ignore[assignment]
-    return features
 
 
 class _Stop(Exception):

@@ -6,26 +6,22 @@ import torch
 from torch import nn
 
 from engine.calibration.resume import SavedBlock
-from engine.models.blocks import BlockModel, block_name
 from engine.modules.linear import QuantLinear
 from engine.modules.swap import named_linears, swap_modules
 from engine.spec import QuantSpec
 
-__all__ = ["QUANT_PARTS", "install_saved", "restore_block"]
+__all__ = ["QUANT_PARTS", "restore_block"]
 
 QUANT_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
 def restore_block(
-    model: BlockModel, index: int, saved: SavedBlock, spec: QuantSpec, device: torch.device
-) -> nn.Module:
-    """Load a block and put what was learned of it in place, ready to run."""
-    block = model.load_block(index).to(device)
-    install_saved(block, block_name(index), saved, spec)
-    return block
-
-
-def install_saved(block: nn.Module, name: str, saved: SavedBlock, spec: QuantSpec) -> None:
+    block: nn.Module,
+    name: str,
+    saved: SavedBlock,
+    spec: QuantSpec,
+    hadamards: Mapping[str, int],
+) -> None:
     """Put packed layers, and norms and biases that changed, into a full-precision block.
 
     Args:
@@ -33,6 +29,7 @@ def install_saved(block: nn.Module, name: str, saved: SavedBlock, spec: QuantSpe
         name: its full name.
         saved: what was learned.
         spec: says the grid of every layer.
+        hadamards: blocks of online transforms, by the linear's name inside the block.
     """
     device = next(block.parameters()).device
     layers = {}
@@ -40,7 +37,8 @@ def install_saved(block: nn.Module, name: str, saved: SavedBlock, spec: QuantSpe
         grid = spec.weight_grid(f"{name}.{short}")
         if grid is None:
             continue
-        layer = QuantLinear.empty(linear, grid, spec.activation_bits(f"{name}.{short}"))
+        a_bits = spec.activation_bits(f"{name}.{short}")
+        layer = QuantLinear.empty(linear, grid, a_bits, hadamards.get(short, 0))
         for part in QUANT_PARTS:
             setattr(layer, part, saved.tensors[f"{short}.{part}"].to(device))
         layer.bias = linear.bias

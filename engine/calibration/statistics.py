@@ -3,7 +3,7 @@
 Shape legend: W windows, T tokens, H hidden size, K inputs of a layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from engine.calibration.block import run_windows
 from engine.calibration.capture import BlockCall
 from engine.methods.base import ChannelStatistics
+from engine.modules.rotated import OnlineHadamard
 from engine.modules.swap import named_linears
 from engine.spec import FULL_BITS
 
@@ -21,7 +22,10 @@ __all__ = ["channel_statistics"]
 
 @torch.no_grad()
 def channel_statistics(
-    block: nn.Module, call: BlockCall, inputs: torch.Tensor
+    block: nn.Module,
+    call: BlockCall,
+    inputs: torch.Tensor,
+    hadamards: Mapping[str, int] | None = None,
 ) -> dict[str, ChannelStatistics]:
     """Run a full-precision block and measure every linear's inputs.
 
@@ -29,6 +33,7 @@ def channel_statistics(
         block: a decoder layer with plain linears.
         call: how it is called.
         inputs: ``[W, T, H]``.
+        hadamards: blocks of online transforms by the linear's name: their outputs are measured.
 
     Returns:
         By the linear's name inside the block; zeros for one that no token reached.
@@ -36,7 +41,10 @@ def channel_statistics(
     sums = {name: _Sums(each) for name, each in named_linears(block).items()}
     with ExitStack() as hooks:
         for name, linear in named_linears(block).items():
-            hooks.callback(linear.register_forward_pre_hook(_adder(sums[name])).remove)
+            size = (hadamards or {}).get(name, 0)
+            transform = OnlineHadamard(size) if size else nn.Identity()
+            hook = _adder(sums[name], transform.to(linear.weight.device))
+            hooks.callback(linear.register_forward_pre_hook(hook).remove)
         run_windows(block, call, inputs, FULL_BITS, out=torch.empty_like(inputs))
     return {name: each.result() for name, each in sums.items()}
 
@@ -67,8 +75,8 @@ class _Sums:
         return ChannelStatistics(power=power, low=self._low, high=self._high)
 
 
-def _adder(sums: _Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _adder(sums: _Sums, transform: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def add(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        sums.add(arguments[0])
+        sums.add(transform(arguments[0]))
 
     return add

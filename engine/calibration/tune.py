@@ -170,13 +170,8 @@ class _Learned:
     def _tuned(self, layer: QuantLinear) -> TunedLinear | FakeQuantLinear:
         if not self._trains_weights:
             return TunedLinear(layer)
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
-        twin = FakeQuantLinear(linear, layer.grid, layer.a_bits)
-        twin.bias = layer.bias
-        twin.base_range = layer.params.covered_range(layer.grid)
-        clip = FactorClipping().clip_for(twin.weight, twin.grid, twin.weight[0])
-        twin.clip = clip
+        twin = FakeQuantLinear.from_quantized(layer)
+        twin.clip = FactorClipping().clip_for(twin.weight, twin.grid, twin.weight[0])
         twin.offset = nn.Parameter(torch.zeros_like(twin.weight))
         return twin
 

@@ -56,7 +56,8 @@ def make_student(task: BlockTask, spec: QuantSpec) -> Student:
         grid = spec.weight_grid(f"{task.name}.{name}")
         if grid is not None:
             a_bits = spec.activation_bits(f"{task.name}.{name}")
-            twins[name] = FakeQuantLinear(linear, grid, a_bits)
+            turned = task.shape.hadamards.get(name, 0)
+            twins[name] = FakeQuantLinear(linear, grid, a_bits, turned)
     swap_modules(block, twins)
     return Student(block, twins)
 

@@ -9,7 +9,10 @@ has one, `<name>.bias`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.architecture import Architecture
 from engine.errors import CheckpointInvalid, SpecError
+from engine.orders import block_of, factors
+from engine.rotation import Rotation, check_rotation, online_blocks
 from engine.spec import QuantSpec
 
 __all__ = [
@@ -22,6 +25,8 @@ __all__ = [
     "QUANT_SUFFIXES",
     "TOKENIZER_FILES",
     "quantization_section",
+    "rotation_of_section",
+    "rotation_section",
     "shard_name",
     "spec_of_section",
 ]
@@ -90,3 +95,51 @@ def spec_of_section(config: Mapping[str, Any]) -> QuantSpec:
         return QuantSpec.from_json({name: section[name] for name in SPEC_FIELDS if name in section})
     except (SpecError, TypeError) as error:
         raise CheckpointInvalid(f"quantization_config is not possible: {error}") from error
+
+
+def rotation_section(architecture: Architecture, rotation: Rotation) -> dict[str, Any]:
+    """Write the `rotation` of a `quantization_config`: what a reader in any language needs.
+
+    The orders of the two factors follow from the sizes; they are written so that nobody has to
+    search for them. Their product is the block that is repeated over the channels.
+    """
+    residual = None if rotation.seed is None else list(factors(block_of(architecture.hidden)) or ())
+    return {
+        "residual_seed": rotation.seed,
+        "residual_factors": residual,
+        "online_hadamard": rotation.online_hadamard,
+        "online_factors": {
+            name: list(factors(block) or ())
+            for name, block in online_blocks(architecture, rotation).items()
+        },
+    }
+
+
+def rotation_of_section(config: Mapping[str, Any], architecture: Architecture) -> Rotation:
+    """Read the rotation back from a config that has a `quantization_config`; absent means none.
+
+    Raises:
+        CheckpointInvalid: if a field is unknown or missing, the family cannot be rotated, or the
+            factors are not those of this version.
+    """
+    record = config["quantization_config"].get("rotation")
+    if record is None:
+        return Rotation.none()
+    if not isinstance(record, Mapping):
+        raise CheckpointInvalid(f"rotation {record!r} is no JSON object")
+    online = record.get("online_hadamard")
+    if not isinstance(online, bool):
+        raise CheckpointInvalid(f"rotation.online_hadamard {online!r} is neither true nor false")
+    try:
+        rotation = Rotation(seed=record.get("residual_seed"), online_hadamard=online)
+        check_rotation(architecture, rotation)
+    except SpecError as error:
+        raise CheckpointInvalid(f"rotation is not possible: {error}") from error
+    wanted = rotation_section(architecture, rotation)
+    for name in sorted({*record, *wanted}):
+        # a rotation that is only nearly right gives a model that talks nonsense
+        if name not in record or name not in wanted or record[name] != wanted[name]:
+            raise CheckpointInvalid(
+                f"rotation.{name} is {record.get(name)!r}; this version reads {wanted.get(name)!r}"
+            )
+    return rotation

@@ -6,7 +6,7 @@ tensor may be missing or left over.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from engine.architecture import Architecture, check_config
-from engine.checkpoint.format import QUANT_SUFFIXES, spec_of_section
+from engine.checkpoint.format import QUANT_SUFFIXES, rotation_of_section, spec_of_section
 from engine.errors import CheckpointInvalid
 from engine.models.loading import build_empty_model, read_config
+from engine.models.rotated import install_rotation
 from engine.models.tensors import TensorFiles
 from engine.modules.linear import QuantLinear
 from engine.modules.swap import prepare_model, quant_linears, swap_linears
+from engine.rotation import Rotation, name_in_layer, online_blocks
 from engine.spec import QuantSpec
 
 __all__ = ["LoadedModel", "load_checkpoint"]
@@ -38,6 +40,7 @@ class LoadedModel:
     """The transformers causal language model, in evaluation mode, with quantized linears."""
     spec: QuantSpec
     architecture: Architecture
+    rotation: Rotation = field(default_factory=Rotation.none)
 
     @property
     def memory_bytes(self) -> int:
@@ -67,7 +70,8 @@ def load_checkpoint(
     spec = spec_of_section(config)
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     architecture = check_config(plain)
-    model = _skeleton(plain, spec, architecture)
+    rotation = rotation_of_section(config, architecture)
+    model = _skeleton(plain, spec, architecture, rotation)
     expected = model.state_dict()
     if architecture.tied:
         del expected[HEAD]
@@ -83,13 +87,17 @@ def load_checkpoint(
         _tie_head(model)
     model.to(device).requires_grad_(requires_grad=False).eval()
     prepare_model(model)
-    return LoadedModel(model=model, spec=spec, architecture=architecture)
+    return LoadedModel(model=model, spec=spec, architecture=architecture, rotation=rotation)
 
 
-def _skeleton(config: Mapping[str, Any], spec: QuantSpec, architecture: Architecture) -> nn.Module:
-    """The model on the meta device with quantized linears in their places."""
+def _skeleton(
+    config: Mapping[str, Any], spec: QuantSpec, architecture: Architecture, rotation: Rotation
+) -> nn.Module:
+    """The model on the meta device with quantized linears and rotations in their places."""
     model = build_empty_model(config)
+    install_rotation(model, architecture, rotation)
     quantizable = {each.name for each in architecture.linears}
+    blocks = online_blocks(architecture, rotation)
 
     def quantized(name: str, linear: nn.Linear) -> QuantLinear | None:
         grid = spec.weight_grid(name) if name in quantizable else None
@@ -99,7 +107,8 @@ def _skeleton(config: Mapping[str, Any], spec: QuantSpec, architecture: Architec
             raise CheckpointInvalid(
                 f"{name}: group_size {grid.group_size} does not divide {linear.in_features}"
             )
-        return QuantLinear.empty(linear, grid, spec.activation_bits(name))
+        block = blocks.get(name_in_layer(architecture, name), 0)
+        return QuantLinear.empty(linear, grid, spec.activation_bits(name), block)
 
     swap_linears(model, quantized)
     return model

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from engine.architecture import check_config
+from engine.architecture import Architecture, check_config
 from engine.checkpoint.bits import BitTally, StoredBits
 from engine.checkpoint.durable import sync_path
 from engine.checkpoint.format import (
@@ -19,6 +19,7 @@ from engine.checkpoint.format import (
     PACKED_SUFFIX,
     TOKENIZER_FILES,
     quantization_section,
+    rotation_section,
     shard_name,
 )
 from engine.checkpoint.manifest import (
@@ -29,6 +30,7 @@ from engine.checkpoint.manifest import (
     hash_file,
     write_manifest,
 )
+from engine.rotation import Rotation
 from engine.spec import QuantSpec
 
 __all__ = ["CheckpointSummary", "Provenance", "write_checkpoint"]
@@ -47,6 +49,8 @@ class Provenance:
     revision: str
     layers: Sequence[LayerRecord]
     evaluation: Evaluation = field(default_factory=Evaluation)
+    rotation: Rotation = field(default_factory=Rotation.none)
+    """How the tensors of the layers were rotated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,8 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     file_of = _write_shards(partial, tensors, tally, max_shard_bytes)
-    _write_json(partial / CONFIG_NAME, _quantized_config(plain, spec, file_of))
+    section = _section(tally.architecture, spec, file_of, provenance.rotation)
+    _write_json(partial / CONFIG_NAME, {**plain, "quantization_config": section})
     for name in TOKENIZER_FILES:
         if (provenance.source_dir / name).is_file():
             shutil.copyfile(provenance.source_dir / name, partial / name)
@@ -148,12 +153,15 @@ def _write_shards(
     return file_of
 
 
-def _quantized_config(
-    config: Mapping[str, Any], spec: QuantSpec, names: Iterable[str]
+def _section(
+    architecture: Architecture, spec: QuantSpec, names: Iterable[str], rotation: Rotation
 ) -> dict[str, Any]:
     converted = {name.removesuffix(PACKED_SUFFIX) for name in names if name.endswith(PACKED_SUFFIX)}
-    kept = [each.name for each in check_config(config).linears if each.name not in converted]
-    return {**config, "quantization_config": quantization_section(spec, [*kept, "lm_head"])}
+    kept = [each.name for each in architecture.linears if each.name not in converted]
+    section = quantization_section(spec, [*kept, "lm_head"])
+    if not rotation.is_none:
+        section["rotation"] = rotation_section(architecture, rotation)
+    return section
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:

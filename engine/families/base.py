@@ -128,3 +128,6 @@ class Family:
     rotates: bool = True
     """Whether the residual stream may be rotated: only RMS norms, each directly before linears that
     can take its weight, and nothing else reads or writes the stream."""
+    online_hadamard: tuple[str, ...] = ()
+    """Linears whose inputs a Hadamard transform may mix at run time, experts by a pattern; empty
+    takes the consumers of the pairs named `fc2`."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from engine.architecture import Architecture
+from engine.modules.rotated import RotatedEmbedding
 
 __all__ = ["BlockModel", "ResidentModel", "block_name"]
 
@@ -41,7 +42,10 @@ class ResidentModel:
 
     def load_embedding(self) -> torch.Tensor:
         """The input embedding ``[vocab, hidden]``."""
-        return self.skeleton.get_parameter("model.embed_tokens.weight")
+        embedding = self.skeleton.get_submodule("model.embed_tokens")
+        if isinstance(embedding, RotatedEmbedding):
+            return embedding.rotated_weight()
+        return embedding.get_parameter("weight")
 
     def load_block(self, index: int) -> nn.Module:
         """Decoder layer `index`, the model's own."""

@@ -17,6 +17,7 @@ from torch import nn
 from typing_extensions import override
 
 from engine.modules.linear import QuantLinear, multiply_codes
+from engine.modules.rotated import OnlineHadamard
 from engine.numerics.affine import (
     AffineParams,
     GroupRange,
@@ -26,6 +27,7 @@ from engine.numerics.affine import (
     quantize_weight,
     weight_range,
 )
+from engine.numerics.hadamard import rotate_columns
 from engine.spec import FULL_BITS, WeightGrid
 
 __all__ = ["FakeQuantLinear", "RangeClip", "WeightChange", "keep_range"]
@@ -64,7 +66,9 @@ class FakeQuantLinear(nn.Module):
     clip: RangeClip
     offset: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, grid: WeightGrid, a_bits: int) -> None:
+    def __init__(
+        self, linear: nn.Linear, grid: WeightGrid, a_bits: int, input_hadamard: int = 0
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.grid = grid
@@ -73,6 +77,11 @@ class FakeQuantLinear(nn.Module):
         self.bias = linear.bias
         self.clip = keep_range
         self.changes = nn.ModuleList()
+        self.input_hadamard = input_hadamard
+        self.transform: nn.Module = nn.Identity()
+        if input_hadamard:
+            self.transform = OnlineHadamard(input_hadamard).to(linear.weight.device)
+        self._is_turned = False
         self.offset = None
         self.base_range: GroupRange | None = None
 
@@ -83,12 +92,40 @@ class FakeQuantLinear(nn.Module):
         twin.clip = clip
         return twin
 
+    @classmethod
+    def from_quantized(cls, layer: QuantLinear) -> Self:
+        """Make a twin whose weight is what a layer's codes stand for, on the same grid."""
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
+        twin = cls(linear, layer.grid, layer.a_bits, layer.input_hadamard)
+        twin.bias = layer.bias
+        twin.base_range = layer.params.covered_range(layer.grid)
+        twin._is_turned = True
+        return twin
+
     def changed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight ``[N, K]`` and bias ``[N]`` after every change; differentiable."""
         weight, bias = self.weight, self.bias
         for change in self.changes:
             weight, bias = change(weight, bias)
+        if self.input_hadamard and not self._is_turned:
+            weight = rotate_columns(weight, self.input_hadamard)
         return weight, bias
+
+    def fix_range(self, group_range: GroupRange) -> None:
+        """Cover this range from now on, whatever the weight becomes."""
+        # torch refuses a function where a module was
+        self._modules.pop("clip", None)
+        self.base_range, self.clip = group_range, keep_range
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make what the changes come to the weight itself; none are left."""
+        weight, bias = self.changed()
+        self._is_turned = True
+        self.changes = nn.ModuleList()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def group_range(self, w_NK: torch.Tensor | None = None) -> GroupRange:  # noqa: N803  shape suffix
         """The range of every group after clipping; differentiable in what the clip learns."""
@@ -114,17 +151,22 @@ class FakeQuantLinear(nn.Module):
         params = affine_params(self.group_range(weight), self.grid)
         codes_NK = self._codes(weight, params)  # noqa: N806  shape suffix
         bias = None if bias is None else bias.detach()
-        return QuantLinear.from_codes(codes_NK, params, self.grid, self.a_bits, bias)
+        return QuantLinear.from_codes(
+            codes_NK, params, self.grid, self.a_bits, bias, self.input_hadamard
+        )
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to float ``[..., K]``; the result has the dtype of ``x``."""
         weight, bias = self.changed()
         group_range = self.group_range(weight)
+        seen = self.transform(x if self.a_bits == FULL_BITS else x.float())
         if not self.training:
             params = affine_params(group_range, self.grid)
-            return multiply_codes(x, self._codes(weight, params), params, self.a_bits, bias)
-        seen = x.float() if self.a_bits == FULL_BITS else fake_quantize_activations(x, self.a_bits)
+            out = multiply_codes(seen, self._codes(weight, params), params, self.a_bits, bias)
+            return out.to(x.dtype)
+        full = self.a_bits == FULL_BITS
+        seen = seen.float() if full else fake_quantize_activations(seen, self.a_bits)
         w_NK = fake_quantize(weight, group_range, self.grid, self.offset)  # noqa: N806  shape suffix
         bias = None if bias is None else bias.float()
         return nn.functional.linear(seen, w_NK, bias).to(x.dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from engine.modules.rotated import OnlineHadamard
 from engine.numerics.affine import AffineParams, dequantize_weight, doubled_codes, quantize_weight
 from engine.spec import FULL_BITS, WeightGrid
 from kernels.activation_quant import quantize_activations
@@ -31,6 +32,10 @@ class QuantLinear(nn.Module):
     by `prepare`: int8 columns on a CPU (one byte a weight; `kernels.cpu_linear` says why), a
     dequantized float32 weight on a CPU where activations stay in full precision, and the packed
     planes themselves on a GPU.
+
+    With `input_hadamard`, the block of a Hadamard transform, inputs are transformed before they are
+    rounded and multiplied; the codes are those of the transformed weight
+    (`engine.numerics.hadamard.rotate_columns`).
     """
 
     weight_packed: torch.Tensor
@@ -45,6 +50,7 @@ class QuantLinear(nn.Module):
         grid: WeightGrid,
         a_bits: int,
         bias_dtype: torch.dtype | None = None,
+        input_hadamard: int = 0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -60,6 +66,7 @@ class QuantLinear(nn.Module):
         self.register_buffer(
             "bias", None if bias_dtype is None else torch.zeros(n, dtype=bias_dtype)
         )
+        self.transform = OnlineHadamard(input_hadamard) if input_hadamard else None
         self._operand: Operand | None = None
 
     @classmethod
@@ -70,9 +77,11 @@ class QuantLinear(nn.Module):
         grid: WeightGrid,
         a_bits: int,
         bias: torch.Tensor | None = None,
+        input_hadamard: int = 0,
     ) -> Self:
-        """Round a float ``[N, K]`` weight onto a placed grid and pack it."""
-        return cls.from_codes(quantize_weight(w_NK, params, grid), params, grid, a_bits, bias)
+        """Round a float ``[N, K]`` weight, transformed already, onto a placed grid and pack it."""
+        codes_NK = quantize_weight(w_NK, params, grid)  # noqa: N806  shape suffix
+        return cls.from_codes(codes_NK, params, grid, a_bits, bias, input_hadamard)
 
     @classmethod
     def from_codes(
@@ -82,11 +91,14 @@ class QuantLinear(nn.Module):
         grid: WeightGrid,
         a_bits: int,
         bias: torch.Tensor | None = None,
+        input_hadamard: int = 0,
     ) -> Self:
         """Pack uint8 ``[N, K]`` codes, on their device."""
         n, k = codes_NK.shape
         with torch.device("meta"):
-            module = cls(k, n, grid, a_bits)
+            module = cls(k, n, grid, a_bits, input_hadamard=input_hadamard)
+        if module.transform is not None:
+            module.transform.to(codes_NK.device)
         module.weight_packed = pack_codes(codes_NK, grid.planes)
         module.weight_scale = params.scale.detach().clone()
         module.weight_zero_point = params.zero_point.detach().clone()
@@ -94,12 +106,23 @@ class QuantLinear(nn.Module):
         return module
 
     @classmethod
-    def empty(cls, linear: nn.Linear, grid: WeightGrid, a_bits: int) -> Self:
+    def empty(
+        cls, linear: nn.Linear, grid: WeightGrid, a_bits: int, input_hadamard: int = 0
+    ) -> Self:
         """Make a layer of a linear's sizes, device and bias, with buffers still to be filled."""
         bias: torch.Tensor | None = linear.bias
         bias_dtype = None if bias is None else bias.dtype
+        k, n = linear.in_features, linear.out_features
         with linear.weight.device:
-            return cls(linear.in_features, linear.out_features, grid, a_bits, bias_dtype)
+            module = cls(k, n, grid, a_bits, bias_dtype, input_hadamard)
+        if module.transform is not None and not linear.weight.is_meta:
+            module.transform.to(linear.weight.device)
+        return module
+
+    @property
+    def input_hadamard(self) -> int:
+        """Block of the transform of the inputs; 0 where there is none."""
+        return 0 if self.transform is None else self.transform.block
 
     @property
     def params(self) -> AffineParams:
@@ -126,7 +149,7 @@ class QuantLinear(nn.Module):
         return unpack_codes(self.weight_packed, self.in_features)
 
     def dequantized(self) -> torch.Tensor:
-        """The float32 ``[N, K]`` weight that the codes stand for."""
+        """The float32 ``[N, K]`` weight that the codes stand for, of transformed inputs."""
         return dequantize_weight(self.codes(), self.params)
 
     def prepare(self) -> Self:
@@ -140,7 +163,11 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to float ``[..., K]``; the result has the dtype of ``x``."""
         operand = self._operand if self._operand is not None else self._derive_operand()
-        return _multiply(x, operand, self.a_bits, self.bias)
+        if self.transform is None:
+            return _multiply(x, operand, self.a_bits, self.bias)
+        # codes are taken before half precision would round what was mixed
+        seen = self.transform(x if self.a_bits == FULL_BITS else x.float())
+        return _multiply(seen, operand, self.a_bits, self.bias).to(x.dtype)
 
     @override
     def _apply(
@@ -162,7 +189,8 @@ class QuantLinear(nn.Module):
         """Say the bits in the model's printout."""
         return (
             f"in={self.in_features}, out={self.out_features}, w_bits={self.grid.bits}, "
-            f"a_bits={self.a_bits}, group_size={self.grid.group_size}"
+            f"a_bits={self.a_bits}, group_size={self.grid.group_size}, "
+            f"input_hadamard={self.input_hadamard}"
         )
 
     def _derive_operand(self) -> Operand:

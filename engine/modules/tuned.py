@@ -36,12 +36,14 @@ class TunedLinear(nn.Module):
         self.gain = nn.Parameter(torch.zeros_like(self.scale))
         self.bias = layer.bias
         self.a_bits = layer.a_bits
-        self.in_features = layer.in_features
+        self.transform: nn.Module = layer.transform or nn.Identity()
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to float ``[..., K]``; the result has the dtype of ``x``."""
-        seen = x.float() if self.a_bits == FULL_BITS else fake_quantize_activations(x, self.a_bits)
+        seen = self.transform(x.float())
+        if self.a_bits != FULL_BITS:
+            seen = fake_quantize_activations(seen, self.a_bits)
         scale_NS1 = (self.scale * self.gain.exp()).unsqueeze(-1)  # noqa: N806  shape suffix
         grouped = self.centred.view(*self.scale.shape, -1)
         weight = (grouped * scale_NS1).view(self.centred.shape)

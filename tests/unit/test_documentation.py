@@ -10,7 +10,9 @@ import torch
 from api import errors
 from api.cli.main import COMMANDS
 from engine.events import Stage
+from engine.modules.rotated import ResidualRotation
 from engine.numerics.affine import affine_params, dequantize_weight, quantize_weight, weight_range
+from engine.orders import block_of, factors
 from engine.spec import QuantSpec
 from kernels.layouts import pack_codes
 from tests.setting_variables import setting_variables
@@ -84,6 +86,23 @@ def test_the_decoder_on_the_page_of_the_format_reads_what_the_engine_packs(spec)
     )
 
     assert torch.equal(torch.from_numpy(read), dequantize_weight(codes, params))
+
+
+@pytest.mark.parametrize("n", [64, 96, 576, 148, 896, 11008])
+def test_the_decoder_on_the_page_of_the_format_rotates_as_the_engine_does(n):
+    page = (ROOT / "docs/checkpoint-format.md").read_text()
+    scope = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1], scope)  # noqa: S102 - ours
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    split = factors(block_of(n))
+
+    turned = scope["residual"](x.numpy(), 7, split)
+
+    torch.testing.assert_close(
+        torch.from_numpy(turned), ResidualRotation(n, 7)(x), rtol=0, atol=1e-12
+    )
+    back = scope["inverse"](turned, split) * scope["signs"](n, 7)
+    torch.testing.assert_close(torch.from_numpy(back), x, rtol=0, atol=1e-12)
 
 
 def test_the_page_of_the_interface_names_only_paths_that_are_served():

@@ -7,6 +7,7 @@ from engine.checkpoint.reader import load_checkpoint
 from engine.inference.engine import open_engine
 from engine.inference.kv_cache import make_cache
 from engine.inference.request import GenerationRequest
+from engine.modules.rotated import ResidualRotation
 from engine.modules.swap import quant_linears
 from tests.unit.engine.quantized_models import save_checkpoint
 
@@ -60,3 +61,33 @@ def test_packed_weights_stay_packed_where_activations_are_not_quantized(tmp_path
     loaded = load_checkpoint(save_checkpoint(tmp_path, "w2a16")[1], "cuda")
 
     assert all(each.operand_bytes == 0 for each in quant_linears(loaded.model).values())
+
+
+@pytest.mark.parametrize("width", [576, 1536, 11008])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_gives_the_same_values_on_both(width, dtype):
+    rotation = ResidualRotation(width, 3)
+    x = torch.randn(4, width).to(dtype)
+    on_cpu = rotation(x)
+
+    on_gpu = rotation.cuda()(x.cuda())
+
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=0, atol=tolerance)
+
+
+def test_a_rotation_is_recorded_in_a_graph():
+    rotation = ResidualRotation(576, 3).cuda()
+    x = torch.randn(1, 576, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        rotation(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = rotation(x)
+
+    x.copy_(torch.randn(1, 576))
+    graph.replay()
+
+    torch.testing.assert_close(out, rotation(x))

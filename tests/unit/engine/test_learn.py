@@ -40,7 +40,7 @@ def task(folder):
         name="model.layers.0",
         block=block,
         call=inputs.calls[0],
-        shape=BlockShape.of(source.architecture),
+        shape=BlockShape.of(source.architecture, {}),
         inputs=inputs.hidden + 0.01,
         full_inputs=inputs.hidden,
         wanted=wanted,

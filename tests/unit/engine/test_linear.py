@@ -196,3 +196,75 @@ def test_preparing_a_model_prepares_every_packed_layer():
     prepare_model(model)
 
     assert [each.operand_bytes for each in quant_linears(model).values()] == [1024, 2048]
+
+
+def transformed_layer(notation, block, features=(96, 20)):
+    linear = nn.Linear(*features)
+    spec = QuantSpec.from_notation(notation)
+    return FakeQuantLinear(linear, spec.weight_grid("any"), spec.a_bits, block), linear
+
+
+@pytest.mark.parametrize(("notation", "tolerance"), [("w8a16", 0.02), ("w8a8", 0.05)])
+@pytest.mark.parametrize("block", [96, 48, 32])
+def test_a_transform_of_the_inputs_leaves_the_function(notation, tolerance, block):
+    twin, linear = transformed_layer(notation, block)
+    layer = twin.to_quant_linear().prepare()
+    x = torch.randn(3, 5, 96)
+
+    torch.testing.assert_close(layer(x), linear(x), rtol=0, atol=tolerance)
+    assert layer.input_hadamard == block
+    # the codes are those of other columns
+    assert not torch.allclose(layer.dequantized(), linear.weight, atol=0.05)
+
+
+@pytest.mark.parametrize("notation", ["w4a8", "w3a16", "w2*a6"])
+def test_a_transforming_twin_computes_what_its_packed_layer_does(notation):
+    twin, _ = transformed_layer(notation, 96)
+    x = torch.randn(3, 96)
+
+    exact = twin.eval()(x)
+
+    assert torch.equal(twin.to_quant_linear()(x), exact)
+    torch.testing.assert_close(twin.train()(x), exact, rtol=0, atol=1e-4)
+
+
+def test_a_transform_adds_no_tensor_to_the_checkpoint():
+    twin, _ = transformed_layer("w4a8", 96)
+
+    stored = twin.to_quant_linear().state_dict()
+
+    assert stored.keys() == {"weight_packed", "weight_scale", "weight_zero_point", "bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_mixed_before_they_are_rounded(dtype):
+    twin, _ = transformed_layer("w4a8", 96)
+    layer = twin.to_quant_linear()
+    x = torch.randn(3, 96).to(dtype)
+
+    out = layer(x)
+
+    assert out.dtype == dtype
+    assert torch.equal(out, layer(x.float()).to(dtype))
+
+
+def test_a_transform_keeps_four_bit_activations_with_an_outlier_exact():
+    x = torch.randn(64, 96)
+    x[:, 5] *= 50
+    plain, linear = transformed_layer("w8a4", 0)
+    mixed = FakeQuantLinear(linear, plain.grid, 4, 96)
+
+    def error(layer):
+        return float((layer.to_quant_linear()(x) - linear(x).detach()).square().mean())
+
+    assert error(mixed) < error(plain) / 4
+
+
+def test_an_empty_layer_on_the_meta_device_has_a_real_transform():
+    with torch.device("meta"):
+        linear = nn.Linear(96, 20)
+
+    empty = QuantLinear.empty(linear, QuantSpec(w_bits=4).weight_grid("any"), 8, 96)
+
+    assert {each.device.type for each in empty.transform.buffers()} == {"cpu"}
+    assert empty.weight_packed.is_meta
