@@ -20,7 +20,7 @@ from engine.calibration.resume import BlockStore, SavedBlock
 from engine.calibration.watch import Watch
 from engine.events import CheckpointSaved, LayerFinished, LayerStarted
 from engine.methods.recipes import method_of
-from engine.models.blocks import BlockModel, block_name
+from engine.models.blocks import BlockModel
 from engine.modules.linear import QuantLinear
 from engine.modules.swap import named_linears, swap_modules
 from engine.spec import FULL_BITS, QuantSpec
@@ -101,7 +101,7 @@ class BlockLoop:
         task = BlockTask(
             index=index,
             total=self.model.architecture.layers,
-            name=block_name(index),
+            name=self.model.architecture.layer_name(index),
             block=block,
             call=call,
             inputs=chains.quantized,
@@ -123,7 +123,7 @@ class BlockLoop:
         """Rebuild the quantized layers of a stored block."""
         layers = {}
         for name, linear in named_linears(block).items():
-            full_name = f"{block_name(index)}.{name}"
+            full_name = f"{self.model.architecture.layer_name(index)}.{name}"
             grid = self.spec.weight_grid(full_name)
             if grid is None:
                 continue
@@ -135,17 +135,17 @@ class BlockLoop:
         return layers
 
     def _started(self, index: int) -> LayerStarted:
-        prefix = f"{block_name(index)}."
+        prefix = f"{self.model.architecture.layer_name(index)}."
         linears = self.model.architecture.linears_per_layer
         bits = {}
         for linear in linears:
-            short = linear.name.removeprefix(f"{block_name(0)}.")
+            short = linear.name.removeprefix(f"{self.model.architecture.layer_name(0)}.")
             grid = self.spec.weight_grid(prefix + short)
             bits[short] = FULL_BITS if grid is None else grid.bits
         return LayerStarted(
             index=index,
             total=self.model.architecture.layers,
-            name=block_name(index),
+            name=self.model.architecture.layer_name(index),
             bits=bits,
         )
 
@@ -155,7 +155,7 @@ class BlockLoop:
         return LayerFinished(
             index=index,
             total=self.model.architecture.layers,
-            name=block_name(index),
+            name=self.model.architecture.layer_name(index),
             loss_before=saved.loss_before,
             loss_after=saved.loss_after,
             seconds=round(seconds, 3),

@@ -6,7 +6,6 @@ import torch
 
 from engine.calibration.resume import BlockStore
 from engine.errors import CheckpointInvalid
-from engine.models.blocks import block_name
 from engine.models.loading import SourceModel
 
 __all__ = ["merged_tensors"]
@@ -20,20 +19,23 @@ def merged_tensors(source: SourceModel, store: BlockStore) -> Iterator[tuple[str
     Raises:
         CheckpointInvalid: if a block is missing from the store.
     """
+    architecture, family = source.architecture, source.architecture.family
     names = [name for name in source.skeleton.state_dict() if not source.is_tied(name)]
-    yield from _stored(source, [name for name in names if name.startswith("model.embed")])
-    for index in range(source.architecture.layers):
+    entry = tuple(f"{name}." for name in (family.embedding, *family.beside_embedding))
+    yield from _stored(source, [name for name in names if name.startswith(entry)])
+    for index in range(architecture.layers):
+        block = architecture.layer_name(index)
         saved = store.load(index)
         if saved is None:
-            raise CheckpointInvalid(f"the calibration of {block_name(index)} is missing")
-        prefix = f"{block_name(index)}."
+            raise CheckpointInvalid(f"the calibration of {block} is missing")
+        prefix = f"{block}."
         quantized = {prefix + name.rpartition(".")[0] + ".weight" for name in saved.tensors}
         kept = [name for name in names if name.startswith(prefix) and name not in quantized]
         yield from _stored(source, kept)
         for name, tensor in saved.tensors.items():
             yield prefix + name, tensor
-    layers = ("model.embed", "model.layers.")
-    yield from _stored(source, [name for name in names if not name.startswith(layers)])
+    before = (*entry, f"{family.layers}.")
+    yield from _stored(source, [name for name in names if not name.startswith(before)])
 
 
 def _stored(source: SourceModel, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -151,9 +151,13 @@ def _write_shards(
 def _quantized_config(
     config: Mapping[str, Any], spec: QuantSpec, names: Iterable[str]
 ) -> dict[str, Any]:
+    architecture = check_config(config)
     converted = {name.removesuffix(PACKED_SUFFIX) for name in names if name.endswith(PACKED_SUFFIX)}
-    kept = [each.name for each in check_config(config).linears if each.name not in converted]
-    return {**config, "quantization_config": quantization_section(spec, [*kept, "lm_head"])}
+    kept = [each.name for each in architecture.linears if each.name not in converted]
+    # the code that an `auto_map` names is not part of the result
+    plain = {name: value for name, value in config.items() if name != "auto_map"}
+    section = quantization_section(spec, [*kept, architecture.family.head])
+    return {**plain, "quantization_config": section}
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -1,14 +1,15 @@
 """A model seen as embedding, decoder blocks and head, wherever its weights are."""
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from engine.architecture import Architecture
+from engine.models.parts import join_exit
 
-__all__ = ["BlockModel", "ResidentModel", "block_name"]
+__all__ = ["BlockModel", "ResidentModel"]
 
 
 class BlockModel(Protocol):
@@ -31,6 +32,9 @@ class BlockModel(Protocol):
     def load_head(self) -> nn.Module:
         """Final norm and output head: hidden states in, logits out."""
 
+    def load_part(self, name: str) -> nn.Module:
+        """A module outside the layers, by its full name: what stands beside the embedding."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidentModel:
@@ -41,18 +45,16 @@ class ResidentModel:
 
     def load_embedding(self) -> torch.Tensor:
         """The input embedding ``[vocab, hidden]``."""
-        return self.skeleton.get_parameter("model.embed_tokens.weight")
+        return self.skeleton.get_parameter(self.architecture.embedding_name)
 
     def load_block(self, index: int) -> nn.Module:
         """Decoder layer `index`, the model's own."""
-        return cast("nn.ModuleList", self.skeleton.get_submodule("model.layers"))[index]
+        return self.load_part(self.architecture.layer_name(index))
 
     def load_head(self) -> nn.Module:
         """Final norm and output head, the model's own."""
-        names = ("model.norm", "lm_head")
-        return nn.Sequential(*(self.skeleton.get_submodule(name) for name in names))
+        return join_exit(self.skeleton, self.architecture.family, self.load_part)
 
-
-def block_name(index: int) -> str:
-    """Full name of a decoder layer."""
-    return f"model.layers.{index}"
+    def load_part(self, name: str) -> nn.Module:
+        """Any module by its full name, the model's own."""
+        return self.skeleton.get_submodule(name)
