@@ -27,16 +27,17 @@ DTYPE_BYTES = {"BF16": 2, "F32": 4, "I8": 1}
 def tensor_shapes(config):
     """Names and shapes of all tensors of a model."""
     architecture = check_config(config)
-    hidden = architecture.hidden
-    shapes = {
-        "model.embed_tokens.weight": [architecture.vocab, hidden],
-        "model.norm.weight": [hidden],
-    }
+    family, sizes, fields = architecture.family, architecture.sizes, architecture.fields
+    shapes = {architecture.embedding_name: [architecture.vocab, sizes.embedding]}
+    for name, shape in family.outer_tensors(sizes, fields).items():
+        shapes[name] = list(shape)
     for layer in range(architecture.layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{norm}.weight"] = [hidden]
+        for name, shape in family.layer_tensors(sizes, fields).items():
+            shapes[f"{architecture.layer_name(layer)}.{name}"] = list(shape)
     for linear in architecture.linears:
         shapes[f"{linear.name}.weight"] = [linear.out_features, linear.in_features]
+        if linear.has_bias:
+            shapes[f"{linear.name}.bias"] = [linear.out_features]
     return shapes
 
 

@@ -100,11 +100,10 @@ def rope(*kinds: str) -> FieldRule:
     def check(name: str, value: Any) -> None:
         if not isinstance(value, dict):
             raise unsupported(name, value, "an object")
-        for layers in LAYER_KINDS:
-            if value.get(layers) is not None:
+        for layers in set(value) & set(LAYER_KINDS):
+            if value[layers] is not None:
                 check(f"{name}.{layers}", value[layers])
-        if not set(value) & set(LAYER_KINDS):
-            _check_rope(name, value, kinds)
+        _check_rope(name, {key: value[key] for key in value if key not in LAYER_KINDS}, kinds)
 
     return FieldRule(check=check)
 
@@ -131,7 +130,8 @@ def _is_number(value: Any) -> bool:
 
 def _check_stop_tokens(name: str, value: Any) -> None:
     listed = value if isinstance(value, list) else [value]
-    token = whole(0, MAX_TOKEN_ID)
+    # llama 1 has -1 for none
+    token = whole(-1, MAX_TOKEN_ID)
     if not 1 <= len(listed) <= MAX_STOP_TOKENS:
         raise unsupported(name, value, f"1 to {MAX_STOP_TOKENS} token ids")
     for each in listed:
