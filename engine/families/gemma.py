@@ -39,6 +39,8 @@ SOFT_CAP = number(1e-3, 1e6, nullable=True)
 FIELDS = {
     **{name: rule for name, rule in GATED_FIELDS.items() if name != "hidden_act"},
     "hidden_activation": one_of(*ACTIVATIONS),
+    # of layers that slide there always are some, so null can only mean the default
+    "sliding_window": whole(1, 16_777_216),
     "layer_types": layer_kinds(),
     "attention_bias": flag(),
     "query_pre_attn_scalar": whole(1, 1_000_000),

@@ -87,7 +87,7 @@ MIXTRAL = Family(
     pairs=_pairs,
     query_key=query_key(),
     residual_writers=("self_attn.o_proj", f"{EXPERTS}.*.down_proj"),
-    fields={**GATED_FIELDS, "num_experts_per_tok": whole(1, 256)},
+    fields={**GATED_FIELDS, "num_experts_per_tok": whole(1, 64)},
     size_fields=SizeFields(experts="num_local_experts"),
     implied=_implied,
     check=_check,

@@ -19,7 +19,7 @@ LIMITS = {
     "head_dim": 1024,
     "vocab": 1_000_000,
     "positions": 16_777_216,
-    "experts": 256,
+    "experts": 64,
     "embedding": 32_768,
 }
 DEFAULT_MAX_POSITIONS = 2048
@@ -81,6 +81,10 @@ def read_fields(family: Family, config: Mapping[str, Any], sizes: Sizes) -> dict
     kinds = kept.get("layer_types")
     if kinds is not None and len(kinds) != sizes.layers:
         raise unsupported("layer_types", kinds, f"one kind for each of {sizes.layers} layers")
+    if "sliding_attention" in (kinds or []) and kept.get("sliding_window", 1) is None:
+        raise unsupported(
+            "sliding_window", None, "a window, because layer_types has layers with one"
+        )
     names = family.size_fields
     for size in LIMITS:
         name = getattr(names, size)

@@ -168,6 +168,18 @@ def test_an_interrupted_run_resumes_at_its_block_and_ends_with_the_same_bytes(
     assert bytes_of(tmp_path / "disturbed") == bytes_of(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("model_type", ["falcon-40b", "gemma2", "mixtral", "opt-350m"])
+def test_other_families_resume_to_the_same_bytes(tmp_path, model_type):
+    source = save_tiny_model(tmp_path / "source", model_type)
+    quantize(job_of(source, tmp_path / "undisturbed"))
+    job = job_of(source, tmp_path / "disturbed")
+
+    interrupt(job, 1)
+    quantize(job)
+
+    assert bytes_of(tmp_path / "disturbed") == bytes_of(tmp_path / "undisturbed")
+
+
 def test_a_checkpoint_of_another_calibration_is_not_taken_up(source, tmp_path):
     interrupt(job_of(source, tmp_path), 2)
     other = QuantSpec(w_bits=3, a_bits=8, calibration=CALIBRATION)

@@ -191,6 +191,14 @@ def test_a_window_that_is_null_is_no_window():
     assert build_model_config(OTHERS["mistral"]).sliding_window is not None
 
 
+def test_layers_cannot_slide_without_a_window():
+    kinds = ["full_attention", "sliding_attention"]
+    check_config({**OTHERS["mistral"], "layer_types": kinds})
+
+    with pytest.raises(UnsupportedModel, match="sliding_window = None"):
+        check_config({**OTHERS["mistral"], "layer_types": kinds, "sliding_window": None})
+
+
 def test_falcon_settles_what_its_class_ignores():
     multi_query = kept_fields({**FALCON, "num_kv_heads": 4})
     new = kept_fields(

@@ -48,6 +48,17 @@ def test_every_family_reloads(tmp_path, family):
     assert len(quant_linears(loaded.model)) == 2 * TINY[family].linears
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_on_sixteen_bit_activations(tmp_path, family):
+    _, directory, _ = save_checkpoint(tmp_path, "w8a8kv8", family)
+    exact = logits_of(load_checkpoint(directory).model, 8)
+
+    coarse = logits_of(load_checkpoint(directory, dtype=torch.bfloat16).model, 8)
+
+    assert coarse.dtype is torch.bfloat16
+    assert (coarse.float() - exact).square().mean() < 0.05 * exact.square().mean()
+
+
 def test_overrides_reload_and_full_precision_layers_stay_plain(tmp_path):
     spec = QuantSpec(
         w_bits=3,
