@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from engine.architecture import check_config
+from engine.families.registry import FAMILIES
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -21,6 +22,12 @@ CONFIG = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
 }
+CONFIGS = {
+    **{name: CONFIG | {"model_type": name} for name in FAMILIES},
+    "opt": CONFIG | {"model_type": "opt", "ffn_dim": 128},
+    "mixtral": CONFIG | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""One of every supported type."""
 DTYPE_BYTES = {"BF16": 2, "F32": 4, "I8": 1}
 
 

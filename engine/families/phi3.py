@@ -95,15 +95,18 @@ def _query_key(sizes: Sizes, config: Config) -> QueryKeyPair:
 def _rotary_dim(head_dim: int, config: Config) -> int:
     factor: float = config.get("partial_rotary_factor", 1.0)
     for name in ("rope_scaling", "rope_parameters"):
-        factor = (config.get(name) or {}).get("partial_rotary_factor", factor)
+        inner = (config.get(name) or {}).get("partial_rotary_factor")
+        factor = factor if inner is None else inner
     return int(head_dim * factor)
 
 
 def _check(sizes: Sizes, config: Config) -> None:
     rotary = _rotary_dim(sizes.head_dim, config)
-    if rotary % 2 or not rotary:
+    if rotary % 2 or not 0 < rotary <= sizes.head_dim:
         raise unsupported(
-            "partial_rotary_factor", rotary / sizes.head_dim, "one that pairs rotating channels"
+            "partial_rotary_factor",
+            rotary / sizes.head_dim,
+            "a part of a head whose channels pair",
         )
 
 

@@ -25,6 +25,7 @@ from tests.fake_hub import STRANGER, WRITER, Trouble
 from tests.hub_repository import Blob
 from tests.model_files import (
     CONFIG,
+    CONFIGS,
     model_files,
     safetensors_bytes,
     safetensors_header,
@@ -47,7 +48,7 @@ LARGE = CONFIG | {
     "tie_word_embeddings": False,
 }
 
-MIXTRAL = CONFIG | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTRAL = CONFIGS["mixtral"]
 
 
 class Caller:

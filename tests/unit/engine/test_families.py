@@ -1,11 +1,14 @@
 """The tables of the families, checked against the layers that they describe."""
 
+import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 import torch
 
 from engine.architecture import check_config
+from engine.families import base, llama
 from engine.families.base import NormKind
 from engine.families.registry import FAMILIES as TABLES
 from engine.models.loading import read_config
@@ -189,3 +192,18 @@ def test_only_streams_between_plain_rms_norms_rotate(tmp_path, model_type):
 
 def test_every_table_is_tested():
     assert {each.config_class.model_type for each in TINY.values()} == set(TABLES)
+
+
+def test_the_documented_example_is_the_table_of_a_llama(tmp_path):
+    text = (Path(__file__).parents[3] / "docs" / "engine.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(EXAMPLE = .*?)```", text, flags=re.DOTALL)
+    names = {**vars(base), **vars(llama)}
+    exec(example, names)  # noqa: S102  our own documentation
+
+    folder = save_tiny_model(tmp_path, "llama", attention_bias=False, mlp_bias=False)
+    architecture = check_config(read_config(folder))
+    sizes, fields, family = architecture.sizes, architecture.fields, names["EXAMPLE"]
+    assert example.count("\n") < 30
+    assert family.linears(sizes, fields) == architecture.family.linears(sizes, fields)
+    assert family.pairs(sizes, fields) == architecture.pairs
+    assert family.query_key(sizes, fields) == architecture.query_key
