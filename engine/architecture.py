@@ -72,6 +72,18 @@ class Architecture:
         return self.linears[: len(self.linears) // self.layers]
 
     @property
+    def active_weights_per_layer(self) -> int:
+        """Weights of a layer's linears that one token is multiplied with."""
+        experts = self.family.experts
+        weights = sum(each.weights for each in self.linears_per_layer)
+        if experts is None:
+            return weights
+        inside = f".{experts.module}."
+        apart = sum(each.weights for each in self.linears_per_layer if inside in each.name)
+        chosen: int = self.fields[experts.count_field]
+        return weights - apart + apart * chosen // self.sizes.experts
+
+    @property
     def parameter_count(self) -> int:
         """All parameters; tied embeddings count once."""
         linears = sum(each.weights + each.out_features * each.has_bias for each in self.linears)
@@ -125,7 +137,7 @@ def check_config(config: Mapping[str, Any]) -> Architecture:
         head_dim=sizes.head_dim,
         vocab=sizes.vocab,
         tied=bool(fields.get("tie_word_embeddings", family.tied)),
-        max_positions=sizes.positions,
+        max_positions=family.usable_positions(sizes, fields),
         linears=_all_linears(family, sizes, fields),
         sizes=sizes,
         fields=fields,

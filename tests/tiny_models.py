@@ -133,6 +133,20 @@ TINY = {
         },
         linears=4,
     ),
+    "phi3-long": Tiny(
+        name="Phi3",
+        fields={
+            "pad_token_id": None,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0 + i / 8 for i in range(8)],
+                "long_factor": [2.0 + i for i in range(8)],
+            },
+        },
+        linears=4,
+    ),
     "mixtral": Tiny(
         name="Mixtral",
         fields={"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},

@@ -84,6 +84,8 @@ class ExpertFiles:
     """Inside a layer, as `mlp.experts`."""
     older_names: tuple[tuple[str, str], ...]
     """Part of a name here, and what older files have in its place."""
+    count_field: str
+    """Field of the config: experts that a token visits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +145,11 @@ def nothing(_: Config) -> Config:
     return {}
 
 
+def all_positions(sizes: Sizes, _: Config) -> int:
+    """Use every position that the config promises."""
+    return sizes.positions
+
+
 def accept(_: Sizes, __: Config) -> None:
     """Refuse nothing."""
 
@@ -178,6 +185,8 @@ class Family:
     """Fields that follow from others or from the family, whatever the config says of them."""
     check: Callable[[Sizes, Config], None] = accept
     """Refuses sizes and fields that do not go together."""
+    usable_positions: Callable[[Sizes, Config], int] = all_positions
+    """Tokens that a request may have, where that is less than the config promises."""
     tied: bool = False
     """Whether the head is the input embedding where the config does not say."""
     drops_auto_map: bool = False

@@ -10,6 +10,7 @@ __all__ = [
     "ACTIVATIONS",
     "COMMON_FIELDS",
     "ROPE_FIELDS",
+    "ROPE_LISTS",
     "FieldRule",
     "flag",
     "layer_kinds",
@@ -25,9 +26,13 @@ Check = Callable[[str, Any], None]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 LAYER_KINDS = ("full_attention", "sliding_attention")
-# "longrope" and "dynamic" change with the length of the request: a block cannot be calibrated alone
+# "dynamic" changes with the length of the request: a block cannot be calibrated alone; so does
+# "longrope", but for requests within the original positions
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 MAX_ROPE_NUMBER = 1e12
+ROPE_LISTS = ("short_factor", "long_factor")
+MAX_ROPE_FACTORS = 512
+"""One for each two channels of the largest head."""
 MAX_TOKEN_ID = 1_000_000
 MAX_STOP_TOKENS = 64
 
@@ -120,8 +125,17 @@ def _check_rope(name: str, value: Mapping[str, Any], kinds: tuple[str, ...]) -> 
     for key, each in value.items():
         if key in ("rope_type", "type") or each is None or isinstance(each, bool):
             continue
-        if not _is_number(each) or not 0 <= each <= MAX_ROPE_NUMBER:
-            raise unsupported(f"{name}.{key}", each, f"a number from 0 to {MAX_ROPE_NUMBER:g}")
+        if key in ROPE_LISTS:
+            _check_factors(f"{name}.{key}", each)
+        else:
+            number(0, MAX_ROPE_NUMBER).check(f"{name}.{key}", each)
+
+
+def _check_factors(name: str, value: Any) -> None:
+    if not isinstance(value, list) or len(value) > MAX_ROPE_FACTORS:
+        raise unsupported(name, value, f"a list of at most {MAX_ROPE_FACTORS} numbers")
+    for each in value:
+        number(1e-3, 1e6).check(name, each)
 
 
 def _is_number(value: Any) -> bool:

@@ -93,6 +93,7 @@ MIXTRAL = Family(
     check=_check,
     experts=ExpertFiles(
         module=EXPERTS,
+        count_field="num_experts_per_tok",
         older_names=(
             (".mlp.", ".block_sparse_moe."),
             (".gate_proj.", ".w1."),

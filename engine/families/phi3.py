@@ -11,21 +11,22 @@ from engine.families.base import (
     SizeFields,
     Sizes,
 )
-from engine.families.config import number, rope, unsupported, whole
+from engine.families.config import ROPE_LISTS, number, rope, unsupported, whole
 from engine.families.llama import GATED_FIELDS, final_norm, two_norms
 
 __all__ = ["PHI3"]
 
 FUSED, OUTPUT = "self_attn.qkv_proj", "self_attn.o_proj"
 GATE_UP, DOWN = "mlp.gate_up_proj", "mlp.down_proj"
-# of the kinds that Phi-3 has, the other one changes with the length of the request
-ROPE = rope("default")
+ROPE = rope("default", "longrope")
+ORIGINAL_POSITIONS = 4096
+"""Where the config is silent."""
 FIELDS = {
     **GATED_FIELDS,
     "rope_scaling": ROPE,
     "rope_parameters": ROPE,
     "partial_rotary_factor": number(0, 1),
-    "original_max_position_embeddings": whole(1, 16_777_216),
+    "original_max_position_embeddings": whole(2, 16_777_216),
 }
 
 
@@ -92,12 +93,25 @@ def _query_key(sizes: Sizes, config: Config) -> QueryKeyPair:
     )
 
 
+def _rope(config: Config) -> Config:
+    """The rotary parameters, under their older name or the newer one."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _is_long(config: Config) -> bool:
+    return "longrope" in (_rope(config).get("rope_type"), _rope(config).get("type"))
+
+
 def _rotary_dim(head_dim: int, config: Config) -> int:
-    factor: float = config.get("partial_rotary_factor", 1.0)
-    for name in ("rope_scaling", "rope_parameters"):
-        inner = (config.get(name) or {}).get("partial_rotary_factor")
-        factor = factor if inner is None else inner
+    inner = _rope(config).get("partial_rotary_factor")
+    factor: float = config.get("partial_rotary_factor", 1.0) if inner is None else inner
     return int(head_dim * factor)
+
+
+def _usable_positions(sizes: Sizes, config: Config) -> int:
+    """Within the original positions longrope's frequencies are always the short ones."""
+    original: int = config.get("original_max_position_embeddings", ORIGINAL_POSITIONS)
+    return min(sizes.positions, original) if _is_long(config) else sizes.positions
 
 
 def _check(sizes: Sizes, config: Config) -> None:
@@ -108,6 +122,10 @@ def _check(sizes: Sizes, config: Config) -> None:
             rotary / sizes.head_dim,
             "a part of a head whose channels pair",
         )
+    for name in ROPE_LISTS if _is_long(config) else ():
+        factors = _rope(config).get(name)
+        if factors is None or len(factors) != rotary // 2:
+            raise unsupported(f"rope_scaling.{name}", factors, f"a list of {rotary // 2} numbers")
 
 
 PHI3 = Family(
@@ -124,5 +142,6 @@ PHI3 = Family(
     fields=FIELDS,
     size_fields=SizeFields(head_dim=None),
     check=_check,
+    usable_positions=_usable_positions,
     drops_auto_map=True,
 )

@@ -191,6 +191,46 @@ def test_a_window_that_is_null_is_no_window():
     assert build_model_config(OTHERS["mistral"]).sliding_window is not None
 
 
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+
+
+def test_longrope_is_taken_within_the_original_positions():
+    config = {
+        **OTHERS["phi3"],
+        "max_position_embeddings": 131_072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": LONGROPE,
+    }
+
+    assert check_config(config).max_positions == 4096
+    # their ratio scales the attention
+    assert kept_fields(config)["max_position_embeddings"] == 131_072
+    assert check_config({**config, "rope_scaling": None}).max_positions == 131_072
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("short_factor", [1.0] * 7),
+        ("short_factor", None),
+        ("long_factor", [0.0] * 8),
+        ("long_factor", 4.0),
+        ("type", "su"),
+    ],
+)
+def test_longrope_with_other_factors_is_refused(name, value):
+    with pytest.raises(UnsupportedModel, match="rope_scaling"):
+        check_config({**OTHERS["phi3"], "rope_scaling": {**LONGROPE, name: value}})
+
+
+def test_a_token_visits_few_experts():
+    experts = check_config({**OTHERS["mixtral"], "num_local_experts": 4, "num_experts_per_tok": 1})
+    dense = check_config(OTHERS["mistral"])
+
+    assert experts.active_weights_per_layer == dense.active_weights_per_layer
+    assert sum(each.weights for each in experts.linears_per_layer) > dense.active_weights_per_layer
+
+
 def test_layers_cannot_slide_without_a_window():
     kinds = ["full_attention", "sliding_attention"]
     check_config({**OTHERS["mistral"], "layer_types": kinds})

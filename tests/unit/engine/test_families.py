@@ -26,7 +26,9 @@ from tests.tiny_models import FAMILIES, TINY, save_tiny_model
 
 GATED = ("qkv", "out", "fc1", "fc2")
 PAIRS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"), GATED),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "phi3-long"), GATED
+    ),
     "opt": ("out", "qkv", "fc1", "fc2"),
     "opt-350m": ("out",),
     "falcon-7b": ("qkv", "out"),
