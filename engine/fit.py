@@ -101,7 +101,9 @@ def estimate_bytes(architecture: Architecture, spec: QuantSpec) -> Estimate:
         + activations
         + backward
         + embedding,
-        calibration_flops=float(passes * tokens * layer_weights * architecture.layers),
+        calibration_flops=float(
+            passes * tokens * architecture.active_weights_per_layer * architecture.layers
+        ),
     )
 
 

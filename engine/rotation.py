@@ -14,8 +14,7 @@ from typing import Self
 
 from engine.architecture import Architecture
 from engine.errors import SpecError
-from engine.families.base import ChannelPair, Family, NormKind, Sizes
-from engine.families.registry import FAMILIES
+from engine.families.base import NormKind
 from engine.fields import check_range
 from engine.orders import block_of
 from engine.spec import QuantSpec
@@ -23,10 +22,8 @@ from engine.spec import QuantSpec
 __all__ = [
     "Rotation",
     "check_rotation",
-    "family_of",
     "name_in_layer",
     "online_blocks",
-    "pairs_of",
 ]
 
 MAX_SEED = 2**31 - 1
@@ -54,7 +51,7 @@ class Rotation:
     def of(cls, spec: QuantSpec, architecture: Architecture) -> Self:
         """Read what a spec asks for; what only its recipe asks for is off where it cannot be."""
         asked, chosen = spec.ingredients, spec.resolved
-        family = family_of(architecture)
+        family = architecture.family
         rotates = chosen.rotation and (bool(asked.rotation) or family.rotates)
         return cls(
             seed=spec.calibration.seed if rotates else None,
@@ -73,7 +70,7 @@ def check_rotation(architecture: Architecture, rotation: Rotation) -> None:
     Raises:
         SpecError: naming the ingredient, the family and what would do.
     """
-    family = family_of(architecture)
+    family = architecture.family
     value = rotation.seed is not None
     if value and not (family.rotates and family.norm is NormKind.RMS):
         raise SpecError(
@@ -92,10 +89,10 @@ def online_blocks(architecture: Architecture, rotation: Rotation) -> dict[str, i
     """
     if not rotation.online_hadamard:
         return {}
-    family = family_of(architecture)
+    family = architecture.family
     patterns = family.online_hadamard or tuple(
         name
-        for pair in pairs_of(architecture)
+        for pair in architecture.pairs
         if pair.name.split(".")[0] == "fc2"
         for name in pair.consumers
     )
@@ -112,22 +109,4 @@ def online_blocks(architecture: Architecture, rotation: Rotation) -> dict[str, i
 
 def name_in_layer(architecture: Architecture, name: str) -> str:
     """Cut the layer off a full name: `model.layers.3.mlp.up_proj` is `mlp.up_proj`."""
-    return name.removeprefix(f"{family_of(architecture).layers}.").partition(".")[2]
-
-
-def family_of(architecture: Architecture) -> Family:
-    """Look up the table of an architecture."""
-    return FAMILIES[architecture.model_type]
-
-
-def pairs_of(architecture: Architecture) -> tuple[ChannelPair, ...]:
-    """Evaluate the family's table of pairs for the sizes of an architecture."""
-    sizes = Sizes(
-        layers=architecture.layers,
-        hidden=architecture.hidden,
-        intermediate=architecture.intermediate,
-        heads=architecture.heads,
-        kv_heads=architecture.kv_heads,
-        head_dim=architecture.head_dim,
-    )
-    return family_of(architecture).pairs(sizes, {"model_type": architecture.model_type})
+    return name.removeprefix(f"{architecture.family.layers}.").partition(".")[2]

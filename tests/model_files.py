@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from engine.architecture import check_config
+from engine.families.registry import FAMILIES
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -21,22 +22,29 @@ CONFIG = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
 }
+CONFIGS = {
+    **{name: CONFIG | {"model_type": name} for name in FAMILIES},
+    "opt": CONFIG | {"model_type": "opt", "ffn_dim": 128},
+    "mixtral": CONFIG | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""One of every supported type."""
 DTYPE_BYTES = {"BF16": 2, "F32": 4, "I8": 1}
 
 
 def tensor_shapes(config):
     """Names and shapes of all tensors of a model."""
     architecture = check_config(config)
-    hidden = architecture.hidden
-    shapes = {
-        "model.embed_tokens.weight": [architecture.vocab, hidden],
-        "model.norm.weight": [hidden],
-    }
+    family, sizes, fields = architecture.family, architecture.sizes, architecture.fields
+    shapes = {architecture.embedding_name: [architecture.vocab, sizes.embedding]}
+    for name, shape in family.outer_tensors(sizes, fields).items():
+        shapes[name] = list(shape)
     for layer in range(architecture.layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{norm}.weight"] = [hidden]
+        for name, shape in family.layer_tensors(sizes, fields).items():
+            shapes[f"{architecture.layer_name(layer)}.{name}"] = list(shape)
     for linear in architecture.linears:
         shapes[f"{linear.name}.weight"] = [linear.out_features, linear.in_features]
+        if linear.has_bias:
+            shapes[f"{linear.name}.bias"] = [linear.out_features]
     return shapes
 
 

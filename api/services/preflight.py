@@ -145,10 +145,11 @@ def _check_tensors(architecture: Architecture, facts: ModelFacts) -> None:
             param="model",
         )
     for linear in architecture.linears:
-        tensor = facts.tensors.get(f"{linear.name}.weight")
+        part = architecture.find_stored(f"{linear.name}.weight", facts.tensors)
+        shape = None if part is None else part.shape(facts.tensors[part.tensor].shape)
         expected = (linear.out_features, linear.in_features)
-        if tensor is None or tensor.shape != expected:
-            held = "no such tensor" if tensor is None else f"shape {list(tensor.shape)}"
+        if shape != expected:
+            held = "no such tensor" if shape is None else f"shape {list(shape)}"
             raise ConfigRejected(
                 f"By its config the model has {linear.name}.weight of shape {list(expected)}; its"
                 f" files hold {held}.",
@@ -164,7 +165,7 @@ def _check_tensors(architecture: Architecture, facts: ModelFacts) -> None:
 
 def _count_parameters(architecture: Architecture, facts: ModelFacts) -> int:
     # a tied head is the embedding again, though some exports store it twice
-    twice = facts.tensors.get("lm_head.weight") if architecture.tied else None
+    twice = facts.tensors.get(architecture.head_name) if architecture.tied else None
     return facts.parameters - (twice.elements if twice is not None else 0)
 
 

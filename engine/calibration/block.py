@@ -12,8 +12,7 @@ from torch import nn
 
 from engine.architecture import Architecture
 from engine.calibration.capture import BlockCall
-from engine.families.base import ChannelPair, NormKind, QueryKeyPair, Sizes
-from engine.families.registry import FAMILIES
+from engine.families.base import ChannelPair, NormKind, QueryKeyPair
 from engine.modules.linear import QuantLinear
 
 __all__ = ["BlockShape", "BlockTask", "LearnedBlock", "run_windows"]
@@ -37,21 +36,12 @@ class BlockShape:
     @classmethod
     def of(cls, architecture: Architecture, hadamards: Mapping[str, int]) -> Self:
         """Read the family's table."""
-        family = FAMILIES[architecture.model_type]
-        sizes = Sizes(
-            layers=architecture.layers,
-            hidden=architecture.hidden,
-            intermediate=architecture.intermediate,
-            heads=architecture.heads,
-            kv_heads=architecture.kv_heads,
-            head_dim=architecture.head_dim,
-        )
-        config = {"model_type": architecture.model_type}
         return cls(
-            norm=family.norm,
-            pairs=family.pairs(sizes, config),
-            query_key=family.query_key(sizes, config),
+            norm=architecture.family.norm,
+            pairs=architecture.pairs,
+            query_key=architecture.query_key,
             hadamards=hadamards,
+            can_record=architecture.family.experts is None,
         )
 
 

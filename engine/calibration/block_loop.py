@@ -22,7 +22,7 @@ from engine.calibration.watch import Watch
 from engine.events import CheckpointSaved, LayerFinished, LayerStarted
 from engine.methods.losses import token_weights
 from engine.methods.recipes import method_of
-from engine.models.blocks import BlockModel, block_name
+from engine.models.blocks import BlockModel
 from engine.spec import FULL_BITS, QuantSpec
 
 __all__ = ["BlockLoop", "BlockLosses", "Calibrated"]
@@ -110,13 +110,19 @@ class BlockLoop:
         block = self.model.load_block(index).to(self.device)
         wanted = run_windows(block, call, chains.full_precision, FULL_BITS)
         if found is not None:
-            restore_block(block, block_name(index), found, self.spec, self.shape.hadamards)
+            restore_block(
+                block,
+                self.model.architecture.layer_name(index),
+                found,
+                self.spec,
+                self.shape.hadamards,
+            )
             outputs = run_windows(block, call, chains.quantized, self.spec.kv_bits)
             return found, _Chains(quantized=outputs, full_precision=wanted)
         task = BlockTask(
             index=index,
             total=self.model.architecture.layers,
-            name=block_name(index),
+            name=self.model.architecture.layer_name(index),
             block=block,
             call=call,
             shape=self.shape,
@@ -140,17 +146,17 @@ class BlockLoop:
         return saved, _Chains(quantized=learned.outputs, full_precision=wanted)
 
     def _started(self, index: int) -> LayerStarted:
-        prefix = f"{block_name(index)}."
+        prefix = f"{self.model.architecture.layer_name(index)}."
         linears = self.model.architecture.linears_per_layer
         bits = {}
         for linear in linears:
-            short = linear.name.removeprefix(f"{block_name(0)}.")
+            short = linear.name.removeprefix(f"{self.model.architecture.layer_name(0)}.")
             grid = self.spec.weight_grid(prefix + short)
             bits[short] = FULL_BITS if grid is None else grid.bits
         return LayerStarted(
             index=index,
             total=self.model.architecture.layers,
-            name=block_name(index),
+            name=self.model.architecture.layer_name(index),
             bits=bits,
         )
 
@@ -160,7 +166,7 @@ class BlockLoop:
         return LayerFinished(
             index=index,
             total=self.model.architecture.layers,
-            name=block_name(index),
+            name=self.model.architecture.layer_name(index),
             loss_before=saved.loss_before,
             loss_after=saved.loss_after,
             seconds=round(seconds, 3),

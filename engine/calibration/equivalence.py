@@ -28,9 +28,6 @@ from engine.spec import FULL_BITS
 
 __all__ = ["fold_transform", "install_compensation", "install_transform"]
 
-ATTENTION_PAIR = "out"
-"""Values pass through the average of attention, so a shift does too; a gate lets none through."""
-
 
 def install_transform(
     student: Student, shape: BlockShape, statistics: Mapping[str, ChannelStatistics]
@@ -70,7 +67,9 @@ def install_compensation(student: Student, task: BlockTask) -> list[nn.Parameter
     if not is_compensated(task.index, task.total):
         return []
     parameters: list[nn.Parameter] = []
-    names = [name for pair in task.shape.pairs if pair.name == "fc2" for name in pair.consumers]
+    names = [
+        name for pair in task.shape.pairs if pair.name.startswith("fc2") for name in pair.consumers
+    ]
     for name in names:
         if name in student.twins:
             twin = student.twins[name]
@@ -96,19 +95,13 @@ def _takes_part(pair: ChannelPair, twins: Mapping[str, FakeQuantLinear]) -> bool
     return linears <= set(twins) and not pair.readers
 
 
-def _shifts(
-    student: nn.Module,
-    pair: ChannelPair,
-    twins: Mapping[str, FakeQuantLinear],
-) -> bool:
-    # a consumer without a bias has no place for what the shift leaves
-    if any(twins[name].bias is None for name in pair.consumers):
-        return False
+def _shifts(block: nn.Module, pair: ChannelPair, twins: Mapping[str, FakeQuantLinear]) -> bool:
+    """Whether a shift helps (inputs are rounded) and every side has a bias that can take it."""
     if twins[pair.consumers[0]].a_bits == FULL_BITS:
         return False
-    producer = student.get_submodule(pair.producer)
-    passes = pair.kind is PairKind.NORM or pair.name == ATTENTION_PAIR
-    return passes and getattr(producer, "bias", None) is not None
+    sides = (block.get_submodule(pair.producer), *(twins[name] for name in pair.consumers))
+    moves = pair.shifts or pair.kind is PairKind.NORM
+    return moves and all(getattr(each, "bias", None) is not None for each in sides)
 
 
 def _rows(ranges: RowRanges | None, linear: FakeQuantLinear) -> torch.Tensor:

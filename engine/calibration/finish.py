@@ -12,7 +12,6 @@ from engine.errors import CheckpointInvalid
 from engine.events import Stage, StageStarted
 from engine.methods.base import Method
 from engine.methods.recipes import method_of
-from engine.models.blocks import block_name
 from engine.recipe import EndToEnd
 
 __all__ = ["finish"]
@@ -59,7 +58,8 @@ def finish(loop: BlockLoop, calibrated: Calibrated, tokens: torch.Tensor) -> Tun
 
 
 def _assemble(loop: BlockLoop, calibrated: Calibrated) -> QuantizedStack:
-    names = [block_name(index) for index in range(loop.model.architecture.layers)]
+    architecture = loop.model.architecture
+    names = [architecture.layer_name(index) for index in range(architecture.layers)]
     blocks = []
     for index, name in enumerate(names):
         saved = loop.store.load(index)

@@ -6,7 +6,7 @@ import torch
 
 from engine.calibration.resume import BlockStore
 from engine.errors import CheckpointInvalid
-from engine.models.blocks import BlockModel, block_name
+from engine.models.blocks import BlockModel
 from engine.models.loading import SourceModel
 
 __all__ = ["merged_tensors"]
@@ -28,14 +28,17 @@ def merged_tensors(
     Raises:
         CheckpointInvalid: if a block is missing from the store.
     """
+    architecture, family = source.architecture, source.architecture.family
     names = [name for name in source.skeleton.state_dict() if not source.is_tied(name)]
-    yield from _stored(source, [name for name in names if name.startswith("model.embed")])
+    entry = tuple(f"{name}." for name in (family.embedding, *family.beside_embedding))
+    yield from _stored(source, [name for name in names if name.startswith(entry)])
     tuned = store.load_tuned()
-    for index in range(source.architecture.layers):
+    for index in range(architecture.layers):
+        block = architecture.layer_name(index)
         saved = store.load(index)
         if saved is None:
-            raise CheckpointInvalid(f"the calibration of {block_name(index)} is missing")
-        prefix = f"{block_name(index)}."
+            raise CheckpointInvalid(f"the calibration of {block} is missing")
+        prefix = f"{block}."
         replaced = {prefix + name.rpartition(".")[0] + ".weight" for name in saved.tensors}
         replaced |= {prefix + name for name in saved.tensors}
         kept = [name for name in names if name.startswith(prefix) and name not in replaced]
@@ -45,15 +48,15 @@ def merged_tensors(
             yield name, tuned.get(name, tensor)
         for name, tensor in saved.tensors.items():
             yield prefix + name, tuned.get(prefix + name, tensor)
-    layers = ("model.embed", "model.layers.")
-    yield from _stored(source, [name for name in names if not name.startswith(layers)])
+    before = (*entry, f"{family.layers}.")
+    yield from _stored(source, [name for name in names if not name.startswith(before)])
 
 
 def _changed(
     source: SourceModel, model: BlockModel, index: int, names: list[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     dtypes = {name: each.dtype for name, each in _stored(source, names)}
-    prefix = f"{block_name(index)}."
+    prefix = f"{source.architecture.layer_name(index)}."
     tensors = model.load_block(index).state_dict()
     for name in names:
         yield name, tensors[name.removeprefix(prefix)].to(dtypes[name])

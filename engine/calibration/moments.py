@@ -104,7 +104,7 @@ def _collect(
             tokens += len(x_MK)
             if shift_KK is not None:
                 full_MK = full.of(task, task.block, task.full_inputs[windows], FULL_BITS)
-                full_MK = twin.transform(full_MK)
+                full_MK = twin.as_seen(full_MK)
                 if full_MK.shape != x_MK.shape:
                     # an expert that other tokens reach: there is nothing to compare with
                     shift_KK = None

@@ -15,7 +15,6 @@ from engine.spec import QuantSpec
 
 __all__ = ["BitTally", "StoredBits"]
 
-EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 SOURCE_BYTES_PER_WEIGHT = 2
 
 
@@ -55,7 +54,7 @@ class BitTally:
             self._packed_bytes += tensor.nbytes
             if name.endswith(PACKED_SUFFIX):
                 self._weights[name.removesuffix(PACKED_SUFFIX)] = tensor.shape[1]
-        elif name in EMBEDDINGS:
+        elif name in (self.architecture.embedding_name, self.architecture.head_name):
             self._embedding_bytes += tensor.nbytes
         else:
             self._other_bytes += tensor.nbytes

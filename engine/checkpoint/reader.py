@@ -27,8 +27,6 @@ from engine.spec import QuantSpec
 
 __all__ = ["LoadedModel", "load_checkpoint"]
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 DTYPE_NAMES = {torch.int32: "I32", torch.float16: "F16", torch.uint8: "U8"}
 
 
@@ -74,7 +72,7 @@ def load_checkpoint(
     model = _skeleton(plain, spec, architecture, rotation)
     expected = model.state_dict()
     if architecture.tied:
-        del expected[HEAD]
+        del expected[architecture.head_name]
     files = TensorFiles.open(directory)
     _check_names(set(expected), set(files.file_of))
     for file in files.files:
@@ -84,7 +82,7 @@ def load_checkpoint(
             {name: tensor.to(device) for name, tensor in found.items()}, strict=False, assign=True
         )
     if architecture.tied:
-        _tie_head(model)
+        _tie_head(model, architecture)
     model.to(device).requires_grad_(requires_grad=False).eval()
     prepare_model(model)
     return LoadedModel(model=model, spec=spec, architecture=architecture, rotation=rotation)
@@ -152,7 +150,7 @@ def _check_header(name: str, header: Any, empty: torch.Tensor) -> None:
         raise CheckpointInvalid(f"{name} is {stored}, which is no weight's dtype")
 
 
-def _tie_head(model: nn.Module) -> None:
-    embedding = model.get_parameter(EMBEDDING)
-    head = model.get_submodule(HEAD.removesuffix(".weight"))
+def _tie_head(model: nn.Module, architecture: Architecture) -> None:
+    embedding = model.get_parameter(architecture.embedding_name)
+    head = model.get_submodule(architecture.family.head)
     head.register_parameter("weight", nn.Parameter(embedding, requires_grad=False))

@@ -94,7 +94,9 @@ def write_checkpoint(
     partial.mkdir(parents=True)
     file_of = _write_shards(partial, tensors, tally, max_shard_bytes)
     section = _section(tally.architecture, spec, file_of, provenance.rotation)
-    _write_json(partial / CONFIG_NAME, {**plain, "quantization_config": section})
+    # the code that an `auto_map` names is not part of the result
+    kept = {name: value for name, value in plain.items() if name != "auto_map"}
+    _write_json(partial / CONFIG_NAME, {**kept, "quantization_config": section})
     for name in TOKENIZER_FILES:
         if (provenance.source_dir / name).is_file():
             shutil.copyfile(provenance.source_dir / name, partial / name)
@@ -158,7 +160,7 @@ def _section(
 ) -> dict[str, Any]:
     converted = {name.removesuffix(PACKED_SUFFIX) for name in names if name.endswith(PACKED_SUFFIX)}
     kept = [each.name for each in architecture.linears if each.name not in converted]
-    section = quantization_section(spec, [*kept, "lm_head"])
+    section = quantization_section(spec, [*kept, architecture.family.head])
     if not rotation.is_none:
         section["rotation"] = rotation_section(architecture, rotation)
     return section

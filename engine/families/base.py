@@ -11,19 +11,32 @@ Shape legend: D dimensions of a head.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from engine.families.config import FieldRule
+from engine.families.sizes import LinearShape, SizeFields, Sizes
+
 __all__ = [
     "ChannelPair",
+    "Config",
+    "ExpertFiles",
     "Family",
+    "LayerCall",
+    "LinearShape",
     "NormKind",
     "PairKind",
     "QueryKeyPair",
     "RowRanges",
+    "SizeFields",
     "Sizes",
+    "TensorShapes",
 ]
+
+Config = Mapping[str, Any]
+"""The kept fields of a model's config."""
+TensorShapes = Mapping[str, tuple[int, ...]]
 
 RowRanges = tuple[tuple[int, int], ...]
 """Half-open ranges of a linear's rows, in the order of the channels that they produce."""
@@ -50,16 +63,29 @@ class PairKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """The sizes of a model that a family's table may depend on."""
+class LayerCall:
+    """How the model calls a decoder layer."""
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    experts: int = 0
+    cache: str = "past_key_values"
+    """The argument that takes keys and values."""
+    returns_tuple: bool = False
+    """Whether hidden states come first in a tuple."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFiles:
+    """Experts of a layer, kept apart here as `<module>.<number>.gate_proj`, whatever files do.
+
+    Files of transformers 5 hold `<module>.gate_up_proj` ``[E, 2 I, H]`` and `<module>.down_proj`
+    ``[E, H, I]``; older ones hold every matrix by itself under other names.
+    """
+
+    module: str
+    """Inside a layer, as `mlp.experts`."""
+    older_names: tuple[tuple[str, str], ...]
+    """Part of a name here, and what older files have in its place."""
+    count_field: str
+    """Field of the config: experts that a token visits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +109,12 @@ class ChannelPair:
     head_dim: int | None = None
     """Channels that repeat together, where `repeats` is above one; also: channels of one head,
     within which a rotation may mix them (v -> o). None where channels have no heads."""
+    positive: bool = False
+    """Whether factors must be positive: an activation with ``f(x / s) = f(x) / s`` for those alone
+    lies between (ReLU)."""
+    shifts: bool = False
+    """Whether a constant may move along: it reaches the consumers as it is (the weights of an
+    attention sum to one; activations and gates let none pass), and both sides have biases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,26 +140,75 @@ class QueryKeyPair:
     key_norm: str | None = None
 
 
+def nothing(_: Config) -> Config:
+    """Imply no field."""
+    return {}
+
+
+def all_positions(sizes: Sizes, _: Config) -> int:
+    """Use every position that the config promises."""
+    return sizes.positions
+
+
+def accept(_: Sizes, __: Config) -> None:
+    """Refuse nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One model family."""
+    """One model family; where a default stands, it is what most families have."""
 
     model_type: str
+    config_class: str
+    """Of transformers, as the class of the causal language model below."""
+    model_class: str
     norm: NormKind
-    layers: str
-    """Where the stack of decoder layers is, as `model.layers`."""
-    embedding: str
-    """Module, as `model.embed_tokens`."""
-    final_norm: str
-    head: str
-    pairs: Callable[[Sizes, Mapping[str, Any]], tuple[ChannelPair, ...]]
+    linears: Callable[[Sizes, Config], tuple[LinearShape, ...]]
+    """Of a layer, by their names inside it, in the order of a forward pass."""
+    layer_tensors: Callable[[Sizes, Config], TensorShapes]
+    """Every other tensor of a layer: norms, routers."""
+    outer_tensors: Callable[[Sizes, Config], TensorShapes]
+    """Every tensor outside the layers, but for input embedding and head."""
+    pairs: Callable[[Sizes, Config], tuple[ChannelPair, ...]]
     """Of sizes and the kept fields of the config: every pair of a layer."""
-    query_key: Callable[[Sizes, Mapping[str, Any]], QueryKeyPair | None]
+    query_key: Callable[[Sizes, Config], QueryKeyPair | None]
     residual_writers: tuple[str, ...]
     """Linears that write to the residual stream, as `self_attn.o_proj`; experts by a pattern."""
     rotates: bool = True
     """Whether the residual stream may be rotated: only RMS norms, each directly before linears that
     can take its weight, and nothing else reads or writes the stream."""
+
+    fields: Mapping[str, FieldRule]
+    """Of the config, kept beside the sizes; everything else is dropped."""
+    size_fields: SizeFields = field(default_factory=SizeFields)
+    implied: Callable[[Config], Config] = nothing
+    """Fields that follow from others or from the family, whatever the config says of them."""
+    check: Callable[[Sizes, Config], None] = accept
+    """Refuses sizes and fields that do not go together."""
+    usable_positions: Callable[[Sizes, Config], int] = all_positions
+    """Tokens that a request may have, where that is less than the config promises."""
+    tied: bool = False
+    """Whether the head is the input embedding where the config does not say."""
+    drops_auto_map: bool = False
+    """Whether published configs name code of a repository that transformers has built in since."""
+
+    layers: str = "model.layers"
+    """Where the stack of decoder layers is."""
+    embedding: str = "model.embed_tokens"
+    beside_embedding: tuple[str, ...] = ()
+    """Other modules between tokens and the first layer, where a model has them."""
+    final_norm: str = "model.norm"
+    before_head: tuple[str, ...] = ()
+    """Other modules between final norm and head, where a model has them."""
+    head: str = "lm_head"
+    has_rotary: bool = True
+    """Whether the stack computes rotary positions, in `rotary_emb`."""
+    scales_embedding: bool = False
+    """Whether embeddings are multiplied by the root of the hidden size."""
+    attention: str = "sdpa"
+    """The implementation in transformers that computes what the family needs."""
+    call: LayerCall = field(default_factory=LayerCall)
+    experts: ExpertFiles | None = None
     online_hadamard: tuple[str, ...] = ()
     """Linears whose inputs a Hadamard transform may mix at run time, experts by a pattern; empty
     takes the consumers of the pairs named `fc2`."""

@@ -32,6 +32,10 @@ class RankOne(nn.Module):
         """Change ``[N, K]``; the bias stays."""
         return weight + self.a @ self.b, bias
 
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs stay as they are."""
+        return x
+
 
 def is_compensated(index: int, layers: int) -> bool:
     """Whether a decoder layer is among the first or last ones."""

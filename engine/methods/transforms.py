@@ -90,6 +90,12 @@ class ColumnFactor(nn.Module):
             bias = moved if bias is None else bias + moved
         return weight * self._spread(self.factor()), bias
 
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """What an input of the source's layer has become: ``(x - d) / s`` of ``[..., K]``."""
+        shift = self.factor.shift
+        moved = x if shift is None else x - self._spread(shift)
+        return moved / self._spread(self.factor())
+
     def _spread(self, value_C: torch.Tensor) -> torch.Tensor:
         """Repeat a key-value head's channels for every query head that reads it."""
         if self._repeats == 1 or self._head_dim is None:
@@ -123,6 +129,10 @@ class RowFactor(nn.Module):
         if bias is not None and shift is not None:
             bias = bias - torch.zeros_like(ones_N).index_copy(0, rows, shift)
         return weight * factor_N.unsqueeze(1), None if bias is None else bias * factor_N
+
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs stay as they are."""
+        return x
 
 
 class FactoredNorm(nn.Module):

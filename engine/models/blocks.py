@@ -1,15 +1,16 @@
 """A model seen as embedding, decoder blocks and head, wherever its weights are."""
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from engine.architecture import Architecture
+from engine.models.parts import join_exit
 from engine.modules.rotated import RotatedEmbedding
 
-__all__ = ["BlockModel", "ResidentModel", "block_name"]
+__all__ = ["BlockModel", "ResidentModel"]
 
 
 class BlockModel(Protocol):
@@ -32,6 +33,9 @@ class BlockModel(Protocol):
     def load_head(self) -> nn.Module:
         """Final norm and output head: hidden states in, logits out."""
 
+    def load_part(self, name: str) -> nn.Module:
+        """A module outside the layers, by its full name: what stands beside the embedding."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidentModel:
@@ -42,21 +46,19 @@ class ResidentModel:
 
     def load_embedding(self) -> torch.Tensor:
         """The input embedding ``[vocab, hidden]``."""
-        embedding = self.skeleton.get_submodule("model.embed_tokens")
+        embedding = self.skeleton.get_submodule(self.architecture.family.embedding)
         if isinstance(embedding, RotatedEmbedding):
             return embedding.rotated_weight()
         return embedding.get_parameter("weight")
 
     def load_block(self, index: int) -> nn.Module:
         """Decoder layer `index`, the model's own."""
-        return cast("nn.ModuleList", self.skeleton.get_submodule("model.layers"))[index]
+        return self.load_part(self.architecture.layer_name(index))
 
     def load_head(self) -> nn.Module:
         """Final norm and output head, the model's own."""
-        names = ("model.norm", "lm_head")
-        return nn.Sequential(*(self.skeleton.get_submodule(name) for name in names))
+        return join_exit(self.skeleton, self.architecture.family, self.load_part)
 
-
-def block_name(index: int) -> str:
-    """Full name of a decoder layer."""
-    return f"model.layers.{index}"
+    def load_part(self, name: str) -> nn.Module:
+        """Any module by its full name, the model's own."""
+        return self.skeleton.get_submodule(name)

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from engine.architecture import kept_fields
+from engine.architecture import check_config
 from engine.errors import EngineError, UnsupportedModel
-from engine.models.loading import HEAD, build_empty_model
+from engine.models.loading import build_empty_model
 
 __all__ = ["import_gguf"]
 
@@ -35,7 +35,7 @@ def import_gguf(gguf_file: Path, out_dir: Path) -> None:
     # a model that was loaded from GGUF counts as quantized and refuses to be saved
     fields.pop("quantization_config", None)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = _load_weights(gguf_file, kept_fields(fields))
+    model = _load_weights(gguf_file, fields)
     staging = out_dir.with_name(f".{out_dir.name}.{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -46,13 +46,16 @@ def import_gguf(gguf_file: Path, out_dir: Path) -> None:
 
 
 def _load_weights(gguf_file: Path, fields: dict[str, Any]) -> Any:
+    architecture = check_config(fields)
+    if architecture.family.experts is not None:
+        raise UnsupportedModel("gguf_file", "experts in GGUF are not read; name its safetensors")
     model: Any = build_empty_model(fields)
     # the model's own loader for GGUF insists on the accelerate package; its reader does not
     load: Any = load_gguf_checkpoint
     tensors = load(str(gguf_file), return_tensors=True, model_to_load=model)
     weights = {name: each.to(torch.bfloat16) for name, each in tensors["tensors"].items()}
-    if fields.get("tie_word_embeddings"):
-        weights.setdefault(HEAD, weights["model.embed_tokens.weight"])
+    if architecture.tied:
+        weights.setdefault(architecture.head_name, weights[architecture.embedding_name])
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     model.config.dtype = torch.bfloat16

@@ -9,24 +9,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PretrainedConfig
 
-from engine.architecture import Architecture, check_config, kept_fields
+from engine.architecture import Architecture, check_config
 from engine.errors import CheckpointInvalid, UnsupportedModel
+from engine.models.adapt import adapt_model, fill_buffers
+from engine.models.parts import join_exit
 from engine.models.tensors import TensorFiles
 
 __all__ = [
@@ -39,9 +32,6 @@ __all__ = [
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_DEPTH = 20
-EMBEDDING = "model.embed_tokens.weight"
-NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,47 +53,48 @@ class SourceModel:
             UnsupportedModel: naming the field of the config.
             CheckpointInvalid: naming the tensor or file.
         """
-        fields = read_config(directory)
-        source = cls(
-            architecture=check_config(fields),
-            config=build_model_config(fields),
-            tensors=TensorFiles.open(directory),
-            skeleton=build_empty_model(fields),
+        config = read_config(directory)
+        architecture = check_config(config)
+        skeleton = build_empty_model(config)
+        return cls(
+            architecture=architecture,
+            config=build_model_config(config),
+            tensors=_find_tensors(architecture, skeleton, TensorFiles.open(directory)),
+            skeleton=skeleton,
             dtype=dtype,
         )
-        for name in source.skeleton.state_dict():
-            if name not in source.tensors.file_of and not source.is_tied(name):
-                raise CheckpointInvalid(f"the model lacks the tensor {name}")
-        return source
 
     def is_tied(self, name: str) -> bool:
         """Whether a tensor is the input embedding under another name."""
-        return self.architecture.tied and name == HEAD
+        return self.architecture.tied and name == self.architecture.head_name
 
     def load_block(self, index: int) -> nn.Module:
         """Load decoder layer `index`, in evaluation mode and without gradients."""
-        prefix = f"model.layers.{index}."
-        block = copy.deepcopy(
-            cast("nn.ModuleList", self.skeleton.get_submodule("model.layers"))[index]
-        )
-        names = {prefix + name: name for name in block.state_dict()}
-        found = self.tensors.read(names, self.dtype)
-        _assign(block, {short: found[name] for name, short in names.items()}, prefix)
-        return block
+        return self.load_part(self.architecture.layer_name(index))
 
     def load_embedding(self) -> torch.Tensor:
         """Load the input embedding ``[vocab, hidden]``."""
-        return self.tensors.read([EMBEDDING], self.dtype)[EMBEDDING]
+        name = self.architecture.embedding_name
+        return self.tensors.read([name], self.dtype)[name]
+
+    def load_part(self, name: str) -> nn.Module:
+        """Load one module by its full name, in evaluation mode and without gradients."""
+        part = copy.deepcopy(self.skeleton.get_submodule(name))
+        prefix = f"{name}."
+        # a tied head is the embedding
+        stored = {
+            short: self.architecture.embedding_name
+            if self.is_tied(prefix + short)
+            else prefix + short
+            for short in part.state_dict()
+        }
+        found = self.tensors.read(stored.values(), self.dtype)
+        _assign(part, {short: found[full] for short, full in stored.items()}, prefix)
+        return part
 
     def load_head(self) -> nn.Sequential:
-        """Load the final norm and the output head: hidden states in, logits out."""
-        norm = copy.deepcopy(self.skeleton.get_submodule("model.norm"))
-        head = copy.deepcopy(self.skeleton.get_submodule("lm_head"))
-        weight = EMBEDDING if self.architecture.tied else HEAD
-        found = self.tensors.read([NORM, weight], self.dtype)
-        _assign(norm, {"weight": found[NORM]}, "model.norm.")
-        _assign(head, {"weight": found[weight]}, "lm_head.")
-        return nn.Sequential(norm, head)
+        """Load final norm and output head: hidden states in, logits out."""
+        return join_exit(self.skeleton, self.architecture.family, self.load_part)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -136,39 +127,32 @@ def build_model_config(config: Mapping[str, Any]) -> PretrainedConfig:
     Raises:
         UnsupportedModel: naming the field.
     """
-    fields = kept_fields(config)
-    classes: dict[str, type[PretrainedConfig]] = {
-        "llama": LlamaConfig,
-        "mistral": MistralConfig,
-        "qwen2": Qwen2Config,
-        "qwen3": Qwen3Config,
-    }
+    architecture = check_config(config)
+    family, fields = architecture.family, dict(architecture.fields)
+    del fields["model_type"]
     try:
-        built = classes[fields.pop("model_type")](**copy.deepcopy(fields))
+        built: PretrainedConfig = getattr(transformers, family.config_class)(
+            # nothing is ever padded, and an id beyond the vocabulary would break the embedding
+            **copy.deepcopy(fields),
+            pad_token_id=None,
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise UnsupportedModel("config.json", f"the config is not consistent: {error}") from error
-    built._attn_implementation = "sdpa"  # noqa: SLF001  # the only switch that both 5.17 and 5.23 have
+    built._attn_implementation = family.attention  # noqa: SLF001  the only switch that both 5.17 and 5.23 have
     return built
 
 
 def build_empty_model(config: Mapping[str, Any]) -> nn.Module:
-    """Build the causal language model on the meta device; rotary frequencies are real.
+    """Build the causal language model on the meta device; buffers that no file holds are real.
 
     Raises:
         UnsupportedModel: naming the field.
     """
-    classes: dict[str, Any] = {
-        "llama": LlamaForCausalLM,
-        "mistral": MistralForCausalLM,
-        "qwen2": Qwen2ForCausalLM,
-        "qwen3": Qwen3ForCausalLM,
-    }
-    built = build_model_config(config)
+    architecture, built = check_config(config), build_model_config(config)
     with torch.device("meta"):
-        model: nn.Module = classes[built.model_type](built)
-    # frequencies are computed by the constructor, not stored in files
-    stack = model.get_submodule("model")
-    stack.rotary_emb = type(stack.get_submodule("rotary_emb"))(config=built)
+        model: nn.Module = getattr(transformers, architecture.family.model_class)(built)
+        adapt_model(model, architecture)
+    fill_buffers(model, built, architecture)
     return model.requires_grad_(requires_grad=False).eval()
 
 
@@ -183,9 +167,25 @@ def load_full_precision(directory: Path, dtype: torch.dtype = torch.float32) -> 
     names = [name for name in source.skeleton.state_dict() if not source.is_tied(name)]
     found = source.tensors.read(names, dtype)
     if source.architecture.tied:
-        found[HEAD] = found[EMBEDDING]
+        found[source.architecture.head_name] = found[source.architecture.embedding_name]
     _assign(source.skeleton, found, "")
     return source.skeleton
+
+
+def _find_tensors(
+    architecture: Architecture, skeleton: nn.Module, files: TensorFiles
+) -> TensorFiles:
+    """Find every tensor of the model in the files, before any is read."""
+    parts = {}
+    for name in skeleton.state_dict():
+        if architecture.tied and name == architecture.head_name:
+            continue
+        part = architecture.find_stored(name, files.file_of)
+        if part is None:
+            raise CheckpointInvalid(f"the model lacks the tensor {name}")
+        if part.tensor != name:
+            parts[name] = part
+    return files.with_parts(parts)
 
 
 def _assign(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:

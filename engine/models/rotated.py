@@ -28,7 +28,7 @@ from engine.models.blocks import BlockModel
 from engine.modules.rotated import ResidualRotation, RotatedEmbedding, UnrotatedNorm
 from engine.numerics.hadamard import rotate_columns, rotate_rows
 from engine.orders import block_of
-from engine.rotation import Rotation, check_rotation, family_of, pairs_of
+from engine.rotation import Rotation, check_rotation
 
 __all__ = ["RotatedModel", "install_rotation", "rotated"]
 
@@ -53,7 +53,7 @@ def install_rotation(model: nn.Module, architecture: Architecture, rotation: Rot
     check_rotation(architecture, rotation)
     if rotation.seed is None:
         return
-    family = family_of(architecture)
+    family = architecture.family
     embedding = model.get_submodule(family.embedding)
     assert isinstance(embedding, nn.Embedding), f"{family.embedding} is no embedding"
     norm = model.get_submodule(family.final_norm)
@@ -90,7 +90,7 @@ class RotatedModel:
         # what is not replaced below is shared
         shared = {id(each): each for each in (*source.parameters(), *source.buffers())}
         block = copy.deepcopy(source, shared)
-        pairs = pairs_of(self.architecture)
+        pairs = self.architecture.pairs
         for pair in pairs:
             if pair.kind is PairKind.NORM:
                 _fold_norm(block, pair)
@@ -103,6 +103,10 @@ class RotatedModel:
         """Final norm and output head: rotated hidden states in, logits out."""
         return nn.Sequential(_Unrotation(self._residual()), self.source.load_head())
 
+    def load_part(self, name: str) -> nn.Module:
+        """A module outside the layers; no rotated family has one beside the embedding."""
+        return self.source.load_part(name)
+
     def _residual(self) -> ResidualRotation:
         return ResidualRotation(self.architecture.hidden, self.seed)
 
@@ -113,7 +117,7 @@ class RotatedModel:
         for name in {name: None for pair in norms for name in (*pair.consumers, *pair.readers)}:
             reader = block.get_submodule(name)
             _set(reader, "weight", rotation(reader.get_parameter("weight")))
-        for writer in _writers(block, family_of(self.architecture).residual_writers):
+        for writer in _writers(block, self.architecture.family.residual_writers):
             _set(writer, "weight", rotation(writer.get_parameter("weight").T).T.contiguous())
             if getattr(writer, "bias", None) is not None:
                 _set(writer, "bias", rotation(writer.get_parameter("bias")))

@@ -1,15 +1,16 @@
 """The safetensors files of a model directory, read tensor by tensor through memory maps."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointInvalid, UnsupportedModel
+from engine.families.stored import StoredPart
 
 __all__ = ["TensorFiles"]
 
@@ -25,6 +26,8 @@ class TensorFiles:
     directory: Path
     file_of: dict[str, str]
     """Tensor name to file name."""
+    parts: Mapping[str, StoredPart] = field(default_factory=dict)
+    """What lies in the files under another name, or as a part of something larger."""
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -48,6 +51,10 @@ class TensorFiles:
         """Every weight file, sorted by name."""
         return [self.directory / name for name in sorted(set(self.file_of.values()))]
 
+    def with_parts(self, parts: Mapping[str, StoredPart]) -> Self:
+        """Read these names as the parts that they are."""
+        return replace(self, parts=parts)
+
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
@@ -56,17 +63,33 @@ class TensorFiles:
         Raises:
             CheckpointInvalid: naming the tensor that is missing or the file that is broken.
         """
-        by_file: dict[str, list[str]] = {}
+        by_file: dict[str, dict[str, StoredPart]] = {}
         for name in names:
-            if name not in self.file_of:
+            part = self.parts.get(name, StoredPart(tensor=name))
+            if part.tensor not in self.file_of:
                 raise CheckpointInvalid(f"the model lacks the tensor {name}")
-            by_file.setdefault(self.file_of[name], []).append(name)
+            by_file.setdefault(self.file_of[part.tensor], {})[name] = part
         found: dict[str, torch.Tensor] = {}
         for file, members in by_file.items():
             with _opened(self.directory / file) as tensors:
                 # a clone, so that nothing points into the map of a file that may be deleted
-                found |= {name: tensors.get_tensor(name).to(dtype, copy=True) for name in members}
+                found |= {
+                    name: _take(tensors, part).to(dtype, copy=True)
+                    for name, part in members.items()
+                }
         return found
+
+
+def _take(tensors: Any, part: StoredPart) -> torch.Tensor:
+    if part.expert is None:
+        whole: torch.Tensor = tensors.get_tensor(part.tensor)
+        return whole
+    fused = tensors.get_slice(part.tensor)
+    shape = tuple(fused.get_shape())
+    if not part.shape(shape):
+        raise CheckpointInvalid(f"{part.tensor} of shape {shape} holds no expert {part.expert}")
+    taken: torch.Tensor = fused[part.expert, part.rows(shape)]
+    return taken
 
 
 def _read_index(directory: Path) -> dict[str, str]:

@@ -44,6 +44,9 @@ class WeightChange(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Change float32 ``[N, K]`` and ``[N]``, out of place."""
 
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """What an input of the source's layer has become, float ``[..., K]``."""
+
 
 def keep_range(group_range: GroupRange) -> GroupRange:
     """Cover the whole range: plain min-max rounding."""
@@ -82,6 +85,7 @@ class FakeQuantLinear(nn.Module):
         if input_hadamard:
             self.transform = OnlineHadamard(input_hadamard).to(linear.weight.device)
         self._is_turned = False
+        self._folded: tuple[nn.Module, ...] = ()
         self.offset = None
         self.base_range: GroupRange | None = None
 
@@ -112,6 +116,14 @@ class FakeQuantLinear(nn.Module):
             weight = rotate_columns(weight, self.input_hadamard)
         return weight, bias
 
+    @torch.no_grad()
+    def as_seen(self, x: torch.Tensor) -> torch.Tensor:
+        """Bring inputs of the source's layer, ``[..., K]``, to where the weight now takes them."""
+        for change in self._folded:
+            x = change.seen(x)  # type: ignore[operator]  # a WeightChange
+        seen: torch.Tensor = self.transform(x)
+        return seen
+
     def fix_range(self, group_range: GroupRange) -> None:
         """Cover this range from now on, whatever the weight becomes."""
         # torch refuses a function where a module was
@@ -123,6 +135,7 @@ class FakeQuantLinear(nn.Module):
         """Make what the changes come to the weight itself; none are left."""
         weight, bias = self.changed()
         self._is_turned = True
+        self._folded = (*self._folded, *self.changes)
         self.changes = nn.ModuleList()
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

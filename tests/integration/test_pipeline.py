@@ -33,7 +33,7 @@ from engine.inference.kv_cache import make_cache
 from engine.models.blocks import ResidentModel
 from engine.pipeline import QuantJob, quantize_model
 from engine.spec import CalibrationSpec, LayerOverride, QuantSpec
-from tests.tiny_models import FAMILIES, save_tiny_model
+from tests.tiny_models import FAMILIES, TINY, save_tiny_model
 
 CALIBRATION = CalibrationSpec(samples=3, length=32, epochs=2)
 SMALL_PLAN = EvaluationPlan(windows=2, length=48)
@@ -98,7 +98,7 @@ def test_a_model_of_every_family_is_quantized_and_measured(tmp_path, model_type)
     assert all(each.loss_after <= each.loss_before for each in of_type(events, LayerFinished))
     manifest = verify_directory(tmp_path / "out")
     assert manifest.evaluation == report.evaluation
-    assert len(manifest.layers) == 2 * 7
+    assert len(manifest.layers) == 2 * TINY[model_type].linears
 
 
 def test_events_tell_every_layer_and_every_file(source, tmp_path):
@@ -165,6 +165,18 @@ def test_an_interrupted_run_resumes_at_its_block_and_ends_with_the_same_bytes(
     finished = of_type(events, LayerFinished)
     assert [each.resumed for each in finished] == [i < blocks for i in range(LAYERS)]
     assert [each.index for each in of_type(events, CheckpointSaved)] == [*range(blocks, LAYERS)]
+    assert bytes_of(tmp_path / "disturbed") == bytes_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("model_type", ["falcon-40b", "gemma2", "mixtral", "opt-350m"])
+def test_other_families_resume_to_the_same_bytes(tmp_path, model_type):
+    source = save_tiny_model(tmp_path / "source", model_type)
+    quantize(job_of(source, tmp_path / "undisturbed"))
+    job = job_of(source, tmp_path / "disturbed")
+
+    interrupt(job, 1)
+    quantize(job)
+
     assert bytes_of(tmp_path / "disturbed") == bytes_of(tmp_path / "undisturbed")
 
 

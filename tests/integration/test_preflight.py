@@ -23,7 +23,15 @@ from api.settings import HubSettings, LimitSettings, Settings
 from engine.spec import CalibrationSpec, LayerOverride, QuantSpec
 from tests.fake_hub import STRANGER, WRITER, Trouble
 from tests.hub_repository import Blob
-from tests.model_files import CONFIG, model_files, safetensors_header, tensor_shapes
+from tests.model_files import (
+    CONFIG,
+    CONFIGS,
+    model_files,
+    safetensors_bytes,
+    safetensors_header,
+    tensor_shapes,
+)
+from tests.tiny_models import FAMILIES, TINY, save_tiny_model
 
 W4A8 = QuantSpec.from_notation("w4a8")
 LIMIT_S = 3.0
@@ -39,6 +47,8 @@ LARGE = CONFIG | {
     "vocab_size": 128256,
     "tie_word_embeddings": False,
 }
+
+MIXTRAL = CONFIGS["mixtral"]
 
 
 class Caller:
@@ -105,6 +115,36 @@ def test_a_good_request_gets_an_estimate_from_its_own_files(fake_hub, caller):
     assert estimate["disk_needed_bytes"] <= estimate["disk_free_bytes"]
     assert estimate["memory_needed_bytes"] > 0
     json.dumps(estimate)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_model_of_every_family_is_taken(fake_hub, caller, tmp_path, model_type):
+    folder = save_tiny_model(tmp_path / "model", model_type)
+    fake_hub.add("acme/tiny", {path.name: path.read_bytes() for path in folder.iterdir()})
+
+    short = CalibrationSpec(samples=8, length=128)
+    checked = caller.ask(spec=QuantSpec(w_bits=4, calibration=short))
+
+    linears = checked.architecture.linears
+    assert checked.estimate["promised_bits_per_weight"] > 4
+    assert len(linears) == 2 * TINY[model_type].linears
+
+
+def test_experts_in_one_tensor_are_counted_and_measured(fake_hub, caller):
+    shapes = tensor_shapes(MIXTRAL)
+    apart = [name for name in shapes if ".experts." in name]
+    plain = {name: shape for name, shape in shapes.items() if name not in apart}
+    for layer in range(2):
+        module = f"model.layers.{layer}.mlp.experts"
+        plain |= {f"{module}.gate_up_proj": [4, 256, 64], f"{module}.down_proj": [4, 64, 128]}
+    files = model_files(MIXTRAL) | {"model.safetensors": safetensors_bytes(plain)}
+    fake_hub.add("acme/tiny", files)
+    plain["model.layers.1.mlp.experts.down_proj"] = [4, 128, 64]
+    fake_hub.add("acme/wrong", files | {"model.safetensors": safetensors_bytes(plain)})
+
+    assert caller.ask().architecture.sizes.experts == 4
+    refusal = caller.refusal(ConfigRejected, model="acme/wrong")
+    assert "layers.1.mlp.experts.0.down_proj.weight of shape [64, 128]" in refusal.message
 
 
 def test_no_weight_is_read_beyond_the_first_bytes_of_a_file(fake_hub, caller):

@@ -8,13 +8,21 @@ import pytest
 from api.errors import ServiceError
 from api.hub.base import RemoteFile, ResolvedModel
 from api.hub.inspection import inspect_model
-from engine.architecture import OPTIONAL, REQUIRED
-from tests.model_files import CONFIG, model_files
+from engine.families.registry import FAMILIES
+from tests.model_files import CONFIGS, model_files
 
-FIELDS = (*REQUIRED, *OPTIONAL, "model_type", "head_dim", "num_key_value_heads", "auto_map",
-          "max_position_embeddings", "quantization_config")  # fmt: skip
+ALWAYS = ("auto_map", "quantization_config", "layer_types")
+
+
+def fields_of(family):
+    sizes = {getattr(family.size_fields, name) for name in family.size_fields.__slots__} - {None}
+    return sorted({*family.fields, *sizes, *ALWAYS})
+
+
+FIELDS = [(name, field) for name, family in FAMILIES.items() for field in fields_of(family)]
 ODD = ([], {}, [[1]], [{}], "x", "x" * 900_000, -1, 0, 1e308, 10**4000, True, None, 2.5,
-       {"rope_type": []}, {"type": {}}, ["full_attention", []])  # fmt: skip
+       {"rope_type": []}, {"type": {}}, ["full_attention", []], {"full_attention": [1]},
+       {"partial_rotary_factor": None}, {"partial_rotary_factor": 1e9})  # fmt: skip
 
 
 def inspect(files):
@@ -34,15 +42,22 @@ def refusal_of(files):
     return None
 
 
-@pytest.mark.parametrize("field", FIELDS)
-def test_no_value_of_a_config_crashes_the_inspection(field):
+@pytest.mark.parametrize(("model_type", "field"), FIELDS)
+def test_no_value_of_a_config_crashes_the_inspection(model_type, field):
     files = model_files()
 
+    assert refusal_of(files | {"config.json": json.dumps(CONFIGS[model_type]).encode()}) is None
     for value in ODD:
-        config = json.dumps(CONFIG | {field: value}).encode()
+        config = json.dumps(CONFIGS[model_type] | {field: value}).encode()
         refusal = refusal_of(files | {"config.json": config})
         assert refusal is None or (refusal.status == 422 and refusal.param == "model")
         assert refusal is None or len(refusal.message) < 1000
+
+
+def test_no_model_type_crashes_the_inspection():
+    for value in ODD:
+        config = json.dumps(CONFIGS["llama"] | {"model_type": value}).encode()
+        assert refusal_of(model_files() | {"config.json": config}).param == "model"
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])

@@ -6,7 +6,10 @@ import torch
 from engine.errors import ContextLengthExceeded, EngineError
 from engine.inference.answer import Answer
 from engine.inference.engine import open_engine
+from engine.inference.kv_cache import make_cache
 from engine.inference.request import FinishReason, GenerationRequest, RequestInvalid
+from engine.spec import QuantSpec
+from tests.tiny_models import FAMILIES
 from tests.unit.engine.quantized_models import save_checkpoint
 
 PROMPT = tuple(range(40, 52))
@@ -44,6 +47,24 @@ def test_greedy_text_is_that_of_the_model_without_a_cache(twin_and_engine):
 
     assert text_of(chunks) == engine.text.decode(ids[len(PROMPT) :])
     assert [each.completion_tokens for each in chunks] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kv_bits", [8, 16])
+def test_every_family_generates_as_it_does_without_a_cache(tmp_path, family, kv_bits):
+    spec = QuantSpec(w_bits=8, a_bits=16, kv_bits=kv_bits)
+    twin, directory, _ = save_checkpoint(tmp_path, spec, family)
+    engine = open_engine(directory, "cpu")
+    ids = list(PROMPT)
+    with torch.inference_mode():
+        for _ in range(4):
+            cache = make_cache(2, kv_bits)
+            logits = twin(torch.tensor([ids]), past_key_values=cache).logits
+            ids.append(int(logits[0, -1].argmax()))
+
+    chunks = list(engine.generate(request_of(max_tokens=4, ignore_eos=True)))
+
+    assert text_of(chunks) == engine.text.decode(ids[len(PROMPT) :])
 
 
 def test_only_the_last_chunk_has_a_finish_reason(engine):

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from engine.calibration.watch import Watch
 from engine.errors import CalibrationInterrupted
@@ -10,7 +9,7 @@ from engine.evaluation import perplexity
 from engine.evaluation.perplexity import measure_perplexity
 from engine.events import Progress
 from engine.models.loading import SourceModel
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import FAMILIES, load_reference, save_tiny_model
 
 TOKENS = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
 
@@ -20,8 +19,10 @@ def folder(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def test_perplexity_is_that_of_the_librarys_loss(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_perplexity_is_that_of_the_librarys_loss(tmp_path, model_type):
+    folder = save_tiny_model(tmp_path, model_type)
+    model = load_reference(folder, model_type)
     with torch.no_grad():
         wanted = math.exp(float(model(TOKENS, labels=TOKENS).loss))
 

@@ -11,7 +11,7 @@ from engine.fit import check_spec
 from engine.models.loading import read_config
 from engine.recipe import Ingredients
 from engine.rotation import Rotation, name_in_layer, online_blocks
-from engine.spec import QuantSpec
+from engine.spec import CalibrationSpec, QuantSpec
 from tests.tiny_models import save_tiny_model
 from tests.unit.engine.quantized_models import save_checkpoint
 
@@ -28,12 +28,17 @@ ARCHITECTURE = check_config(CONFIG)
 
 
 def test_ingredients_say_what_is_rotated():
-    both = Ingredients(rotation=True, online_hadamard=True)
+    def of(**ingredients):
+        calibration = CalibrationSpec(seed=7)
+        asked = Ingredients(**ingredients)
+        return Rotation.of(
+            QuantSpec(w_bits=4, calibration=calibration, ingredients=asked), ARCHITECTURE
+        )
 
-    assert Rotation.of(Ingredients(), 7) == Rotation.none()
-    assert Rotation.of(Ingredients(rotation=True), 7) == Rotation(seed=7, online_hadamard=False)
-    assert Rotation.of(both, 7) == Rotation(seed=7, online_hadamard=True)
-    assert Rotation.of(Ingredients(rotation=False), 7).is_none
+    assert of() == Rotation.none()
+    assert of(rotation=True) == Rotation(seed=7, online_hadamard=False)
+    assert of(rotation=True, online_hadamard=True) == Rotation(seed=7, online_hadamard=True)
+    assert of(rotation=False).is_none
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31, True, "0", 1.5])

@@ -7,7 +7,7 @@ from engine.checkpoint.reader import load_checkpoint
 from engine.inference.kv_cache import make_cache
 from engine.modules.swap import quant_linears
 from engine.spec import LayerOverride, QuantSpec
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, TINY
 from tests.unit.engine.quantized_models import save_checkpoint
 
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -45,7 +45,18 @@ def test_every_family_reloads(tmp_path, family):
     loaded = load_checkpoint(directory)
 
     assert torch.equal(logits_of(loaded.model, 8), logits_of(twin, 8))
-    assert len(quant_linears(loaded.model)) == 14
+    assert len(quant_linears(loaded.model)) == 2 * TINY[family].linears
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_on_sixteen_bit_activations(tmp_path, family):
+    _, directory, _ = save_checkpoint(tmp_path, "w8a8kv8", family)
+    exact = logits_of(load_checkpoint(directory).model, 8)
+
+    coarse = logits_of(load_checkpoint(directory, dtype=torch.bfloat16).model, 8)
+
+    assert coarse.dtype is torch.bfloat16
+    assert (coarse.float() - exact).square().mean() < 0.05 * exact.square().mean()
 
 
 def test_overrides_reload_and_full_precision_layers_stay_plain(tmp_path):
