@@ -1,4 +1,4 @@
-"""A quantization from source directory to checkpoint directory: calibrate, pack, evaluate.
+"""A quantization from source directory to checkpoint directory: search, calibrate, pack, evaluate.
 
 Deterministic: the same job on the same machine writes the same bytes, also when it was cut off
 and taken up again.
@@ -6,7 +6,7 @@ and taken up again.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,11 +25,13 @@ from engine.calibration.merge import merged_tensors
 from engine.calibration.resume import ENGINE_VERSION, BlockStore, fingerprint
 from engine.calibration.watch import Watch
 from engine.checkpoint.manifest import Evaluation, LayerRecord, digest_of, hash_file
+from engine.checkpoint.search_record import SearchRecord
 from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
 from engine.evaluation.comparison import EvaluationPlan, evaluate
 from engine.events import ArtifactFile, Stage, StageStarted
 from engine.fit import check_spec
 from engine.models.loading import SourceModel, read_config
+from engine.search.stage import find_bits
 from engine.spec import QuantSpec
 
 __all__ = ["EvaluationPlan", "QuantJob", "QuantReport", "best_device", "quantize_model"]
@@ -96,6 +98,8 @@ class QuantReport:
     layers: int
     """Decoder layers."""
     manifest_sha256: str
+    search: SearchRecord | None = None
+    """Where a search chose the bits."""
 
     def to_json(self) -> dict[str, Any]:
         """Write what the service keeps."""
@@ -112,6 +116,7 @@ class QuantReport:
             "seconds": self.seconds,
             "layers": self.layers,
             "manifest_sha256": self.manifest_sha256,
+            "search": None if self.search is None else self.search.summary(),
         }
 
 
@@ -133,15 +138,26 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     started_s = time.monotonic()
     source = SourceModel.open(job.source_dir)
     check_spec(source.architecture, job.spec)
-    watch.report(StageStarted(stage=Stage.CALIBRATING))
     windows = _calibration_windows(job)
+    search = None
+    if job.spec.target is not None:
+        found = find_bits(
+            source,
+            job.spec,
+            windows.tokens,
+            state_dir=job.state_dir,
+            device=torch.device(job.device),
+            watch=watch,
+        )
+        job, search = replace(job, spec=found.spec), found.record
+    watch.report(StageStarted(stage=Stage.CALIBRATING))
     store = _open_store(job, source, windows, watch)
     loop = BlockLoop(
         model=source, spec=job.spec, store=store, watch=watch, device=torch.device(job.device)
     )
     losses = loop.run(windows.tokens)
     watch.report(StageStarted(stage=Stage.PACKING))
-    summary = _pack(job, source, store, losses)
+    summary = _pack(job, source, store, losses, search)
     evaluation = evaluate(source, job.out_dir, job.evaluation, watch, job.device)
     for path in sorted(job.out_dir.iterdir()):
         file = hash_file(path)
@@ -156,6 +172,7 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
         seconds=round(time.monotonic() - started_s, 3),
         layers=source.architecture.layers,
         manifest_sha256=digest_of(job.out_dir),
+        search=search,
     )
 
 
@@ -187,7 +204,11 @@ def _open_store(
 
 
 def _pack(
-    job: QuantJob, source: SourceModel, store: BlockStore, losses: list[BlockLosses]
+    job: QuantJob,
+    source: SourceModel,
+    store: BlockStore,
+    losses: list[BlockLosses],
+    search: SearchRecord | None,
 ) -> CheckpointSummary:
     provenance = Provenance(
         source_dir=job.source_dir,
@@ -195,6 +216,7 @@ def _pack(
         repo=job.repo,
         revision=job.revision,
         layers=_layer_records(job.spec, source, losses),
+        search=search,
     )
     return write_checkpoint(
         job.out_dir,

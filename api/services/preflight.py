@@ -82,7 +82,8 @@ def preflight(  # noqa: PLR0913 - the fields of one request, by name
     except SpecError as error:
         raise InvalidRequest(error.message, param=f"spec.{error.field}") from error
     _check_evaluation(architecture, evaluation or {})
-    estimate = _describe(settings, architecture, facts, estimate_bytes(architecture, spec))
+    needs = estimate_bytes(architecture, spec, _device_type(settings))
+    estimate = _describe(settings, architecture, facts, needs)
     _check_disk(settings, estimate)
     return Preflight(resolved=resolved, architecture=architecture, estimate=estimate)
 
@@ -174,7 +175,7 @@ def _describe(
     # the files' own size: a source in fp32 takes twice what its parameters suggest
     needed = facts.source_bytes + estimate.disk_bytes - estimate.source_bytes
     disk = shutil.disk_usage(_existing(settings.work_dir))
-    device = "cuda" if (settings.worker.device or "").startswith("cuda") else "cpu"
+    device = _device_type(settings)
     return {
         "parameters": estimate.parameters,
         "layers": architecture.layers,
@@ -187,6 +188,10 @@ def _describe(
         "seconds": round(estimate.calibration_flops / FLOPS[device]),
         "seconds_basis": SECONDS_BASIS.format(device=device, rate=FLOPS[device]),
     }
+
+
+def _device_type(settings: Settings) -> str:
+    return "cuda" if (settings.worker.device or "").startswith("cuda") else "cpu"
 
 
 def _check_disk(settings: Settings, estimate: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from engine.checkpoint.manifest import (
     hash_file,
     write_manifest,
 )
+from engine.checkpoint.search_record import SearchRecord
 from engine.spec import QuantSpec
 
 __all__ = ["CheckpointSummary", "Provenance", "write_checkpoint"]
@@ -47,6 +48,7 @@ class Provenance:
     revision: str
     layers: Sequence[LayerRecord]
     evaluation: Evaluation = field(default_factory=Evaluation)
+    search: SearchRecord | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,7 @@ def write_checkpoint(
             shutil.copyfile(provenance.source_dir / name, partial / name)
     files = tuple(hash_file(path) for path in sorted(partial.iterdir()))
     bits = tally.total()
+    search = provenance.search
     manifest = Manifest(
         engine_version=provenance.engine_version,
         source={"repo": provenance.repo, "revision": provenance.revision},
@@ -104,6 +107,7 @@ def write_checkpoint(
         layers=tuple(provenance.layers),
         evaluation=provenance.evaluation,
         files=files,
+        search=None if search is None else search.achieving(bits.per_weight),
     )
     digest = write_manifest(partial, manifest)
     _publish(partial, out_dir)
