@@ -5,7 +5,8 @@ A candidate is one unit at one width. Every candidate runs its own block once, a
 
     flops = tokens (sum over candidates of 2 W_block + sum over anchors of 2 (W_rest + W_head))
 
-with W the weights of the block, of the blocks behind it, and of the output head.
+with W the weights of the block, of the blocks behind it, and of the output head. Anchors of inputs
+come on top of those of weights; with a single one, inputs are scaled from that of the weights.
 """
 
 import re
@@ -16,7 +17,14 @@ from engine.architecture import Architecture, LinearShape
 from engine.reach import activation_choices, weight_choices
 from engine.spec import FULL_BITS, QuantSpec
 
-__all__ = ["SearchPlan", "SearchUnit", "anchors_of", "plan_search", "search_units"]
+__all__ = [
+    "SearchPlan",
+    "SearchUnit",
+    "anchors_of",
+    "follows_inputs",
+    "plan_search",
+    "search_units",
+]
 
 MAX_LENGTH = 256
 """Tokens in a window of the search; a longer one tells little more of rounding."""
@@ -113,6 +121,11 @@ def anchors_of(widths: tuple[int, ...], count: int) -> tuple[int, ...]:
     return tuple(widths[round(index * last / (count - 1))] for index in range(count))
 
 
+def follows_inputs(anchors: int) -> bool:
+    """Whether rounded inputs are followed to the logits on their own."""
+    return anchors > 1
+
+
 def _measured(unit: SearchUnit) -> tuple[int, int]:
     """Widths of weights and of inputs that change anything."""
     return (
@@ -134,7 +147,10 @@ def _plan(
     block = 2 * sum(each.weights for each in architecture.linears) / architecture.layers
     head = 2 * architecture.vocab * architecture.hidden
     candidates = sum(sum(pair) for pair in counts)
-    followed = sum(min(anchors, each) for pair in counts for each in pair)
+    followed = sum(
+        min(anchors, weights) + follows_inputs(anchors) * min(anchors, inputs)
+        for weights, inputs in counts
+    )
     # a block has half of the others behind it on average
     each_followed = block * (architecture.layers - 1) / 2 + head
     chain = HIDDEN_BYTES * windows * length * architecture.hidden

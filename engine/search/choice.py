@@ -68,8 +68,10 @@ def unit_tables(
                 )
                 for bits in unit.w_choices
             },
-            w_losses=losses_of(dict(measured[unit.name].weights), unit.w_choices),
-            a_losses=losses_of(dict(measured[unit.name].activations), unit.a_choices),
+            w_losses=losses_of(measured[unit.name].weights, unit.w_choices, {}),
+            a_losses=losses_of(
+                measured[unit.name].activations, unit.a_choices, measured[unit.name].weights
+            ),
         )
         for unit in units
     ]

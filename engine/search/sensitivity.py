@@ -16,13 +16,14 @@ block's own output, another width is
     L_u(b) = L_u(a) r_u(b) / r_u(a)        a: the nearest width that was followed
 
 because both L_u and r_u are quadratic in the same perturbation. With every width followed nothing
-is scaled and L_u is exact.
+is scaled and L_u is exact. With one anchor a unit, its inputs are scaled from the anchor of its
+weights: both enter the block at the same place.
 
 Shape legend: W windows, T tokens, H hidden size.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -32,7 +33,7 @@ from torch import nn
 from engine.calibration.capture import BlockCall, capture_inputs
 from engine.calibration.statistics import input_power
 from engine.calibration.watch import Watch
-from engine.effort import SearchPlan, SearchUnit, anchors_of
+from engine.effort import SearchPlan, SearchUnit, anchors_of, follows_inputs
 from engine.errors import CalibrationDiverged
 from engine.events import Stage
 from engine.models.blocks import BlockModel, block_name
@@ -45,6 +46,7 @@ from engine.spec import FULL_BITS, QuantSpec
 
 __all__ = ["Sensitivity", "losses_of"]
 
+MIN_ERROR = 1e-30
 WEIGHTS, ACTIVATIONS = "weights", "activations"
 
 
@@ -194,31 +196,43 @@ class Sensitivity:
                 yield key, rounded_inputs(linears, bits)
 
     def _is_followed(self, unit: SearchUnit, key: _Key) -> bool:
+        if key.part == ACTIVATIONS and not follows_inputs(self.plan.anchors):
+            return False
         choices = unit.w_choices if key.part == WEIGHTS else unit.a_choices
         measured = tuple(each for each in choices if each != FULL_BITS)
         return key.bits in anchors_of(measured, self.plan.anchors)
 
 
-def losses_of(table: dict[int, Measured], widths: tuple[int, ...]) -> dict[int, float]:
+def losses_of(
+    table: Mapping[int, Measured], widths: Sequence[int], others: Mapping[int, Measured]
+) -> dict[int, float]:
     """Read or scale the divergence at every width, in nats per token; 16 bits cost nothing.
 
     Args:
         table: the measured widths of a unit's weights or inputs.
         widths: those to answer for.
+        others: of the same unit, to scale from where no width of the table was followed.
     """
     order = sorted(table)
-    anchors = [bits for bits in order if table[bits].divergence is not None]
+    anchors = {bits: table[bits] for bits in order if table[bits].divergence is not None}
     losses = {}
     for bits in widths:
         if bits == FULL_BITS:
             losses[bits] = 0.0
-            continue
-        nearest = min(anchors, key=lambda each: abs(order.index(each) - order.index(bits)))
-        anchor = table[nearest]
-        assert anchor.divergence is not None, "anchors are the widths that were followed"
-        scale = table[bits].error / anchor.error if anchor.error > 0 else 1.0
-        losses[bits] = anchor.divergence * (1.0 if bits == nearest else scale)
+        elif anchors:
+            nearest = min(anchors, key=lambda each: abs(order.index(each) - order.index(bits)))
+            losses[bits] = _scaled(anchors[nearest], table[bits])
+        else:
+            anchor = next(each for each in others.values() if each.divergence is not None)
+            losses[bits] = _scaled(anchor, table[bits])
     return losses
+
+
+def _scaled(anchor: Measured, measured: Measured) -> float:
+    assert anchor.divergence is not None, "an anchor was followed to the logits"
+    if measured.divergence is not None:
+        return measured.divergence
+    return anchor.divergence * measured.error / max(anchor.error, MIN_ERROR)
 
 
 def _gather(unit: str, errors: dict[_Key, float], found: dict[_Key, float]) -> UnitMeasurements:
