@@ -33,7 +33,8 @@ class FoundBits:
 
     spec: QuantSpec
     """What was asked for, with an override for every layer."""
-    record: SearchRecord
+    record: SearchRecord | None
+    """None where nothing was asked: without a target the spec is as it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

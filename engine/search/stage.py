@@ -6,7 +6,6 @@ import torch
 
 from engine.calibration.resume import fingerprint
 from engine.calibration.watch import Watch
-from engine.events import Stage, StageStarted
 from engine.models.loading import SourceModel, read_config
 from engine.search.measurements import MeasurementStore
 from engine.search.search import BitSearch, FoundBits, measured_spec
@@ -24,11 +23,11 @@ def find_bits(
     device: torch.device,
     watch: Watch,
 ) -> FoundBits:
-    """Give every layer of a model its bits.
+    """Give every layer of a model its bits; without a target, leave the spec as it is.
 
     Args:
         source: the model on disk.
-        spec: has a target.
+        spec: what is asked for.
         tokens: int64 ``[W, T]``, the calibration windows.
         state_dir: where measurements are kept, and found by a later attempt.
         device: where blocks run.
@@ -39,7 +38,8 @@ def find_bits(
         CalibrationDiverged: naming the layer.
         CalibrationInterrupted: if the watch says to stop; what was measured stays.
     """
-    watch.report(StageStarted(stage=Stage.SEARCHING))
+    if spec.target is None:
+        return FoundBits(spec=spec, record=None)
     config = read_config(source.tensors.directory)
     mark = fingerprint(config, source.tensors, tokens, measured_spec(spec), device)
     search = BitSearch(

@@ -15,6 +15,7 @@ from engine.checkpoint.reader import load_checkpoint
 from engine.errors import CalibrationInterrupted, SpecError
 from engine.evaluation.comparison import EvaluationPlan
 from engine.events import BitsChosen, CheckpointSaved, LayerStarted, LogLine, Stage, StageStarted
+from engine.models.loading import load_full_precision
 from engine.modules.swap import quant_linears
 from engine.pipeline import QuantJob, quantize_model
 from engine.spec import CalibrationSpec, LayerOverride, QuantSpec
@@ -128,6 +129,36 @@ def test_the_layer_that_is_hard_to_round_gets_more_bits_and_the_record_says_why(
         each.price_of_last for each in record.layers if each.price_of_last is not None
     )
     assert set(hard.w_losses) == {"2", "3", "4", "5", "6", "8"}
+
+
+def test_searched_bits_lose_less_than_the_same_bits_everywhere(source, tmp_path):
+    text = CalibrationSpec(samples=8, length=64, epochs=1)
+    even = QuantSpec(w_bits=4, a_bits=8, calibration=text)
+    target = BitTarget(average_bits=13 / 3)
+    uniform = replace(job_of(source, tmp_path / "uniform", average_bits=4), spec=even)
+    job = replace(
+        uniform,
+        spec=replace(even, target=target),
+        out_dir=tmp_path / "out",
+        state_dir=tmp_path / "state",
+    )
+
+    searched_report, _ = quantize(job)
+    uniform_report, _ = quantize(uniform)
+
+    assert searched_report.bits_per_weight <= uniform_report.bits_per_weight
+    assert loss_of(source, job.out_dir) < 0.8 * loss_of(source, uniform.out_dir)
+
+
+@torch.no_grad()
+def loss_of(source, checkpoint):
+    """KL of the logits to the source's, on tokens that nothing was calibrated with."""
+    tokens = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(1))
+    log_p, log_q = (
+        torch.log_softmax(model(tokens).logits.double(), -1)
+        for model in (load_full_precision(source), load_checkpoint(checkpoint).model)
+    )
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def test_config_manifest_report_and_events_tell_the_same_bits(source, tmp_path):
