@@ -84,6 +84,10 @@ class QuantizationRequest(Schema):
             "examples": [
                 {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "spec": "w4a8"},
                 {"model": "local:models/smollm2", "spec": {"w_bits": 3, "group_size": 64}},
+                {
+                    "model": "local:models/smollm2",
+                    "spec": {"w_bits": 4, "a_bits": 8, "target": {"average_bits": 3.5}},
+                },
             ]
         }
     )

@@ -30,7 +30,9 @@ PARAMETER_TOLERANCE = 0.01
 # cpu: SmolLM2-135M at w4a8, 8e9 operations for each second of one busy core, two cores;
 # cuda: a third of an H100's fp32 peak, not measured
 FLOPS = {"cpu": 16e9, "cuda": 20e12}
-SECONDS_BASIS = "arithmetic of the calibration alone, on {device} at {rate:.0e} operations a second"
+SECONDS_BASIS = (
+    "arithmetic of search and calibration alone, on {device} at {rate:.0e} operations a second"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

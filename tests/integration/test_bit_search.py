@@ -12,6 +12,7 @@ from engine.calibration.watch import Watch
 from engine.checkpoint.format import spec_of_section
 from engine.checkpoint.manifest import read_manifest, verify_directory
 from engine.checkpoint.reader import load_checkpoint
+from engine.effort import MAX_FLOPS
 from engine.errors import CalibrationInterrupted, SpecError
 from engine.evaluation.comparison import EvaluationPlan
 from engine.events import BitsChosen, CheckpointSaved, LayerStarted, LogLine, Stage, StageStarted
@@ -253,6 +254,24 @@ def test_another_amount_with_the_same_widths_is_solved_from_the_same_measurement
     assert (tmp_path / "state" / "search.json").stat().st_mtime_ns == measured
     assert [each.w_losses for each in first.layers] == [each.w_losses for each in second.layers]
     assert weight_bits(first) != weight_bits(second)
+
+
+def test_beyond_its_allowance_a_search_follows_one_width_and_scales_the_others(
+    source, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(MAX_FLOPS, "cpu", 1.0)
+
+    report, _ = quantize(job_of(source, tmp_path, average_bits=4.5))
+
+    record = read_manifest(tmp_path / "out").search
+    assert record.anchors == 1
+    assert report.bits_per_weight <= 4.5
+    bits = weight_bits(record)
+    assert bits[HARD] > bits["model.layers.0.mlp.down_proj"]
+    for each in record.layers:
+        losses = [each.w_losses[width] for width in ("2", "3", "4", "5", "6", "8")]
+        assert losses == sorted(losses, reverse=True)
+        assert 0 < each.a_losses["8"] < each.w_losses["4"]
 
 
 def test_a_spec_that_was_found_finds_itself(source, tmp_path):
