@@ -24,6 +24,7 @@ from engine.evaluation.comparison import EvaluationPlan
 from engine.evaluation.perplexity import measure_perplexity
 from engine.events import (
     ArtifactFile,
+    BitsChosen,
     EvaluationFailed,
     Event,
     LayerFinished,
@@ -36,6 +37,7 @@ from engine.models.gguf import import_gguf
 from engine.models.loading import SourceModel, read_config
 from engine.pipeline import QuantJob, QuantReport, best_device, quantize_model
 from engine.spec import FULL_BITS, CalibrationSpec, QuantSpec, Recipe
+from engine.target import BitTarget
 
 __all__ = ["main"]
 
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--seed", type=int, default=defaults.seed)
     quantize.add_argument("--text", type=Path, default=None, help="calibration text")
     quantize.add_argument("--state", type=Path, default=None, help="where finished layers are kept")
+    _add_target(quantize)
     _add_evaluation(quantize)
     perplexity = commands.add_parser("perplexity", help="measure a source or a checkpoint")
     perplexity.add_argument("model", type=Path)
@@ -85,6 +88,22 @@ def _parser() -> argparse.ArgumentParser:
     gguf.add_argument("file", type=Path)
     gguf.add_argument("out", type=Path)
     return parser
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    goals = parser.add_argument_group(
+        "search for the bits of every layer"
+    ).add_mutually_exclusive_group()
+    goals.add_argument("--target-bits", type=float, help="average stored bits per weight")
+    goals.add_argument("--target-bytes", type=int, help="all stored tensors")
+    goals.add_argument("--target-increase", type=float, help="of perplexity; 0.05 is 5 per cent")
+    choices = BitTarget.__dataclass_fields__
+    parser.add_argument(
+        "--w-choices", type=int, nargs="+", default=choices["w_choices"].default, metavar="BITS"
+    )
+    parser.add_argument(
+        "--a-choices", type=int, nargs="+", default=choices["a_choices"].default, metavar="BITS"
+    )
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +125,12 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
         source_dir=options.model,
         out_dir=out,
         state_dir=options.state or out.with_name(f".{out.name}.state"),
-        spec=QuantSpec.from_notation(options.spec, recipe=options.recipe, calibration=calibration),
+        spec=QuantSpec.from_notation(
+            options.spec,
+            recipe=options.recipe,
+            calibration=calibration,
+            target=_read_target(options),
+        ),
         repo=options.model.name,
         calibration_text=options.text,
         evaluation=EvaluationPlan(
@@ -120,6 +144,19 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
     with _bar(console) as bar:
         report = quantize_model(job, Watch(on_event=_Painter(bar)))
     Console().print(_table(report))
+
+
+def _read_target(options: argparse.Namespace) -> BitTarget | None:
+    goals = {
+        "average_bits": options.target_bits,
+        "max_bytes": options.target_bytes,
+        "perplexity_increase": options.target_increase,
+    }
+    if all(each is None for each in goals.values()):
+        return None
+    return BitTarget(
+        **goals, w_choices=tuple(options.w_choices), a_choices=tuple(options.a_choices)
+    )
 
 
 def _perplexity(options: argparse.Namespace, console: Console) -> None:
@@ -178,6 +215,9 @@ class _Painter:
                 self._bar.console.print(f"{event.name}  {change}  {event.seconds:.1f} s")
             case ArtifactFile():
                 self._bar.console.print(f"{event.path}  {event.bytes} bytes")
+            case BitsChosen():
+                expected = f"expected KL {event.predicted_loss:.4g}"
+                self._bar.console.print(f"{event.average_bits:.3f} bits per weight, {expected}")
             case LogLine() | EvaluationFailed():
                 self._bar.console.print(event.message)
             case _:

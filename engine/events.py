@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 __all__ = [
     "ArtifactFile",
+    "BitsChosen",
     "CheckpointSaved",
     "EvaluationFailed",
     "EvaluationResult",
@@ -29,6 +30,8 @@ class Stage(StrEnum):
     """Checks what was asked against the model's config and tensor headers."""
     DOWNLOADING = "downloading"
     """Fetches the source model at its pinned revision."""
+    SEARCHING = "searching"
+    """Measures every layer at every width and chooses its bits; only with a target."""
     CALIBRATING = "calibrating"
     """Learns and rounds one decoder layer after the other."""
     TUNING = "tuning"
@@ -47,6 +50,19 @@ class StageStarted:
 
     type: ClassVar[str] = "stage.started"
     stage: Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitsChosen:
+    """The bit search is done; calibration takes these."""
+
+    type: ClassVar[str] = "bits.chosen"
+    average_bits: float
+    """Stored bits per quantized weight."""
+    predicted_loss: float
+    """KL divergence of the logits before calibration, in nats per token."""
+    bits: dict[str, tuple[int, int]]
+    """Weight and activation bits of every linear by its full name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +155,7 @@ class LogLine:
 
 Event = (
     StageStarted
+    | BitsChosen
     | LayerStarted
     | LayerFinished
     | CheckpointSaved

@@ -5,18 +5,22 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from engine.architecture import Architecture, LinearShape
+from engine.effort import SearchPlan, plan_search, search_units
 from engine.errors import SpecError
+from engine.reach import FP_BYTES, Reach, stored_bits
 from engine.rotation import Rotation, check_rotation
-from engine.spec import FULL_BITS, GROUP_STEP, PER_CHANNEL, SCALE_BITS, ZERO_POINT_BITS, QuantSpec
+from engine.spec import GROUP_STEP, PER_CHANNEL, QuantSpec
 
 __all__ = ["Estimate", "check_spec", "estimate_bytes", "promised_bits"]
 
-FP_BYTES = 2
-"""A full-precision weight is stored in 16 bits."""
 TRAIN_BYTES = 4
 """Calibration computes in fp32."""
 TRAIN_COPIES = 6
 """A block's weights, their fake-quantized twins, and what backward keeps of both."""
+
+
+SEARCH_COPIES = 2
+"""A block's weights, and one of its linears rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +36,7 @@ class Estimate:
     memory_bytes: int
     """Peak while one block trains: weights, activations of all samples, attention scratch."""
     calibration_flops: float
+    """Of the search for bits as well, where there is a target."""
 
     @property
     def disk_bytes(self) -> int:
@@ -65,20 +70,26 @@ def check_spec(architecture: Architecture, spec: QuantSpec) -> None:
             spec.calibration.length,
             f"the model has {architecture.max_positions} positions; use at most that",
         )
+    if spec.target is not None:
+        Reach.of(architecture, spec).check(spec.target)
 
 
 def promised_bits(architecture: Architecture, spec: QuantSpec) -> float:
-    """Stored bits per quantized weight: planes, scales and zero-points; biases are no weights."""
+    """Stored bits per quantized weight: planes, scales and zero-points; biases are no weights.
+
+    With a target it is a bound: what the target allows, or the widest of its widths where it is
+    about perplexity.
+    """
     quantized = [each for each in architecture.linears if spec.weight_grid(each.name)]
-    return sum(_stored_bits(each, spec) for each in quantized) / sum(
-        each.weights for each in quantized
-    )
+    return _packed_bits(architecture, spec) / sum(each.weights for each in quantized)
 
 
-def estimate_bytes(architecture: Architecture, spec: QuantSpec) -> Estimate:
-    """Estimate disk, memory and arithmetic of a quantization."""
+def estimate_bytes(
+    architecture: Architecture, spec: QuantSpec, device_type: str = "cpu"
+) -> Estimate:
+    """Estimate disk, memory and arithmetic of a quantization; a search depends on the device."""
     quantized = [each for each in architecture.linears if spec.weight_grid(each.name)]
-    packed = sum(_stored_bits(each, spec) for each in quantized) // 8
+    packed = _packed_bits(architecture, spec) // 8
     parameters = architecture.parameter_count
     rest = parameters - sum(each.weights for each in quantized)
     layer_weights = sum(each.weights for each in architecture.linears_per_layer)
@@ -90,6 +101,7 @@ def estimate_bytes(architecture: Architecture, spec: QuantSpec) -> Estimate:
         8 * architecture.hidden + 4 * architecture.intermediate
     )  # fmt: skip
     embedding = architecture.vocab * architecture.hidden * TRAIN_BYTES
+    search = _plan_of(architecture, spec, device_type)
     passes = 3 * 2 + spec.calibration.epochs * 6
     return Estimate(
         parameters=parameters,
@@ -97,14 +109,31 @@ def estimate_bytes(architecture: Architecture, spec: QuantSpec) -> Estimate:
         source_bytes=parameters * FP_BYTES,
         result_bytes=packed + rest * FP_BYTES,
         state_bytes=packed,
-        memory_bytes=TRAIN_COPIES * TRAIN_BYTES * layer_weights
-        + activations
-        + backward
-        + embedding,
+        memory_bytes=embedding
+        + max(
+            TRAIN_COPIES * TRAIN_BYTES * layer_weights + activations + backward,
+            0
+            if search is None
+            else SEARCH_COPIES * TRAIN_BYTES * layer_weights + search.wave_bytes,
+        ),
         calibration_flops=float(
             passes * tokens * architecture.active_weights_per_layer * architecture.layers
-        ),
+        )
+        + (0 if search is None else search.flops),
     )
+
+
+def _packed_bits(architecture: Architecture, spec: QuantSpec) -> int:
+    if spec.target is not None:
+        return Reach.of(architecture, spec).limit_bits(spec.target)
+    grids = [(each, spec.weight_grid(each.name)) for each in architecture.linears]
+    return sum(stored_bits(linear, grid) for linear, grid in grids if grid is not None)
+
+
+def _plan_of(architecture: Architecture, spec: QuantSpec, device_type: str) -> SearchPlan | None:
+    if spec.target is None:
+        return None
+    return plan_search(architecture, spec, search_units(architecture, spec), device_type)
 
 
 def _check_group_size(architecture: Architecture, spec: QuantSpec, linear: LinearShape) -> None:
@@ -119,14 +148,3 @@ def _check_group_size(architecture: Architecture, spec: QuantSpec, linear: Linea
         f"it does not divide the K = {linear.in_features} inputs of {linear.name}; use"
         f" {', '.join(map(str, (PER_CHANNEL, *fitting)))}",
     )
-
-
-def _stored_bits(linear: LinearShape, spec: QuantSpec) -> int:
-    grid = spec.weight_grid(linear.name)
-    if grid is None:
-        return linear.weights * FULL_BITS
-    # a plane is stored in whole 32-bit words
-    columns = math.ceil(linear.in_features / 32) * 32
-    groups = linear.in_features // grid.group_of(linear.in_features)
-    per_row = columns * grid.planes + groups * (SCALE_BITS + ZERO_POINT_BITS)
-    return linear.out_features * per_row

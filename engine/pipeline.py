@@ -1,4 +1,4 @@
-"""A quantization from source directory to checkpoint directory: calibrate, pack, evaluate.
+"""A quantization from source directory to checkpoint directory: search, calibrate, pack, evaluate.
 
 Deterministic: the same job on the same machine writes the same bytes, also when it was cut off
 and taken up again.
@@ -6,7 +6,7 @@ and taken up again.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,14 +26,18 @@ from engine.calibration.finish import finish
 from engine.calibration.merge import merged_tensors
 from engine.calibration.resume import ENGINE_VERSION, BlockStore, fingerprint
 from engine.calibration.watch import Watch
-from engine.checkpoint.manifest import Evaluation, LayerRecord, digest_of, hash_file
+from engine.checkpoint.manifest import LayerRecord, digest_of, hash_file
+from engine.checkpoint.search_record import SearchRecord
 from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
 from engine.evaluation.comparison import EvaluationPlan, evaluate
 from engine.events import ArtifactFile, Stage, StageStarted
 from engine.fit import check_spec
 from engine.models.loading import SourceModel, read_config
 from engine.models.rotated import rotated
+from engine.report import QuantReport
 from engine.rotation import Rotation, online_blocks
+from engine.search.search import FoundBits
+from engine.search.stage import find_bits
 from engine.spec import QuantSpec
 
 __all__ = ["EvaluationPlan", "QuantJob", "QuantReport", "best_device", "quantize_model"]
@@ -84,41 +88,6 @@ class QuantJob:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantReport:
-    """What came out."""
-
-    bits_per_weight: float
-    """Counted from the stored tensors, scales and zero-points included."""
-    promised_bits_per_weight: float
-    bytes_fp: int
-    """All parameters of the source in 16 bits."""
-    bytes_quant: int
-    """All stored tensors of the result."""
-    evaluation: Evaluation
-    seconds: float
-    layers: int
-    """Decoder layers."""
-    manifest_sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Write what the service keeps."""
-        measured = self.evaluation.perplexity
-        return {
-            "bits_per_weight": self.bits_per_weight,
-            "promised_bits_per_weight": self.promised_bits_per_weight,
-            "bytes_fp": self.bytes_fp,
-            "bytes_quant": self.bytes_quant,
-            "perplexity": None
-            if measured is None
-            else {"fp": measured.fp, "quant": measured.quant, "tokens": measured.tokens},
-            "evaluation_status": self.evaluation.status.value,
-            "seconds": self.seconds,
-            "layers": self.layers,
-            "manifest_sha256": self.manifest_sha256,
-        }
-
-
 def best_device() -> str:
     """The GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,18 +106,21 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     started_s = time.monotonic()
     source = SourceModel.open(job.source_dir)
     check_spec(source.architecture, job.spec)
-    watch.report(StageStarted(stage=Stage.CALIBRATING))
+    first = Stage.CALIBRATING if job.spec.target is None else Stage.SEARCHING
+    watch.report(StageStarted(stage=first))
     windows = _calibration_windows(job)
+    found = _find_bits(job, source, windows.tokens, watch)
+    job = replace(job, spec=found.spec)
+    if found.record is not None:
+        watch.report(StageStarted(stage=Stage.CALIBRATING))
     store = _open_store(job, source, windows, watch)
     loop = _block_loop(job, source, store, watch)
     calibrated = loop.run(windows.tokens)
     finish(loop, calibrated, windows.tokens)
     watch.report(StageStarted(stage=Stage.PACKING))
-    summary = _pack(job, source, store, calibrated.losses)
+    summary = _pack(job, source, store, calibrated.losses, found.record)
     evaluation = evaluate(source, job.out_dir, job.evaluation, watch, job.device)
-    for path in sorted(job.out_dir.iterdir()):
-        file = hash_file(path)
-        watch.report(ArtifactFile(path=file.path, bytes=file.bytes, sha256=file.sha256))
+    _tell_files(job, watch)
     bits = summary.bits
     return QuantReport(
         bits_per_weight=bits.per_weight,
@@ -159,6 +131,7 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
         seconds=round(time.monotonic() - started_s, 3),
         layers=source.architecture.layers,
         manifest_sha256=digest_of(job.out_dir),
+        search=found.record,
     )
 
 
@@ -179,6 +152,23 @@ def _calibration_windows(job: QuantJob) -> TokenWindows:
     ids = tokenize(load_tokenizer(job.source_dir), text)
     wanted = job.spec.calibration
     return sample_windows(text, ids, wanted.samples, wanted.length, wanted.seed)
+
+
+def _tell_files(job: QuantJob, watch: Watch) -> None:
+    for path in sorted(job.out_dir.iterdir()):
+        file = hash_file(path)
+        watch.report(ArtifactFile(path=file.path, bytes=file.bytes, sha256=file.sha256))
+
+
+def _find_bits(job: QuantJob, source: SourceModel, tokens: torch.Tensor, watch: Watch) -> FoundBits:
+    return find_bits(
+        source,
+        job.spec,
+        tokens,
+        state_dir=job.state_dir,
+        device=torch.device(job.device),
+        watch=watch,
+    )
 
 
 def _open_store(
@@ -202,7 +192,11 @@ def _open_store(
 
 
 def _pack(
-    job: QuantJob, source: SourceModel, store: BlockStore, losses: list[BlockLosses]
+    job: QuantJob,
+    source: SourceModel,
+    store: BlockStore,
+    losses: list[BlockLosses],
+    search: SearchRecord | None,
 ) -> CheckpointSummary:
     provenance = Provenance(
         source_dir=job.source_dir,
@@ -211,6 +205,7 @@ def _pack(
         revision=job.revision,
         layers=_layer_records(job.spec, source, losses),
         rotation=Rotation.of(job.spec, source.architecture),
+        search=search,
     )
     model = rotated(source, provenance.rotation)
     return write_checkpoint(

@@ -22,7 +22,8 @@ PER_CHANNEL = -1
 SCALE_BITS = 16
 ZERO_POINT_BITS = 8
 GROUP_STEP = 32  # groups are whole words of the stored bit-planes
-MAX_OVERRIDES = 256
+MAX_OVERRIDES = 65_536
+"""A search writes one for each linear; a request may have fewer (`api.schemas`)."""
 NOTATION = re.compile(r"w(\d+)(\*?)a(\d+)(\*?)(?:kv(\d+))?(?:g(\d+))?(?:kv(\d+))?", re.IGNORECASE)
 
 

@@ -6,7 +6,14 @@ from typing import Any
 from rich.text import Text
 
 from api.cli.output import status_text
-from api.cli.quantities import age_text, bytes_text, change_text, duration_text, loss_text
+from api.cli.quantities import (
+    age_text,
+    bits_text,
+    bytes_text,
+    change_text,
+    duration_text,
+    loss_text,
+)
 
 __all__ = ["estimate_facts", "job_facts", "job_row", "layer_row"]
 
@@ -26,6 +33,7 @@ def job_facts(job: Mapping[str, Any]) -> dict[str, str | Text]:
         "labels": ", ".join(f"{name}={value}" for name, value in (job["labels"] or {}).items()),
         "attempt": f"{job['attempt']} of {job['max_attempts']}",
         "promised": _promise_text(estimate) if not report else "",
+        "searched": _search_text(report.get("search")),
         "measured": _measure_text(report, estimate) if report else "",
         "perplexity": _perplexity_text(report),
         "took": duration_text(report["seconds"]) if report.get("seconds") else "",
@@ -91,6 +99,12 @@ def _measure_text(report: Mapping[str, Any], estimate: Mapping[str, Any]) -> str
     sizes = f"{bytes_text(report['bytes_fp'])} -> {bytes_text(report['bytes_quant'])}"
     bits = f"{report['bits_per_weight']:.3f} bits per weight"
     return f"{bits} (promised {promised:.3f}), {sizes}"
+
+
+def _search_text(search: Mapping[str, Any] | None) -> str:
+    if not search:
+        return ""
+    return bits_text(search["predicted_average_bits"], search["predicted_loss"], search["bits"])
 
 
 def _push_text(report: Mapping[str, Any]) -> str | Text:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from api.cli.events import JobEvent
 from api.cli.output import list_table, status_text
-from api.cli.quantities import bytes_text, change_text, duration_text, loss_text
+from api.cli.quantities import bits_text, bytes_text, change_text, duration_text, loss_text
 
 __all__ = ["JobPicture", "LayerRow", "event_line"]
 
@@ -82,10 +82,10 @@ class JobPicture:
                 self._advance(data["done"], data["total"], self.layer or counted)
             case "log" | "publish.failed":
                 self.remark = str(data["message"])
-            case _ if event.type.startswith("job."):
-                self._turn(event)
+            case "bits.chosen":
+                self.remark = _chosen_text(data)
             case _:
-                pass
+                self._turn(event)
 
     def _show_layer(self, done: int, data: dict[str, Any]) -> None:
         self.layer = f"layer {data['index'] + 1} of {data['total']}"
@@ -99,7 +99,9 @@ class JobPicture:
         self._bar.update(self._task, completed=done, total=total, count=count)
 
     def _turn(self, event: JobEvent) -> None:
-        """A status changed; a requeued job waits again."""
+        """A status changed; a requeued job waits again. Other events change nothing here."""
+        if not event.type.startswith("job."):
+            return
         turned = {"started": "running", "requeued": "queued"}
         name = event.type.removeprefix("job.")
         self.status = turned.get(name, name)
@@ -138,6 +140,8 @@ def event_line(event: JobEvent) -> str | None:
     match event.type:
         case "stage.started":
             kind, said = "stage", str(data["stage"])
+        case "bits.chosen":
+            kind, said = "bits", _chosen_text(data)
         case "layer.finished":
             kind, said = "layer", _layer_text(LayerRow.from_event(data))
         case "eval.result":
@@ -151,6 +155,10 @@ def event_line(event: JobEvent) -> str | None:
         case _:
             return None
     return f"{kind:<11}{said}"
+
+
+def _chosen_text(data: dict[str, Any]) -> str:
+    return bits_text(data["average_bits"], data["predicted_loss"], data["bits"])
 
 
 def _layer_text(row: LayerRow) -> str:

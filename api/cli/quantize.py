@@ -86,7 +86,9 @@ def read_spec(text: str, settings: list[str] | None) -> str | dict[str, Any]:
         *parents, name = path.split(".")
         group = spec
         for parent in parents:
-            group = group.setdefault(parent, {})
+            # a group that is not asked for, as the target, is null in the JSON of a notation
+            group[parent] = group.get(parent) or {}
+            group = group[parent]
         group[name] = value
     return spec
 

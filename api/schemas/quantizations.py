@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
 
 from api.db.tables.jobs import Job, JobEvent, JobLayer, JobStatus
 from api.schemas.base import Schema
@@ -23,6 +23,8 @@ __all__ = [
 ]
 
 LABELS_MAX = 16
+OVERRIDES_MAX = 256
+"""In a request; a bit search writes one for every layer."""
 FLAGS = (
     "symmetric", "bit_balance", "half_step",
     "rotation", "online_hadamard", "equivalent_transform", "compensation",
@@ -43,7 +45,17 @@ def read_spec(value: object) -> object:
     raise SpecError("spec", value, "write w4a8 or the like, or a JSON object with w_bits")
 
 
-SpecField = Annotated[QuantSpec, BeforeValidator(read_spec, json_schema_input_type=str | QuantSpec)]
+def _limit_overrides(spec: QuantSpec) -> QuantSpec:
+    if len(spec.overrides) > OVERRIDES_MAX:
+        raise SpecError("overrides", len(spec.overrides), f"use at most {OVERRIDES_MAX}")
+    return spec
+
+
+SpecField = Annotated[
+    QuantSpec,
+    BeforeValidator(read_spec, json_schema_input_type=str | QuantSpec),
+    AfterValidator(_limit_overrides),
+]
 
 
 class EvaluationOptions(Schema):
@@ -72,6 +84,10 @@ class QuantizationRequest(Schema):
             "examples": [
                 {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "spec": "w4a8"},
                 {"model": "local:models/smollm2", "spec": {"w_bits": 3, "group_size": 64}},
+                {
+                    "model": "local:models/smollm2",
+                    "spec": {"w_bits": 4, "a_bits": 8, "target": {"average_bits": 3.5}},
+                },
             ]
         }
     )

@@ -30,7 +30,9 @@ PARAMETER_TOLERANCE = 0.01
 # cpu: SmolLM2-135M at w4a8, 8e9 operations for each second of one busy core, two cores;
 # cuda: a third of an H100's fp32 peak, not measured
 FLOPS = {"cpu": 16e9, "cuda": 20e12}
-SECONDS_BASIS = "arithmetic of the calibration alone, on {device} at {rate:.0e} operations a second"
+SECONDS_BASIS = (
+    "arithmetic of search and calibration alone, on {device} at {rate:.0e} operations a second"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,8 @@ def preflight(  # noqa: PLR0913 - the fields of one request, by name
     except SpecError as error:
         raise InvalidRequest(error.message, param=f"spec.{error.field}") from error
     _check_evaluation(architecture, evaluation or {})
-    estimate = _describe(settings, architecture, facts, estimate_bytes(architecture, spec))
+    needs = estimate_bytes(architecture, spec, _device_type(settings))
+    estimate = _describe(settings, architecture, facts, needs)
     _check_disk(settings, estimate)
     return Preflight(resolved=resolved, architecture=architecture, estimate=estimate)
 
@@ -175,7 +178,7 @@ def _describe(
     # the files' own size: a source in fp32 takes twice what its parameters suggest
     needed = facts.source_bytes + estimate.disk_bytes - estimate.source_bytes
     disk = shutil.disk_usage(_existing(settings.work_dir))
-    device = "cuda" if (settings.worker.device or "").startswith("cuda") else "cpu"
+    device = _device_type(settings)
     return {
         "parameters": estimate.parameters,
         "layers": architecture.layers,
@@ -188,6 +191,10 @@ def _describe(
         "seconds": round(estimate.calibration_flops / FLOPS[device]),
         "seconds_basis": SECONDS_BASIS.format(device=device, rate=FLOPS[device]),
     }
+
+
+def _device_type(settings: Settings) -> str:
+    return "cuda" if (settings.worker.device or "").startswith("cuda") else "cpu"
 
 
 def _check_disk(settings: Settings, estimate: Mapping[str, Any]) -> None:

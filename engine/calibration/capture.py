@@ -107,7 +107,7 @@ def _make_stack(
     weight = model.load_embedding()
     if isinstance(embedding, RotatedEmbedding):
         # its rows are given as they come out
-        embedding = nn.Embedding(*weight.shape, device="meta")
+        embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
     parts[family.embedding] = _HostEmbedding(embedding, weight, device)
     parts[family.layers] = nn.ModuleList(recorders)
     for name in entry_names(skeleton, family):

@@ -15,6 +15,7 @@ from typing import Any, Self
 from engine.checkpoint.bits import StoredBits
 from engine.checkpoint.durable import write_atomically
 from engine.checkpoint.format import MANIFEST_NAME
+from engine.checkpoint.search_record import SearchRecord
 from engine.errors import CheckpointInvalid, SpecError
 from engine.spec import QuantSpec
 
@@ -102,10 +103,14 @@ class Manifest:
     evaluation: Evaluation
     files: tuple[FileRecord, ...]
     """Every file but the manifest, sorted by path."""
+    search: SearchRecord | None = None
+    """Why the layers have their bits, where a search chose them."""
 
     def to_json(self) -> dict[str, Any]:
-        """Write every field."""
+        """Write every field; `search` where there was one."""
+        found = {} if self.search is None else {"search": self.search.to_json()}
         return {
+            **found,
             "format": MANIFEST_FORMAT,
             "engine_version": self.engine_version,
             "source": dict(self.source),
@@ -127,7 +132,7 @@ class Manifest:
         if record.get("format") != MANIFEST_FORMAT:
             raise CheckpointInvalid(f"{MANIFEST_NAME} is not of the format {MANIFEST_FORMAT}")
         try:
-            evaluation = record["evaluation"]
+            evaluation, search = record["evaluation"], record.get("search")
             perplexity = evaluation["perplexity"]
             return cls(
                 engine_version=str(record["engine_version"]),
@@ -141,6 +146,7 @@ class Manifest:
                     perplexity=None if perplexity is None else Perplexities(**perplexity),
                 ),
                 files=tuple(FileRecord(**each) for each in record["files"]),
+                search=None if search is None else SearchRecord.from_json(search),
             )
         except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
             raise CheckpointInvalid(f"{MANIFEST_NAME} is damaged: {error}") from error

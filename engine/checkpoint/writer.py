@@ -30,6 +30,7 @@ from engine.checkpoint.manifest import (
     hash_file,
     write_manifest,
 )
+from engine.checkpoint.search_record import SearchRecord
 from engine.rotation import Rotation
 from engine.spec import QuantSpec
 
@@ -51,6 +52,7 @@ class Provenance:
     evaluation: Evaluation = field(default_factory=Evaluation)
     rotation: Rotation = field(default_factory=Rotation.none)
     """How the tensors of the layers were rotated."""
+    search: SearchRecord | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,7 @@ def write_checkpoint(
             shutil.copyfile(provenance.source_dir / name, partial / name)
     files = tuple(hash_file(path) for path in sorted(partial.iterdir()))
     bits = tally.total()
+    search = provenance.search
     manifest = Manifest(
         engine_version=provenance.engine_version,
         source={"repo": provenance.repo, "revision": provenance.revision},
@@ -111,6 +114,7 @@ def write_checkpoint(
         layers=tuple(provenance.layers),
         evaluation=provenance.evaluation,
         files=files,
+        search=None if search is None else search.achieving(bits.per_weight),
     )
     digest = write_manifest(partial, manifest)
     _publish(partial, out_dir)

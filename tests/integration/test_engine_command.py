@@ -6,6 +6,7 @@ import pytest
 
 from engine.__main__ import main
 from engine.checkpoint.manifest import read_manifest
+from engine.target import BitTarget
 from tests.tiny_models import save_tiny_model
 
 SMALL = ["--samples", "3", "--length", "32", "--epochs", "1", "--eval-windows", "2"]
@@ -45,6 +46,33 @@ def test_nothing_is_measured_when_nothing_is_asked_for(source, tmp_path):
     run("quantize", source, tmp_path / "out", "--recipe", "rtn", *SMALL[:-1], 0)
 
     assert read_manifest(tmp_path / "out").evaluation.status == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("option", "goal"),
+    [
+        (("--target-bits", 3.5), {"average_bits": 3.5}),
+        (("--target-bytes", 120_000), {"max_bytes": 120_000}),
+        (("--target-increase", 0.1), {"perplexity_increase": 0.1}),
+    ],
+)
+def test_a_target_searches_the_bits_of_every_layer(source, tmp_path, capsys, option, goal):
+    choices = ("--w-choices", 2, 3, 4, 8, "--a-choices", 6, 8)
+
+    code = run("quantize", source, tmp_path / "out", *option, *choices, *SMALL[:-1], 0)
+
+    manifest = read_manifest(tmp_path / "out")
+    assert code == 0
+    assert manifest.spec.target == BitTarget(**goal, w_choices=(2, 3, 4, 8), a_choices=(6, 8))
+    expected = f"{manifest.search.predicted_average_bits:.3f} bits per weight, expected KL"
+    assert expected in capsys.readouterr().err
+
+
+def test_a_target_out_of_reach_is_explained(source, tmp_path, capsys):
+    code = run("quantize", source, tmp_path / "out", "--target-bits", 1.5, *SMALL)
+
+    assert code == 1
+    assert "target.average_bits = 1.5 is not possible" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_spec_that_does_not_fit_is_explained(source, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from api.db.tables.jobs import JobStatus
+from api.schemas.quantizations import Quantization
 from api.services.jobs import cancel_job, retry_job
 from tests.integration.machine import QUICK, TOKEN, wait_until
 from tests.tiny_llama import save_tiny_llama
@@ -40,6 +41,23 @@ def test_a_job_goes_through_its_stages_and_leaves_only_its_artifact(machine, dis
     stored = machine.settings.storage_root / artifact.id
     assert sum(path.stat().st_size for path in stored.iterdir()) == artifact.bytes
     wait_until(lambda: not (machine.settings.work_dir / job.id).exists(), "the work was kept", 5)
+
+
+def test_a_job_with_a_target_searches_its_bits_and_shows_them(machine, dispatcher):
+    machine.start("worker")
+    target = {"average_bits": 4.0, "w_choices": [2, 4, 8]}
+
+    job = machine.wait_for_end(machine.create_job(spec=QUICK | {"target": target}))
+
+    assert machine.artifact(job)
+    stages = [event.data["stage"] for event in machine.events(job.id, "stage.started")]
+    assert stages[2:4] == ["searching", "calibrating"]
+    assert 3.5 < job.report["bits_per_weight"] <= 4.0
+    shown = Quantization.of(job).report["search"]
+    assert shown["predicted_average_bits"] == job.report["bits_per_weight"]
+    assert {w_bits for w_bits, _ in shown["bits"].values()} > {2}
+    [chosen] = machine.events(job.id, "bits.chosen")
+    assert chosen.data["bits"] == shown["bits"]
 
 
 def test_cancelling_a_calibration_takes_seconds_and_leaves_no_partial_artifact(machine, dispatcher):

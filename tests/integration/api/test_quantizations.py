@@ -46,6 +46,17 @@ def test_an_estimate_promises_bits_and_changes_nothing(writer):
     assert writer.get(URL).json()["data"] == []
 
 
+def test_a_target_promises_what_it_allows_before_anything_is_measured(writer):
+    spec = {"w_bits": 4, "a_bits": 8, "group_size": 32, "target": {"average_bits": 4.1}}
+
+    answer = writer.post(f"{URL}/estimate", json={"model": MODEL, "spec": spec}).json()
+    job = writer.post(URL, json={"model": MODEL, "spec": spec}).json()
+
+    assert answer["promised_bits_per_weight"] == pytest.approx(4.1, abs=1e-3)
+    assert job["spec"]["target"]["average_bits"] == 4.1
+    assert job["spec"]["target"]["w_choices"] == [2, 3, 4, 5, 6, 8]
+
+
 def test_the_same_key_and_body_give_one_job(writer):
     headers = {"Idempotency-Key": "once"}
     bodies = [
@@ -104,6 +115,31 @@ BAD = [
         "spec.overrides.0.w_bits",
         "12",
         "16",
+    ),
+    (
+        {"spec": {"w_bits": 4, "overrides": [{"pattern": "*", "w_bits": 3}] * 257}},
+        "spec.overrides",
+        "257",
+        "at most 256",
+    ),
+    (
+        {"spec": {"w_bits": 4, "target": {"average_bits": 0.5}}},
+        "spec.target.average_bits",
+        "0.5",
+        "1 to 16",
+    ),
+    ({"spec": {"w_bits": 4, "target": {}}}, "spec.target", "", "set one of average_bits"),
+    (
+        {"spec": {"w_bits": 4, "target": {"average_bits": 1.5}}},
+        "spec.target.average_bits",
+        "1.5",
+        "stored bits per weight here",
+    ),
+    (
+        {"spec": {"w_bits": 4, "target": {"max_bytes": 5}}},
+        "spec.target.max_bytes",
+        "5",
+        "bytes here",
     ),
     ({"model": "https://example.org/x"}, "model", "https://example.org/x", "owner/name"),
     ({"model": "local:models/../secret"}, "model", "", ""),

@@ -31,6 +31,16 @@ def test_single_fields_are_laid_over_the_notation(abq):
     assert spec["symmetric"] is True
 
 
+def test_a_target_is_laid_over_the_notation(abq):
+    options = ("--set", "target.average_bits=3.5", "--set", "target.w_choices=[2,3,4]")
+
+    spec = abq("quantize", MODEL, "w4a8", *SHORT, *options, "--json").json["spec"]
+
+    assert (spec["w_bits"], spec["a_bits"]) == (4, 8)
+    assert spec["target"]["average_bits"] == 3.5
+    assert spec["target"]["w_choices"] == [2, 3, 4]
+
+
 def test_a_spec_is_read_from_a_file(abq, tmp_path):
     path = tmp_path / "spec.json"
     path.write_text(json.dumps({"w_bits": 5, "group_size": 32}))

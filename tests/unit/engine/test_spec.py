@@ -3,8 +3,10 @@ import json
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.checkpoint.format import quantization_section, spec_of_section
 from engine.errors import SpecError
 from engine.spec import CalibrationSpec, LayerOverride, QuantSpec, Recipe
+from engine.target import BitTarget
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,18 @@ def test_a_grid_promises_its_planes_and_its_scales(notation, planes, promised):
 
     assert grid.planes == planes
     assert grid.promised_bits(4096) == promised
+
+
+def test_what_a_search_finds_for_a_large_model_survives_json():
+    found = tuple(
+        LayerOverride(pattern=f"model.layers.{index}.mlp.up_proj", w_bits=2 + index % 5)
+        for index in range(600)
+    )
+    spec = QuantSpec(w_bits=4, overrides=found, target=BitTarget(max_bytes=10**9))
+
+    assert QuantSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    section = {"quantization_config": quantization_section(spec, ["lm_head"])}
+    assert spec_of_section(json.loads(json.dumps(section))).overrides == found
 
 
 def test_the_last_matching_override_decides():

@@ -23,6 +23,11 @@ def drawn(picture):
     return console.file.getvalue()
 
 
+CHOSEN = event(
+    "bits.chosen", average_bits=3.5, predicted_loss=0.043, bits={"a": [2, 8], "b": [4, 8]}
+)
+
+
 @pytest.fixture
 def picture():
     return JobPicture("acme/tiny w4a8")
@@ -54,6 +59,13 @@ def test_only_the_latest_layers_are_shown(picture):
     assert " 5/30" not in text
 
 
+def test_the_bits_that_a_search_chose_are_told(picture):
+    picture.apply(event("stage.started", stage="searching"))
+    picture.apply(CHOSEN)
+
+    assert "1 w2a8, 1 w4a8" in drawn(picture)
+
+
 def test_a_download_is_counted_in_bytes(picture):
     picture.apply(event("download.progress", bytes=5_000_000, total=10_000_000))
 
@@ -83,6 +95,7 @@ def test_a_resumed_layer_says_so(picture):
         (event("job.requeued"), "job        requeued"),
         (event("job.failed", error={"message": "disk full"}), "failed     disk full"),
         (event("checkpoint.saved", index=1), None),
+        (CHOSEN, "bits       3.500 bits per weight (layers: 1 w2a8, 1 w4a8), KL 0.043"),
         (finished(2), "layer      3/30  loss 0.5 -> 0.25  1.5 s"),
     ],
 )

@@ -2,7 +2,14 @@ from datetime import UTC, datetime
 
 import pytest
 
-from api.cli.quantities import age_text, bytes_text, change_text, duration_text, loss_text
+from api.cli.quantities import (
+    age_text,
+    bits_text,
+    bytes_text,
+    change_text,
+    duration_text,
+    loss_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -11,6 +18,14 @@ from api.cli.quantities import age_text, bytes_text, change_text, duration_text,
 )
 def test_bytes_are_decimal(count, text):
     assert bytes_text(count) == text
+
+
+def test_chosen_bits_are_counted_by_width():
+    bits = {"a": [4, 8], "b": [2, 8], "c": [4, 8]}
+
+    assert bits_text(3.4996, 0.04321, bits) == (
+        "3.500 bits per weight (layers: 1 w2a8, 2 w4a8), KL 0.0432"
+    )
 
 
 @pytest.mark.parametrize(
