@@ -14,7 +14,8 @@ from torch import nn
 
 from engine.calibration.attention import AttentionTeacher
 from engine.calibration.block import BlockTask, run_windows
-from engine.calibration.train import Examples, ParameterGroup, Schedule, train
+from engine.calibration.stepper import Examples, ParameterGroup, Schedule
+from engine.calibration.train import train
 from engine.calibration.twins import Student
 from engine.calibration.watch import Watch
 from engine.methods.base import BlockOutputs, Method

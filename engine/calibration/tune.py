@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.calibration.capture import BlockCall
-from engine.calibration.train import Examples, ParameterGroup, Schedule, TrainingDiverged, train
+from engine.calibration.stepper import Examples, ParameterGroup, Schedule
+from engine.calibration.train import TrainingDiverged, train
 from engine.calibration.watch import Watch
 from engine.events import Stage
 from engine.methods.base import Method

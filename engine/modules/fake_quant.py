@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from engine.modules.linear import QuantLinear, multiply_codes
+from engine.modules.linear import QuantLinear
+from engine.modules.operand import multiply_codes
 from engine.modules.rotated import OnlineHadamard
 from engine.numerics.affine import (
     AffineParams,

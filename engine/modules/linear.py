@@ -7,20 +7,14 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from engine.modules.operand import Operand, derive_operand, multiply, operand_bytes, pack_operand
 from engine.modules.rotated import OnlineHadamard
-from engine.numerics.affine import AffineParams, dequantize_weight, doubled_codes, quantize_weight
+from engine.numerics.affine import AffineParams, dequantize_weight, quantize_weight
 from engine.spec import FULL_BITS, WeightGrid
-from kernels.activation_quant import quantize_activations
-from kernels.cpu_linear import CpuWeight, cpu_linear, prepare_cpu_weight
-from kernels.float_linear import float_linear
-from kernels.int_linear import PackedWeight, integer_linear
+from kernels.int_linear import PackedWeight
 from kernels.layouts import pack_codes, packed_words, unpack_codes
 
-__all__ = ["QuantLinear", "multiply_codes"]
-
-Operand = CpuWeight | PackedWeight | torch.Tensor
-"""What a device multiplies with; a tensor is a float weight ``[N, K]``."""
-BYTE_PLANES = 8
+__all__ = ["QuantLinear"]
 
 
 class QuantLinear(nn.Module):
@@ -136,13 +130,7 @@ class QuantLinear(nn.Module):
     @property
     def operand_bytes(self) -> int:
         """Bytes that `prepare` added to the buffers."""
-        match self._operand:
-            case torch.Tensor():
-                return self._operand.nbytes
-            case CpuWeight():
-                return sum(each.nbytes for each in self._operand.columns)
-            case _:
-                return 0
+        return 0 if self._operand is None else operand_bytes(self._operand)
 
     def codes(self) -> torch.Tensor:
         """Unpack the codes: uint8 ``[N, K]``."""
@@ -156,18 +144,18 @@ class QuantLinear(nn.Module):
         """Derive what this device multiplies with; call after loading or moving."""
         # a dense weight kept on the GPU would undo the packing
         keeps_packed = self.a_bits == FULL_BITS and self.weight_packed.device.type != "cpu"
-        self._operand = None if keeps_packed else self._derive_operand()
+        self._operand = None if keeps_packed else self._derive()
         return self
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to float ``[..., K]``; the result has the dtype of ``x``."""
-        operand = self._operand if self._operand is not None else self._derive_operand()
+        operand = self._operand if self._operand is not None else self._derive()
         if self.transform is None:
-            return _multiply(x, operand, self.a_bits, self.bias)
+            return multiply(x, operand, self.a_bits, self.bias)
         # codes are taken before half precision would round what was mixed
         seen = self.transform(x if self.a_bits == FULL_BITS else x.float())
-        return _multiply(seen, operand, self.a_bits, self.bias).to(x.dtype)
+        return multiply(seen, operand, self.a_bits, self.bias).to(x.dtype)
 
     @override
     def _apply(
@@ -193,72 +181,12 @@ class QuantLinear(nn.Module):
             f"input_hadamard={self.input_hadamard}"
         )
 
-    def _derive_operand(self) -> Operand:
+    def _derive(self) -> Operand:
         on_cpu = self.weight_packed.device.type == "cpu"
         if on_cpu or self.a_bits == FULL_BITS:
-            return _derive_from_codes(self.codes(), self.params, self.a_bits)
+            return derive_operand(self.codes(), self.params, self.a_bits)
         if self.grid.half_step:
-            return _pack_operand(self.codes(), self.params)
+            return pack_operand(self.codes(), self.params)
         return PackedWeight.from_stored(
             self.weight_packed, self.weight_scale, self.weight_zero_point, self.in_features
         )
-
-
-def multiply_codes(
-    x: torch.Tensor,
-    codes_NK: torch.Tensor,  # noqa: N803  shape suffix
-    params: AffineParams,
-    a_bits: int,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Compute what `QuantLinear` computes, from codes that are not packed yet.
-
-    Args:
-        x: float ``[..., K]``.
-        codes_NK: uint8 ``[N, K]``.
-        params: where the codes lie.
-        a_bits: bits of the activations; 16 leaves them as they are.
-        bias: float ``[N]`` or None.
-
-    Returns:
-        ``[..., N]`` in the dtype of ``x``.
-    """
-    if codes_NK.device.type == "cpu" or a_bits == FULL_BITS:
-        return _multiply(x, _derive_from_codes(codes_NK, params, a_bits), a_bits, bias)
-    return _multiply(x, _pack_operand(codes_NK, params), a_bits, bias)
-
-
-def _pack_operand(
-    codes_NK: torch.Tensor,  # noqa: N803  shape suffix
-    params: AffineParams,
-) -> PackedWeight:
-    if params.half_step:
-        codes_NK, params = doubled_codes(codes_NK, params)  # noqa: N806  shape suffix
-    return PackedWeight.from_stored(
-        pack_codes(codes_NK, BYTE_PLANES), params.scale, params.zero_point, codes_NK.shape[1]
-    )
-
-
-def _derive_from_codes(
-    codes_NK: torch.Tensor,  # noqa: N803  shape suffix
-    params: AffineParams,
-    a_bits: int,
-) -> CpuWeight | torch.Tensor:
-    if a_bits == FULL_BITS:
-        return dequantize_weight(codes_NK, params)
-    if params.half_step:
-        codes_NK, params = doubled_codes(codes_NK, params)  # noqa: N806  shape suffix
-    return prepare_cpu_weight(codes_NK, params.scale, params.zero_point)
-
-
-def _multiply(
-    x: torch.Tensor, operand: Operand, a_bits: int, bias: torch.Tensor | None
-) -> torch.Tensor:
-    if isinstance(operand, torch.Tensor):
-        return float_linear(x, operand, bias)
-    tokens = quantize_activations(x.reshape(-1, x.shape[-1]), a_bits)
-    if isinstance(operand, CpuWeight):
-        out_MN = cpu_linear(tokens, operand, bias)  # noqa: N806  shape suffix
-    else:
-        out_MN = integer_linear(tokens, operand, bias)  # noqa: N806  shape suffix
-    return out_MN.to(x.dtype).view(*x.shape[:-1], out_MN.shape[1])
