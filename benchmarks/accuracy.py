@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.measurement import MEASUREMENTS, write_measurement
 from engine.calibration.watch import Watch
-from engine.evaluation.comparison import EvaluationPlan
+from engine.evaluation.plan import EvaluationPlan, EvaluationText
 from engine.events import Event, LayerFinished
 from engine.pipeline import QuantJob, best_device, quantize_model
 from engine.spec import CalibrationSpec, QuantSpec, Recipe

@@ -19,9 +19,10 @@ from engine.calibration.dataset import (
 )
 from engine.calibration.watch import Watch
 from engine.checkpoint.reader import load_checkpoint
+from engine.datasets import TaskFamily
 from engine.errors import EngineError
-from engine.evaluation.comparison import EvaluationPlan
 from engine.evaluation.perplexity import measure_perplexity
+from engine.evaluation.plan import EvaluationPlan, EvaluationText
 from engine.events import (
     ArtifactFile,
     EvaluationFailed,
@@ -78,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--text", type=Path, default=None, help="calibration text")
     quantize.add_argument("--state", type=Path, default=None, help="where finished layers are kept")
     _add_evaluation(quantize)
+    quantize.add_argument(
+        "--no-divergence", dest="divergence", action="store_false", help="perplexity alone"
+    )
+    quantize.add_argument(
+        "--tasks", type=TaskFamily, nargs="+", default=[], choices=list(TaskFamily)
+    )
     perplexity = commands.add_parser("perplexity", help="measure a source or a checkpoint")
     perplexity.add_argument("model", type=Path)
     _add_evaluation(perplexity)
@@ -89,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     plan = EvaluationPlan()
-    parser.add_argument("--eval-text", type=Path, default=None)
+    parser.add_argument("--eval-text", type=Path, nargs="+", default=[], help="builtin if none")
     parser.add_argument("--eval-windows", type=int, default=plan.windows, help="0 measures nothing")
     parser.add_argument("--eval-length", type=int, default=plan.length)
 
@@ -113,7 +120,9 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
             enabled=options.eval_windows > 0,
             windows=options.eval_windows,
             length=options.eval_length,
-            text=options.eval_text,
+            texts=_texts(options.eval_text),
+            divergence=options.divergence,
+            tasks=tuple(options.tasks),
         ),
         device=options.device,
     )
@@ -123,19 +132,27 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
 
 
 def _perplexity(options: argparse.Namespace, console: Console) -> None:
-    text = read_text(options.eval_text, BuiltinText.EVALUATION)
-    ids = tokenize(load_tokenizer(options.model), text)
-    windows = consecutive_windows(text, ids, options.eval_windows, options.eval_length)
     model, kv_bits = _open_any(options.model, options.device)
-    with _bar(console) as bar:
-        measured = measure_perplexity(
-            model,
-            windows.tokens,
-            Watch(on_event=_Painter(bar)),
-            kv_bits=kv_bits,
-            device=options.device,
+    tokenizer = load_tokenizer(options.model)
+    for wanted in _texts(options.eval_text):
+        text = read_text(wanted.path, BuiltinText.EVALUATION)
+        ids = tokenize(tokenizer, text)
+        windows = consecutive_windows(text, ids, options.eval_windows, options.eval_length)
+        with _bar(console) as bar:
+            measured = measure_perplexity(
+                model,
+                windows.tokens,
+                Watch(on_event=_Painter(bar)),
+                kv_bits=kv_bits,
+                device=options.device,
+            )
+        Console().print(
+            f"perplexity {measured.value:.4f} over {measured.tokens} tokens of {text.name}"
         )
-    Console().print(f"perplexity {measured.value:.4f} over {measured.tokens} tokens")
+
+
+def _texts(paths: Sequence[Path]) -> tuple[EvaluationText, ...]:
+    return tuple(EvaluationText(path=path) for path in paths) or EvaluationPlan().texts
 
 
 def _open_any(directory: Path, device: str) -> tuple[BlockModel, int]:
@@ -154,8 +171,16 @@ def _bar(console: Console) -> Progress:
 
 def _table(report: QuantReport) -> Table:
     table = Table(show_header=False)
-    for name, value in report.to_json().items():
+    record = report.to_json()
+    measured = record.pop("evaluation")
+    for name, value in record.items():
         table.add_row(name, str(value))
+    for text in measured["texts"]:
+        table.add_row(text["dataset"], text["message"] or str(text["perplexity"]))
+        if text["divergence"] is not None:
+            table.add_row("divergence", str(text["divergence"]))
+    for task in measured["tasks"]:
+        table.add_row(task["family"], task["message"] or str(task["scores"]))
     return table
 
 

@@ -24,9 +24,11 @@ from engine.calibration.dataset import (
 from engine.calibration.merge import merged_tensors
 from engine.calibration.resume import ENGINE_VERSION, BlockStore, fingerprint
 from engine.calibration.watch import Watch
-from engine.checkpoint.manifest import Evaluation, LayerRecord, digest_of, hash_file
+from engine.checkpoint.evaluation import Evaluation
+from engine.checkpoint.manifest import LayerRecord, digest_of, hash_file
 from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
-from engine.evaluation.comparison import EvaluationPlan, evaluate
+from engine.evaluation.comparison import evaluate
+from engine.evaluation.plan import EvaluationPlan, EvaluationText
 from engine.events import ArtifactFile, Stage, StageStarted
 from engine.fit import check_spec
 from engine.models.loading import SourceModel, read_config
@@ -60,7 +62,6 @@ class QuantJob:
             SpecError: if the spec is not possible.
             KeyError: if a field is missing.
         """
-        plan, text = record["evaluation"], record.get("evaluation_text")
         calibration_text = record.get("calibration_text")
         return cls(
             source_dir=Path(record["source_dir"]),
@@ -70,12 +71,7 @@ class QuantJob:
             repo=record["source"]["repo"],
             revision=record["source"]["revision"],
             calibration_text=None if calibration_text is None else Path(calibration_text),
-            evaluation=EvaluationPlan(
-                enabled=plan["enabled"],
-                windows=plan["windows"],
-                length=plan["length"],
-                text=None if text is None else Path(text),
-            ),
+            evaluation=EvaluationPlan.from_json(record["evaluation"], _evaluation_texts(record)),
             device=record.get("device") or best_device(),
         )
 
@@ -109,6 +105,7 @@ class QuantReport:
             if measured is None
             else {"fp": measured.fp, "quant": measured.quant, "tokens": measured.tokens},
             "evaluation_status": self.evaluation.status.value,
+            "evaluation": self.evaluation.to_json(),
             "seconds": self.seconds,
             "layers": self.layers,
             "manifest_sha256": self.manifest_sha256,
@@ -157,6 +154,14 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
         layers=source.architecture.layers,
         manifest_sha256=digest_of(job.out_dir),
     )
+
+
+def _evaluation_texts(record: Mapping[str, Any]) -> tuple[EvaluationText, ...]:
+    texts = record.get("evaluation_texts")
+    if texts is None:
+        # as a supervisor of the version before writes it
+        texts = [{"path": record.get("evaluation_text")}]
+    return tuple(EvaluationText.from_json(each) for each in texts)
 
 
 def _calibration_windows(job: QuantJob) -> TokenWindows:
