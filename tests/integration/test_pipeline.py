@@ -16,8 +16,8 @@ from engine.errors import (
     SpecError,
     UnsupportedModel,
 )
-from engine.evaluation.plan import EvaluationPlan, EvaluationText
 from engine.evaluation.perplexity import measure_perplexity
+from engine.evaluation.plan import EvaluationPlan, EvaluationText
 from engine.events import (
     ArtifactFile,
     CheckpointSaved,
