@@ -25,14 +25,13 @@ class GptqPeer(Peer):
 
     @override
     def quantize(self, job: PeerJob) -> dict[str, torch.Tensor]:
-        """Round layer by layer."""
+        """Round layer by layer, on the accelerator where there is one: the package chooses."""
         from llmcompressor import oneshot  # noqa: PLC0415  # an optional package
         from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: PLC0415
 
         model = AutoModelForCausalLM.from_pretrained(
             job.model_dir, dtype=torch.float32, local_files_only=True
         )
-        model.to(job.device)  # type: ignore[arg-type]  # a device's name will do
         tokenizer = AutoTokenizer.from_pretrained(job.model_dir, local_files_only=True)
         oneshot(
             model=model,

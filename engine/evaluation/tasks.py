@@ -105,7 +105,7 @@ class TaskBench:
             return run_tasks(model, tasks, self.plan.task_dir, self.plan.task_limit)
         except CalibrationInterrupted:
             raise
-        except (OSError, KeyError, ValueError, RuntimeError, ImportError) as error:
+        except (OSError, KeyError, ValueError, ImportError) as error:
             log.warning("task_failed", exc_info=error)
             raise EvaluationUnavailable(
                 f"{', '.join(tasks)} could not be measured: {type(error).__name__};"
