@@ -11,7 +11,7 @@ from rich.text import Text
 
 from api.cli.events import JobEvent
 from api.cli.output import list_table, status_text
-from api.cli.quantities import bytes_text, change_text, duration_text, loss_text
+from api.cli.quantities import bytes_text, change_text, divergence_text, duration_text, loss_text
 
 __all__ = ["JobPicture", "LayerRow", "event_line"]
 
@@ -141,7 +141,10 @@ def event_line(event: JobEvent) -> str | None:
         case "layer.finished":
             kind, said = "layer", _layer_text(LayerRow.from_event(data))
         case "eval.result":
-            kind, said = "evaluation", f"{data['metric']} {data['fp']:.3f} -> {data['quant']:.3f}"
+            change = f"{data['metric']} {data['fp']:.3f} -> {data['quant']:.3f}"
+            kind, said = "evaluation", " ".join([change, *_on(data.get("dataset"))])
+        case "eval.divergence":
+            kind, said = "evaluation", " ".join([divergence_text(data), *_on(data["dataset"])])
         case "eval.failed" | "publish.failed" | "log":
             kind, said = "remark", str(data["message"])
         case "job.failed":
@@ -151,6 +154,11 @@ def event_line(event: JobEvent) -> str | None:
         case _:
             return None
     return f"{kind:<11}{said}"
+
+
+def _on(dataset: str | None) -> list[str]:
+    # an event of an earlier engine names no text
+    return [f"on {dataset}"] if dataset else []
 
 
 def _layer_text(row: LayerRow) -> str:
