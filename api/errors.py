@@ -13,8 +13,7 @@ __all__ = [
     "JobStateConflict", "KeyMissing", "KeyNotFound", "KeyRejected", "ModelGated",
     "ModelLoading", "ModelNotFound", "ModelNotHosted", "ModelTooLarge", "QuotaExceeded",
     "RangeNotSatisfiable", "RevisionNotFound", "ScopeMissing", "ServiceError",
-    "TextUnavailable", "UnsupportedFormat",
-    "UnsupportedParameter",
+    "UnsupportedFormat", "UnsupportedParameter",
 ]  # fmt: skip
 
 
@@ -80,12 +79,6 @@ class RevisionNotFound(InvalidRequest):
     """The model repository has no such revision."""
 
     code: ClassVar[str] = "revision_not_found"
-
-
-class TextUnavailable(InvalidRequest):
-    """The text of that name cannot be read."""
-
-    code: ClassVar[str] = "dataset_unavailable"
 
 
 class ModelGated(ServiceError):

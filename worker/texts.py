@@ -11,6 +11,7 @@ from api.errors import ServiceError
 from api.hub.base import TextSource, TextUse
 from api.hub.texts import BUILTIN, evaluation_texts, hub_text
 from engine.datasets import TextName
+from engine.errors import DatasetUnavailable
 
 __all__ = ["fetch_calibration", "fetch_evaluation", "text_path"]
 
@@ -27,7 +28,8 @@ def fetch_calibration(source: TextSource, job: Job, folder: Path, check: Check) 
     """Bring the text that calibrates, unless it is there or is none of the Hub's.
 
     Raises:
-        ServiceError: it cannot be had.
+        DatasetUnavailable: it cannot be had.
+        HubUnavailable: the Hub did not answer.
     """
     name = hub_text(job.spec.get("calibration", {}).get("dataset", BUILTIN))
     if name is not None:
@@ -57,7 +59,7 @@ def fetch_evaluation(
                     source, name, TextUse.EVALUATION, folder, check
                 )
             )
-        except ServiceError as error:
+        except (ServiceError, DatasetUnavailable) as error:
             missing[name.value] = error.message
     return missing
 

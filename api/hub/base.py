@@ -159,7 +159,7 @@ class TextSource(Protocol):
         An exception from `check`, which is asked while bytes come in, ends it.
 
         Raises:
-            TextUnavailable: it is not there, not what it should be, or cannot be read here.
+            DatasetUnavailable: it is not there, not what it should be, or cannot be read here.
             HubUnavailable: the Hub did not answer, or served other bytes than it announced.
         """
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from huggingface_hub.hf_api import RepoFile
 from typing_extensions import override
 
-from api.errors import HubUnavailable, ServiceError, TextUnavailable
+from api.errors import HubUnavailable, ServiceError
 from api.hub.base import RemoteFile, ResolvedModel, TextSource, TextUse
 from api.hub.connection import HubConnection
 from api.hub.transfer import matches_content
 from engine.datasets import TextName
+from engine.errors import DatasetUnavailable
 
 __all__ = ["HubTexts"]
 
@@ -92,8 +93,8 @@ class HubTexts(TextSource):
             content = self._read(wanted, use, check)
         except HubUnavailable:
             raise
-        except ServiceError as error:
-            raise TextUnavailable(
+        except (ServiceError, DatasetUnavailable) as error:
+            raise DatasetUnavailable(
                 f"{name} cannot be read from {wanted.repo_id}: {error.message}"
             ) from error
         partial = path.with_name(f".{path.name}.partial")
@@ -135,9 +136,9 @@ class HubTexts(TextSource):
         )
         file = next((each for each in found if isinstance(each, RepoFile)), None)
         if file is None:
-            raise TextUnavailable(f"it holds no {path}")
+            raise DatasetUnavailable(f"it holds no {path}")
         if file.size > MAX_PARQUET_BYTES:
-            raise TextUnavailable(f"{path} is larger than {MAX_PARQUET_BYTES} bytes")
+            raise DatasetUnavailable(f"{path} is larger than {MAX_PARQUET_BYTES} bytes")
         content = connection.read(resolved, path, 0, file.size)
         announced = RemoteFile(
             path=path,
@@ -166,7 +167,7 @@ class HubTexts(TextSource):
                 if missing <= 0:
                     break
         if not documents:
-            raise TextUnavailable("its file is empty")
+            raise DatasetUnavailable("its file is empty")
         return wanted.separator.join(documents)
 
 
@@ -174,21 +175,21 @@ def read_parquet(content: bytes, column: str) -> list[str]:
     """The texts of one column of a parquet file.
 
     Raises:
-        TextUnavailable: if pyarrow is not installed, or the file is no such table.
+        DatasetUnavailable: if pyarrow is not installed, or the file is no such table.
     """
     try:
         import pyarrow as pa  # noqa: PLC0415  # an optional package of tens of megabytes
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
-        raise TextUnavailable(
+        raise DatasetUnavailable(
             "it is a parquet file, and pyarrow is not installed; install the extra `texts`"
         ) from error
     try:
         table = parquet.read_table(BytesIO(content), columns=[column])
     except (pa.ArrowException, OSError) as error:
-        raise TextUnavailable("its file is no readable parquet") from error
+        raise DatasetUnavailable("its file is no readable parquet") from error
     if table.num_columns != 1:
-        raise TextUnavailable(f"its file has no column {column}")
+        raise DatasetUnavailable(f"its file has no column {column}")
     return [str(row) for row in table.column(0).to_pylist()]
 
 
@@ -196,7 +197,7 @@ def read_documents(chunks: Iterable[bytes], column: str) -> Iterator[str]:
     """The texts of gzipped lines of JSON, as they come.
 
     Raises:
-        TextUnavailable: if the bytes are not that.
+        DatasetUnavailable: if the bytes are not that.
     """
     unzip, rest = zlib.decompressobj(GZIP_WINDOW), b""
     try:
@@ -206,7 +207,7 @@ def read_documents(chunks: Iterable[bytes], column: str) -> Iterator[str]:
         if rest:
             yield str(json.loads(rest)[column])
     except (zlib.error, ValueError, KeyError, TypeError) as error:
-        raise TextUnavailable("its file is no gzip of JSON lines") from error
+        raise DatasetUnavailable("its file is no gzip of JSON lines") from error
 
 
 def _checked(chunks: Iterator[bytes], check: Callable[[], None]) -> Iterator[bytes]:

@@ -6,13 +6,14 @@ import os
 import pytest
 
 from api.db.tables.jobs import Job
-from api.errors import HubUnavailable, TextUnavailable
+from api.errors import HubUnavailable
 from api.hub import datasets
 from api.hub.base import TextUse
 from api.hub.datasets import HUB_TEXTS
 from api.hub.routing import create_texts
 from api.settings import HubSettings, Settings
 from engine.datasets import TextName
+from engine.errors import DatasetUnavailable
 from tests.fake_hub import Trouble
 from tests.hub_texts import add_texts
 from worker.texts import fetch_calibration, fetch_evaluation, text_path
@@ -86,7 +87,7 @@ def test_bytes_that_are_not_the_announced_ones_are_refused(fake_hub, source, tmp
 
 
 def test_a_data_set_that_is_gone_is_named(source, tmp_path):
-    with pytest.raises(TextUnavailable, match="wikitext2 cannot be read from Salesforce/wikitext"):
+    with pytest.raises(DatasetUnavailable, match="wikitext2 cannot be read from Sales"):
         source.fetch(TextName.WIKITEXT2, EVALUATION, tmp_path / "text.txt", ignore)
 
 
@@ -97,7 +98,7 @@ def test_a_file_of_another_kind_is_refused(fake_hub, source, tmp_path, content):
     repository = fake_hub.repositories[f"datasets/{wanted.repo_id}"]
     repository.tags[wanted.revision] = repository.commit({wanted.paths[EVALUATION]: content})
 
-    with pytest.raises(TextUnavailable, match="c4 cannot be read"):
+    with pytest.raises(DatasetUnavailable, match="c4 cannot be read"):
         source.fetch(TextName.C4, EVALUATION, tmp_path / "text.txt", ignore)
 
 
@@ -112,7 +113,7 @@ def test_without_pyarrow_the_missing_extra_is_named(fake_hub, source, tmp_path, 
 
     monkeypatch.setattr(builtins, "__import__", refuse)
 
-    with pytest.raises(TextUnavailable, match="install the extra `texts`"):
+    with pytest.raises(DatasetUnavailable, match="install the extra `texts`"):
         source.fetch(TextName.WIKITEXT2, EVALUATION, tmp_path / "text.txt", ignore)
 
 
