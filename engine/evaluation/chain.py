@@ -18,6 +18,9 @@ from engine.spec import FULL_BITS
 
 __all__ = ["Chain"]
 
+GPU_TOKENS = 16384
+"""Tokens that a GPU gets at once: one window of a small model does not fill it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
@@ -29,6 +32,8 @@ class Chain:
     calls: tuple[BlockCall, ...]
     kv_bits: int
     device: torch.device | str
+    batch: int
+    """Windows that a block gets at once."""
 
     @classmethod
     def start(
@@ -38,6 +43,7 @@ class Chain:
         *,
         kv_bits: int = FULL_BITS,
         device: torch.device | str = "cpu",
+        batch: int | None = None,
     ) -> Self:
         """Embed the windows.
 
@@ -46,14 +52,18 @@ class Chain:
             tokens: int64 ``[W, T]``.
             kv_bits: what keys and values are rounded to.
             device: where the blocks run and the hidden states are.
+            batch: windows that a block gets at once; None takes one on a CPU, several on a GPU.
         """
         inputs = capture_inputs(model, tokens, device)
+        on_gpu = torch.device(device).type == "cuda"
+        fitting = max(1, GPU_TOKENS // tokens.shape[1]) if on_gpu else 1
         return cls(
             model=model,
             hidden=inputs.hidden,
             calls=inputs.calls,
             kv_bits=kv_bits,
             device=device,
+            batch=batch or fitting,
         )
 
     @property
@@ -62,13 +72,15 @@ class Chain:
         return len(self.calls) * len(self.hidden)
 
     @torch.no_grad()
-    def advance(self, index: int, on_window: Callable[[], None]) -> None:
-        """Run block `index` over all windows; `on_window` is called after each and may raise."""
+    def advance(self, index: int, on_windows: Callable[[int], None]) -> None:
+        """Run block `index` over all windows; `on_windows` is told how many and may raise."""
         block = self.model.load_block(index).to(self.device)
         call = self.calls[index]
-        for window in range(len(self.hidden)):
-            self.hidden[window] = call.run(block, self.hidden[window : window + 1], self.kv_bits)[0]
-            on_window()
+        for first in range(0, len(self.hidden), self.batch):
+            # a view: writing to it writes to the tensor
+            windows = self.hidden[first : first + self.batch]
+            windows.copy_(call.run(block, windows, self.kv_bits))
+            on_windows(len(windows))
 
     def load_head(self) -> nn.Module:
         """The final norm and the output head, where the hidden states are."""

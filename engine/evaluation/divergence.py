@@ -69,11 +69,11 @@ def compare_chains(
         ValueError: if a probability is not finite.
     """
     watch.check()
-    on_window = count_steps(watch, source.steps + result.steps)
+    on_windows = count_steps(watch, source.steps + result.steps)
     errors = []
     for index in range(len(source.calls)):
-        source.advance(index, on_window)
-        result.advance(index, on_window)
+        source.advance(index, on_windows)
+        result.advance(index, on_windows)
         errors.append(_relative_error(source.hidden, result.hidden, to_source_basis))
     heads = _Heads(source=source.load_head(), result=result.load_head())
     for window, ids in enumerate(tokens):

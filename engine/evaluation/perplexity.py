@@ -73,9 +73,9 @@ def measure_perplexity(
     """
     watch.check()
     chain = Chain.start(model, tokens, kv_bits=kv_bits, device=device)
-    on_window = count_steps(watch, chain.steps)
+    on_windows = count_steps(watch, chain.steps)
     for index in range(len(chain.calls)):
-        chain.advance(index, on_window)
+        chain.advance(index, on_windows)
     head = chain.load_head()
     losses = [
         _window_loss(head, hidden, window.to(device))
@@ -84,13 +84,13 @@ def measure_perplexity(
     return Perplexity.of_losses(losses, tokens.shape[0] * (tokens.shape[1] - 1))
 
 
-def count_steps(watch: Watch, steps: int) -> Callable[[], None]:
-    """Make a counter of windows: each call reports one more and asks whether to go on."""
+def count_steps(watch: Watch, steps: int) -> Callable[[int], None]:
+    """Make a counter of windows: each call reports some more and asks whether to go on."""
     done = 0
 
-    def count() -> None:
+    def count(windows: int) -> None:
         nonlocal done
-        done += 1
+        done += windows
         watch.progress(Stage.EVALUATING, done, steps, "block")
         watch.check()
 

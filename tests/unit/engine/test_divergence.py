@@ -124,6 +124,18 @@ def test_the_chunk_of_the_heads_does_not_change_the_result(source, result, monke
     assert chunked.quant.value == pytest.approx(whole.quant.value, rel=1e-6)
 
 
+@pytest.mark.parametrize("batch", [2, 8])
+def test_windows_that_run_together_do_not_see_each_other(source, result, batch):
+    alone = compare(source, result)
+
+    chains = [Chain.start(each, TOKENS, batch=batch, kv_bits=16) for each in (source, result)]
+    together = compare_chains(*chains, TOKENS, SILENT)
+
+    assert together.fp.value == pytest.approx(alone.fp.value, rel=1e-5)
+    assert together.quant.value == pytest.approx(alone.quant.value, rel=1e-5)
+    assert together.layer_errors == pytest.approx(alone.layer_errors, rel=1e-3)
+
+
 def test_a_probability_that_is_not_finite_is_refused(source, result):
     spoiled = result.skeleton.get_submodule("model.norm").weight
     spoiled[3] = torch.nan
