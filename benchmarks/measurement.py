@@ -17,26 +17,41 @@ __all__ = ["MEASUREMENTS", "write_measurement"]
 ROOT = Path(__file__).resolve().parents[1]
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
+PEERS = ("auto-round", "llmcompressor", "compressed-tensors")
 
 
 def write_measurement(
-    name: str, rows: Sequence[Mapping[str, Any]], folder: Path = MEASUREMENTS
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path = MEASUREMENTS,
+    *,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `<name>.json` with `rows` and where they were measured; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {
+    record: dict[str, Any] = {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _read_commit(),
         "hardware": _describe_hardware(),
         "versions": {
             "python": platform.python_version(),
             **{package: metadata.version(package) for package in PACKAGES},
+            **_find_peers(),
         },
+        **({} if settings is None else {"settings": settings}),
         "rows": list(rows),
     }
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    # an earlier file stays whole until the new one is
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(path)
     return path
+
+
+def _find_peers() -> dict[str, str]:
+    installed = {each.name.lower() for each in metadata.distributions()}
+    return {name: metadata.version(name) for name in PEERS if name in installed}
 
 
 def _describe_hardware() -> dict[str, Any]:

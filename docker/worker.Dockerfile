@@ -21,7 +21,7 @@ COPY kernels ./kernels
 COPY worker ./worker
 COPY migrations ./migrations
 # the package named kernels must stay out: transformers would load code with it
-RUN /opt/venv/bin/pip install -c constraints.txt '.[engine]' \
+RUN /opt/venv/bin/pip install -c constraints.txt '.[engine,texts,eval]' \
     && ! /opt/venv/bin/pip show --quiet kernels 2>/dev/null
 
 FROM nvidia/cuda:${CUDA}

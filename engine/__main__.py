@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from engine.calibration.dataset import (
@@ -19,19 +18,11 @@ from engine.calibration.dataset import (
 )
 from engine.calibration.watch import Watch
 from engine.checkpoint.reader import load_checkpoint
+from engine.console import EventPainter, progress_bar
+from engine.datasets import TaskFamily
 from engine.errors import EngineError
-from engine.evaluation.comparison import EvaluationPlan
 from engine.evaluation.perplexity import measure_perplexity
-from engine.events import (
-    ArtifactFile,
-    BitsChosen,
-    EvaluationFailed,
-    Event,
-    LayerFinished,
-    LogLine,
-    StageStarted,
-)
-from engine.events import Progress as Progressed
+from engine.evaluation.plan import EvaluationPlan, EvaluationText
 from engine.models.blocks import BlockModel, ResidentModel
 from engine.models.gguf import import_gguf
 from engine.models.loading import SourceModel, read_config
@@ -81,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--state", type=Path, default=None, help="where finished layers are kept")
     _add_target(quantize)
     _add_evaluation(quantize)
+    quantize.add_argument(
+        "--no-divergence", dest="divergence", action="store_false", help="perplexity alone"
+    )
+    quantize.add_argument(
+        "--tasks", type=TaskFamily, nargs="+", default=[], choices=list(TaskFamily)
+    )
     perplexity = commands.add_parser("perplexity", help="measure a source or a checkpoint")
     perplexity.add_argument("model", type=Path)
     _add_evaluation(perplexity)
@@ -108,7 +105,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     plan = EvaluationPlan()
-    parser.add_argument("--eval-text", type=Path, default=None)
+    parser.add_argument("--eval-text", type=Path, nargs="+", default=[], help="builtin if none")
     parser.add_argument("--eval-windows", type=int, default=plan.windows, help="0 measures nothing")
     parser.add_argument("--eval-length", type=int, default=plan.length)
 
@@ -137,12 +134,14 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
             enabled=options.eval_windows > 0,
             windows=options.eval_windows,
             length=options.eval_length,
-            text=options.eval_text,
+            texts=_texts(options.eval_text),
+            divergence=options.divergence,
+            tasks=tuple(options.tasks),
         ),
         device=options.device,
     )
-    with _bar(console) as bar:
-        report = quantize_model(job, Watch(on_event=_Painter(bar)))
+    with progress_bar(console) as bar:
+        report = quantize_model(job, Watch(on_event=EventPainter(bar)))
     Console().print(_table(report))
 
 
@@ -160,19 +159,27 @@ def _read_target(options: argparse.Namespace) -> BitTarget | None:
 
 
 def _perplexity(options: argparse.Namespace, console: Console) -> None:
-    text = read_text(options.eval_text, BuiltinText.EVALUATION)
-    ids = tokenize(load_tokenizer(options.model), text)
-    windows = consecutive_windows(text, ids, options.eval_windows, options.eval_length)
     model, kv_bits = _open_any(options.model, options.device)
-    with _bar(console) as bar:
-        measured = measure_perplexity(
-            model,
-            windows.tokens,
-            Watch(on_event=_Painter(bar)),
-            kv_bits=kv_bits,
-            device=options.device,
+    tokenizer = load_tokenizer(options.model)
+    for wanted in _texts(options.eval_text):
+        text = read_text(wanted.path, BuiltinText.EVALUATION)
+        ids = tokenize(tokenizer, text)
+        windows = consecutive_windows(text, ids, options.eval_windows, options.eval_length)
+        with progress_bar(console) as bar:
+            measured = measure_perplexity(
+                model,
+                windows.tokens,
+                Watch(on_event=EventPainter(bar)),
+                kv_bits=kv_bits,
+                device=options.device,
+            )
+        Console().print(
+            f"perplexity {measured.value:.4f} over {measured.tokens} tokens of {text.name}"
         )
-    Console().print(f"perplexity {measured.value:.4f} over {measured.tokens} tokens")
+
+
+def _texts(paths: Sequence[Path]) -> tuple[EvaluationText, ...]:
+    return tuple(EvaluationText(path=path) for path in paths) or EvaluationPlan().texts
 
 
 def _open_any(directory: Path, device: str) -> tuple[BlockModel, int]:
@@ -184,49 +191,19 @@ def _open_any(directory: Path, device: str) -> tuple[BlockModel, int]:
     return model, loaded.spec.kv_bits
 
 
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:12}"), BarColumn(), TextColumn("{task.fields[note]}"))
-    return Progress(*columns, TimeElapsedColumn(), console=console)
-
-
 def _table(report: QuantReport) -> Table:
     table = Table(show_header=False)
-    for name, value in report.to_json().items():
+    record = report.to_json()
+    measured = record.pop("evaluation")
+    for name, value in record.items():
         table.add_row(name, str(value))
+    for text in measured["texts"]:
+        table.add_row(text["dataset"], text["message"] or str(text["perplexity"]))
+        if text["divergence"] is not None:
+            table.add_row("divergence", str(text["divergence"]))
+    for task in measured["tasks"]:
+        table.add_row(task["family"], task["message"] or str(task["scores"]))
     return table
-
-
-class _Painter:
-    """Shows events on a terminal: one bar a stage, one line a layer."""
-
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, event: Event, /) -> None:
-        match event:
-            case StageStarted():
-                self._task(event.stage)
-            case Progressed():
-                task = self._task(event.stage)
-                self._bar.update(task, total=event.total, completed=event.done)
-            case LayerFinished():
-                change = f"{event.loss_before:.4g} -> {event.loss_after:.4g}"
-                self._bar.console.print(f"{event.name}  {change}  {event.seconds:.1f} s")
-            case ArtifactFile():
-                self._bar.console.print(f"{event.path}  {event.bytes} bytes")
-            case BitsChosen():
-                expected = f"expected KL {event.predicted_loss:.4g}"
-                self._bar.console.print(f"{event.average_bits:.3f} bits per weight, {expected}")
-            case LogLine() | EvaluationFailed():
-                self._bar.console.print(event.message)
-            case _:
-                return
-
-    def _task(self, stage: str) -> TaskID:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(stage, total=None, note="")
-        return self._tasks[stage]
 
 
 if __name__ == "__main__":

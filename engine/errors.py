@@ -12,6 +12,7 @@ __all__ = [
     "ContextLengthExceeded",
     "DatasetUnavailable",
     "EngineError",
+    "EvaluationUnavailable",
     "SpecError",
     "UnsupportedModel",
 ]
@@ -57,6 +58,12 @@ class DatasetUnavailable(EngineError):
     """The calibration or evaluation text cannot be used."""
 
     code: ClassVar[str] = "dataset_unavailable"
+
+
+class EvaluationUnavailable(EngineError):
+    """A part of the evaluation needs something that this machine lacks."""
+
+    code: ClassVar[str] = "evaluation_unavailable"
 
 
 class CalibrationDiverged(EngineError):

@@ -9,6 +9,7 @@ __all__ = [
     "ArtifactFile",
     "BitsChosen",
     "CheckpointSaved",
+    "EvaluationDivergence",
     "EvaluationFailed",
     "EvaluationResult",
     "Event",
@@ -39,7 +40,7 @@ class Stage(StrEnum):
     PACKING = "packing"
     """Writes packed tensors and the manifest."""
     EVALUATING = "evaluating"
-    """Measures perplexity of source and result."""
+    """Measures the result against the source."""
     UPLOADING = "uploading"
     """Moves the artifact to the store and, where asked, to the Hub."""
 
@@ -113,14 +114,32 @@ class EvaluationResult:
     fp: float
     quant: float
     tokens: int
+    """Tokens that were predicted; of a task, its examples."""
+    dataset: str = ""
+    """The text or the task."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationDivergence:
+    """How far the result's predictions are from the source's, over the tokens of a text."""
+
+    type: ClassVar[str] = "eval.divergence"
+    dataset: str
+    mean: float
+    """Mean divergence of a token, in nats."""
+    p99: float
+    max: float
+    top1_agreement: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationFailed:
-    """The optional evaluation failed; the artifact stays."""
+    """A part of the optional evaluation failed; the artifact and the other parts stay."""
 
     type: ClassVar[str] = "eval.failed"
     message: str
+    part: str = ""
+    """The text or the task."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +179,7 @@ Event = (
     | LayerFinished
     | CheckpointSaved
     | EvaluationResult
+    | EvaluationDivergence
     | EvaluationFailed
     | ArtifactFile
     | Progress

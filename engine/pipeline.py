@@ -29,7 +29,8 @@ from engine.calibration.watch import Watch
 from engine.checkpoint.manifest import LayerRecord, digest_of, hash_file
 from engine.checkpoint.search_record import SearchRecord
 from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
-from engine.evaluation.comparison import EvaluationPlan, evaluate
+from engine.evaluation.comparison import evaluate
+from engine.evaluation.plan import EvaluationPlan, EvaluationText
 from engine.events import ArtifactFile, Stage, StageStarted
 from engine.fit import check_spec
 from engine.models.loading import SourceModel, read_config
@@ -68,7 +69,6 @@ class QuantJob:
             SpecError: if the spec is not possible.
             KeyError: if a field is missing.
         """
-        plan, text = record["evaluation"], record.get("evaluation_text")
         calibration_text = record.get("calibration_text")
         return cls(
             source_dir=Path(record["source_dir"]),
@@ -78,12 +78,7 @@ class QuantJob:
             repo=record["source"]["repo"],
             revision=record["source"]["revision"],
             calibration_text=None if calibration_text is None else Path(calibration_text),
-            evaluation=EvaluationPlan(
-                enabled=plan["enabled"],
-                windows=plan["windows"],
-                length=plan["length"],
-                text=None if text is None else Path(text),
-            ),
+            evaluation=EvaluationPlan.from_json(record["evaluation"], _evaluation_texts(record)),
             device=record.get("device") or best_device(),
         )
 
@@ -145,6 +140,14 @@ def _block_loop(job: QuantJob, source: SourceModel, store: BlockStore, watch: Wa
         device=torch.device(job.device),
         shape=BlockShape.of(source.architecture, online_blocks(source.architecture, rotation)),
     )
+
+
+def _evaluation_texts(record: Mapping[str, Any]) -> tuple[EvaluationText, ...]:
+    texts = record.get("evaluation_texts")
+    if texts is None:
+        # as a supervisor of the version before writes it
+        texts = [{"path": record.get("evaluation_text")}]
+    return tuple(EvaluationText.from_json(each) for each in texts)
 
 
 def _calibration_windows(job: QuantJob) -> TokenWindows:

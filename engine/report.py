@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from engine.checkpoint.manifest import Evaluation
+from engine.checkpoint.evaluation import Evaluation
 from engine.checkpoint.search_record import SearchRecord
 
 __all__ = ["QuantReport"]
@@ -40,6 +40,7 @@ class QuantReport:
             if measured is None
             else {"fp": measured.fp, "quant": measured.quant, "tokens": measured.tokens},
             "evaluation_status": self.evaluation.status.value,
+            "evaluation": self.evaluation.to_json(),
             "seconds": self.seconds,
             "layers": self.layers,
             "manifest_sha256": self.manifest_sha256,

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
+from engine.datasets import check_text
 from engine.errors import SpecError
 from engine.fields import check_range, known_fields, read_choice
 from engine.recipe import FULL_BITS, Ingredients, Recipe, Resolved, resolve
@@ -34,7 +35,7 @@ class CalibrationSpec:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     dataset: str = "builtin"
-    """`builtin`, or `local:<root>/<file>`: a text file below a root the operator configured."""
+    """`builtin`, `wikitext2`, `c4`, `ptb`, or `local:<root>/<file>` below an operator's root."""
     samples: int = 32
     """Windows of tokens."""
     length: int = 512
@@ -51,10 +52,7 @@ class CalibrationSpec:
         check_range("calibration.epochs", self.epochs, 0, 100)
         check_range("calibration.batch", self.batch, 1, 4096)
         check_range("calibration.seed", self.seed, 0, 2**31 - 1)
-        if self.dataset != "builtin" and not self.dataset.startswith("local:"):
-            raise SpecError(
-                "calibration.dataset", self.dataset, "use builtin or local:<root>/<file>"
-            )
+        check_text("calibration.dataset", self.dataset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

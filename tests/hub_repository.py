@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass, field
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".gguf")
+LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".parquet", ".gz")
 LFS_BYTES = 1 << 20
 
 
@@ -102,7 +102,9 @@ class Repository:
         listed = []
         for path, blob in sorted(self.commits[oid].items()):
             entry = {"type": "file", "path": path, "size": blob.size, "oid": "0" * 40}
-            if blob.is_lfs(path):
+            if not blob.is_lfs(path):
+                entry["oid"] = blob.git_sha1
+            else:
                 entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 130}
             listed.append(entry)
         return listed

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import re
+from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -65,6 +66,30 @@ def tree(request: Request, owner: str, name: str, revision: str):
         return repository
     oid = repository.find_commit(revision)
     return repository.list_tree(oid) if oid else _error(404, "RevisionNotFound")
+
+
+@router.get("/api/datasets/{owner}/{name}/revision/{revision:path}")
+def describe_dataset(request: Request, owner: str, name: str, revision: str):
+    return describe(request, "datasets", f"{owner}/{name}", revision)
+
+
+@router.post("/api/datasets/{owner}/{name}/paths-info/{revision}")
+async def paths_info(request: Request, owner: str, name: str, revision: str):
+    hub = request.app.state.hub
+    repository = _visible(hub, request, f"datasets/{owner}/{name}")
+    if isinstance(repository, Response):
+        return repository
+    oid = repository.find_commit(revision)
+    wanted = parse_qs((await request.body()).decode())["paths"]
+    listed = repository.list_tree(oid) if oid else None
+    if listed is None:
+        return _error(404, "RevisionNotFound")
+    return [each for each in listed if each["path"] in wanted]
+
+
+@router.get("/datasets/{owner}/{name}/resolve/{revision}/{path:path}")
+def resolve_dataset(request: Request, owner: str, name: str, revision: str, path: str):
+    return resolve(request, "datasets", f"{owner}/{name}", revision, path)
 
 
 @router.get("/{owner}/{name}/resolve/{revision}/{path:path}")

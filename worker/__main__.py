@@ -5,7 +5,7 @@ import socket
 from ulid import ULID
 
 from api.db.connection import Database
-from api.hub.routing import create_hub
+from api.hub.routing import create_hub, create_texts
 from api.settings import Settings
 from api.storage.local import create_store
 from api.telemetry import configure_logging
@@ -29,6 +29,7 @@ def main() -> None:
             settings=settings,
             database=Database(settings.database_url),
             hub=create_hub(settings),
+            texts=create_texts(settings),
             store=create_store(settings),
             lifeline=lifeline,
             worker=name,

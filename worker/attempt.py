@@ -2,14 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_never
 
 from api.db.repositories.leases import LeaseLost, cancel_job_finished, fail_job, release_job
 from api.db.tables.jobs import Job, JobStatus
 from api.errors import DiskTooSmall, HubUnavailable, ServiceError
-from api.hub.base import ModelHub
+from api.hub.base import ModelHub, TextSource
 from api.settings import Settings
 from api.storage.base import ObjectStore
 from api.telemetry import get_logger
@@ -22,6 +22,7 @@ from worker.fetch import fetch_source
 from worker.job_file import describe_job
 from worker.outcome import Outcome, Push
 from worker.publish import publish_to_hub, store_artifact
+from worker.texts import fetch_calibration, fetch_evaluation
 from worker.watch import StopReason, Watch
 from worker.workspace import Workspace
 
@@ -41,6 +42,7 @@ class Attempt:
 
     settings: Settings
     hub: ModelHub
+    texts: TextSource
     store: ObjectStore
     job: Job
     watch: Watch
@@ -61,7 +63,8 @@ class Attempt:
         self._check_disk()
         self._enter(Stage.DOWNLOADING)
         self._in_background("fetch", lambda reporter: _insist(reporter, self._fetch))
-        report = self._calibrate()
+        missing = self._in_background("texts", self._fetch_texts)
+        report = self._calibrate(missing)
         self._enter(Stage.UPLOADING)
         self._keep(report)
 
@@ -108,8 +111,18 @@ class Attempt:
 
         fetch_source(self.hub, self.job, self.workspace.source, on_progress)
 
-    def _calibrate(self) -> dict[str, Any]:
-        description = describe_job(self.job, self.workspace, self.settings)
+    def _fetch_texts(self, reporter: Reporter) -> Mapping[str, str]:
+        folder = self.workspace.texts
+        _insist(reporter, lambda each: fetch_calibration(self.texts, self.job, folder, each.check))
+        return fetch_evaluation(
+            self.texts,
+            self.job,
+            folder,
+            lambda fetch: _insist(reporter, lambda each: fetch(each.check)),
+        )
+
+    def _calibrate(self, missing: Mapping[str, str]) -> dict[str, Any]:
+        description = describe_job(self.job, self.workspace, self.settings, missing)
         gpu_uuid = None if self.gpu is None else self.gpu.uuid
         child = ChildProcess.start(
             self.workspace.write_job_file(description),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from api.db.connection import Database
 from api.db.repositories.leases import ClaimedJob, LeaseLost, claim_job
-from api.hub.base import ModelHub
+from api.hub.base import ModelHub, TextSource
 from api.settings import Settings
 from api.storage.base import ObjectStore
 from api.telemetry import bind_context, get_logger
@@ -32,6 +32,7 @@ class Supervisor:
     settings: Settings
     database: Database
     hub: ModelHub
+    texts: TextSource
     store: ObjectStore
     lifeline: Lifeline
     worker: str
@@ -69,6 +70,7 @@ class Supervisor:
         attempt = Attempt(
             settings=self.settings,
             hub=self.hub,
+            texts=self.texts,
             store=self.store,
             job=claimed.job,
             watch=Watch(self.database, claimed.lease, self.settings.worker, self.lifeline),

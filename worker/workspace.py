@@ -1,6 +1,7 @@
 """The folders of one job on the worker's disk.
 
     <work_dir>/<job_id>/source       the downloaded model; dropped when the job ends
+    <work_dir>/<job_id>/texts        texts of the Hub; dropped with the job
     <work_dir>/<job_id>/state        layer checkpoints of all attempts; dropped on success
     <work_dir>/<job_id>/attempt-<n>  output and log of one attempt
 
@@ -33,6 +34,11 @@ class Workspace:
     def source(self) -> Path:
         """The model to quantize."""
         return self.root / "source"
+
+    @property
+    def texts(self) -> Path:
+        """Texts of the Hub, fetched once for all attempts."""
+        return self.root / "texts"
 
     @property
     def state(self) -> Path:

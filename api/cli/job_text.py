@@ -11,6 +11,7 @@ from api.cli.quantities import (
     bits_text,
     bytes_text,
     change_text,
+    divergence_text,
     duration_text,
     loss_text,
 )
@@ -36,6 +37,9 @@ def job_facts(job: Mapping[str, Any]) -> dict[str, str | Text]:
         "searched": _search_text(report.get("search")),
         "measured": _measure_text(report, estimate) if report else "",
         "perplexity": _perplexity_text(report),
+        "predictions": _predictions_text(report),
+        "not measured": _failures_text(report),
+        "tasks": _tasks_text(report),
         "took": duration_text(report["seconds"]) if report.get("seconds") else "",
         "artifact": str(job.get("artifact_id") or ""),
         "push": _push_text(report),
@@ -116,8 +120,46 @@ def _perplexity_text(report: Mapping[str, Any]) -> str:
     perplexity = report.get("perplexity")
     if not perplexity:
         return ""
+    texts = _evaluation(report).get("texts") or [{"perplexity": perplexity, "dataset": ""}]
+    measured = [each for each in texts if each["perplexity"]]
+    # one text needs no name
+    return "; ".join(
+        _change_of(each["perplexity"]) + (f" on {each['dataset']}" if len(texts) > 1 else "")
+        for each in measured
+    )
+
+
+def _change_of(perplexity: Mapping[str, Any]) -> str:
     change = change_text(perplexity["fp"], perplexity["quant"])
     return f"{perplexity['fp']:.2f} -> {perplexity['quant']:.2f} ({change})"
+
+
+def _predictions_text(report: Mapping[str, Any]) -> str:
+    texts = _evaluation(report).get("texts") or []
+    found = next((each["divergence"] for each in texts if each["divergence"]), None)
+    return divergence_text(found) if found else ""
+
+
+def _tasks_text(report: Mapping[str, Any]) -> str:
+    scores = [score for task in _evaluation(report).get("tasks") or [] for score in task["scores"]]
+    return "; ".join(
+        f"{each['task']} {each['metric']} {100 * each['fp']:.1f} -> {100 * each['quant']:.1f} %"
+        for each in scores
+    )
+
+
+def _failures_text(report: Mapping[str, Any]) -> str:
+    evaluation = _evaluation(report)
+    parts = [
+        *((each["dataset"], each) for each in evaluation.get("texts") or []),
+        *((each["family"], each) for each in evaluation.get("tasks") or []),
+    ]
+    return "; ".join(f"{name}: {part['message']}" for name, part in parts if part["message"])
+
+
+def _evaluation(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    # reports of an earlier version have none
+    return report.get("evaluation") or {}
 
 
 def _share_text(progress: Mapping[str, Any] | None) -> str:

@@ -11,7 +11,14 @@ from rich.text import Text
 
 from api.cli.events import JobEvent
 from api.cli.output import list_table, status_text
-from api.cli.quantities import bits_text, bytes_text, change_text, duration_text, loss_text
+from api.cli.quantities import (
+    bits_text,
+    bytes_text,
+    change_text,
+    divergence_text,
+    duration_text,
+    loss_text,
+)
 
 __all__ = ["JobPicture", "LayerRow", "event_line"]
 
@@ -144,8 +151,8 @@ def event_line(event: JobEvent) -> str | None:
             kind, said = "bits", _chosen_text(data)
         case "layer.finished":
             kind, said = "layer", _layer_text(LayerRow.from_event(data))
-        case "eval.result":
-            kind, said = "evaluation", f"{data['metric']} {data['fp']:.3f} -> {data['quant']:.3f}"
+        case "eval.result" | "eval.divergence":
+            kind, said = "evaluation", _measured_text(event)
         case "eval.failed" | "publish.failed" | "log":
             kind, said = "remark", str(data["message"])
         case "job.failed":
@@ -159,6 +166,20 @@ def event_line(event: JobEvent) -> str | None:
 
 def _chosen_text(data: dict[str, Any]) -> str:
     return bits_text(data["average_bits"], data["predicted_loss"], data["bits"])
+
+
+def _measured_text(event: JobEvent) -> str:
+    data = event.data
+    if event.type == "eval.divergence":
+        said = divergence_text(data)
+    else:
+        said = f"{data['metric']} {data['fp']:.3f} -> {data['quant']:.3f}"
+    return " ".join([said, *_on(data.get("dataset"))])
+
+
+def _on(dataset: str | None) -> list[str]:
+    # an event of an earlier engine names no text
+    return [f"on {dataset}"] if dataset else []
 
 
 def _layer_text(row: LayerRow) -> str:

@@ -3,8 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
-__all__ = ["age_text", "bits_text", "bytes_text", "change_text", "duration_text", "loss_text"]
+__all__ = [
+    "age_text",
+    "bits_text",
+    "bytes_text",
+    "change_text",
+    "divergence_text",
+    "duration_text",
+    "loss_text",
+]
 
 
 def bytes_text(count: float | None) -> str:
@@ -50,6 +59,12 @@ def change_text(before: float | None, after: float | None) -> str:
         return "-"
     percent = (after / before - 1) * 100
     return f"{percent:+.0f} %" if abs(percent) >= 9.5 else f"{percent:+.1f} %"
+
+
+def divergence_text(divergence: Mapping[str, Any]) -> str:
+    """How far predictions moved: `KL 0.0213 a token, 91.2 % the same`."""
+    agreement = 100 * divergence["top1_agreement"]
+    return f"KL {divergence['mean']:.4f} a token, {agreement:.1f} % the same"
 
 
 def age_text(moment: str | None, now: datetime | None = None) -> str:

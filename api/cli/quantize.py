@@ -14,6 +14,7 @@ from api.cli.output import facts_table, print_json, print_table, remark
 from api.cli.pairs import read_pairs, read_settings
 from api.cli.session import open_client
 from api.cli.watch import watch_job
+from engine.datasets import TaskFamily
 from engine.errors import SpecError
 from engine.spec import QuantSpec
 
@@ -37,6 +38,13 @@ def quantize(  # noqa: PLR0913 - each option is a parameter
         int, typer.Option(min=0, help="Windows of text that perplexity is measured on; 0: none.")
     ] = 4,
     window_length: Annotated[int, typer.Option(min=16, help="Tokens in each of them.")] = 1024,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="What to measure on: builtin, wikitext2, c4, ptb, local:..."),
+    ] = None,
+    task: Annotated[
+        list[TaskFamily] | None, typer.Option("--task", help="A zero-shot task; repeatable.")
+    ] = None,
     publish: Annotated[str | None, typer.Option(help="Push the result to OWNER/NAME.")] = None,
     label: Annotated[
         list[str] | None, typer.Option("--label", "-l", help="name=value; repeatable.")
@@ -50,7 +58,7 @@ def quantize(  # noqa: PLR0913 - each option is a parameter
         "model": model,
         "revision": revision,
         "spec": read_spec(spec, setting),
-        "evaluation": _evaluation(windows, window_length),
+        "evaluation": _evaluation(windows, window_length, text or [], task or []),
         "publish": {"repo_id": publish} if publish else None,
         "labels": read_pairs(label, "--label"),
     }
@@ -93,10 +101,19 @@ def read_spec(text: str, settings: list[str] | None) -> str | dict[str, Any]:
     return spec
 
 
-def _evaluation(windows: int, length: int) -> dict[str, Any]:
+def _evaluation(
+    windows: int, length: int, texts: list[str], tasks: list[TaskFamily]
+) -> dict[str, Any]:
     if not windows:
         return {"enabled": False}
-    return {"enabled": True, "windows": windows, "length": length}
+    return {
+        "enabled": True,
+        "windows": windows,
+        "length": length,
+        # a service of an earlier version knows neither, and refuses what it does not know
+        **({"datasets": texts} if texts else {}),
+        **({"tasks": [each.value for each in tasks]} if tasks else {}),
+    }
 
 
 def _read_notation(text: str) -> dict[str, Any]:

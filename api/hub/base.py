@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from engine.architecture import Architecture
+from engine.datasets import TextName
 
 __all__ = [
     "ModelFacts",
@@ -17,6 +19,8 @@ __all__ = [
     "RemoteFile",
     "ResolvedModel",
     "TensorHeader",
+    "TextSource",
+    "TextUse",
 ]
 
 OnProgress = Callable[[int, int], None]
@@ -37,7 +41,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
-    """A model at one immutable revision."""
+    """A model, or a data set, at one immutable revision."""
 
     model: str
     """As requested: `owner/name` or `local:<root>/<folder>`."""
@@ -52,6 +56,8 @@ class ResolvedModel:
     license_link: str | None = None
     tags: tuple[str, ...] = ()
     pipeline_tag: str | None = None
+    repo_type: str | None = None
+    """`dataset`, or None for a model."""
 
     def find_file(self, path: str) -> RemoteFile | None:
         """The file of that path, or None."""
@@ -133,6 +139,29 @@ class PublishedModel:
     def to_json(self) -> dict[str, str]:
         """Write the fields, as the artifact row holds them."""
         return {"repo_id": self.repo_id, "revision": self.revision, "url": self.url}
+
+
+class TextUse(StrEnum):
+    """What a text is for, and so which of its splits is taken."""
+
+    CALIBRATION = "calibration"
+    """The train split."""
+    EVALUATION = "evaluation"
+    """The test split, or the validation split where there is no other."""
+
+
+class TextSource(Protocol):
+    """Gives texts that have a name of their own."""
+
+    def fetch(self, name: TextName, use: TextUse, path: Path, check: Callable[[], None]) -> None:
+        """Write a text to `path`, as UTF-8, whole or not at all.
+
+        An exception from `check`, which is asked while bytes come in, ends it.
+
+        Raises:
+            DatasetUnavailable: it is not there, not what it should be, or cannot be read here.
+            HubUnavailable: the Hub did not answer, or served other bytes than it announced.
+        """
 
 
 class ModelSource(Protocol):

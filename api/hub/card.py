@@ -6,6 +6,12 @@ from typing import Any
 
 from api.hub.base import ResolvedModel
 from api.hub.names import LOCAL_PREFIX
+from engine.checkpoint.evaluation import (
+    Evaluation,
+    Perplexities,
+    TaskScore,
+    TextMeasurement,
+)
 from engine.spec import FULL_BITS, PER_CHANNEL, QuantSpec
 
 __all__ = ["write_card"]
@@ -58,16 +64,34 @@ def _front_matter(
 
 
 def _model_index(manifest: Mapping[str, Any], repo_id: str) -> list[dict[str, Any]] | None:
-    perplexity = manifest["evaluation"]["perplexity"]
-    if perplexity is None:
-        return None
-    dataset = {"type": perplexity["dataset"], "name": perplexity["dataset"]}
-    metrics = [
-        {"type": "perplexity", "name": "Perplexity", "value": perplexity["quant"]},
-        {"type": "perplexity", "name": "Perplexity of the source", "value": perplexity["fp"]},
+    evaluation = Evaluation.from_json(manifest["evaluation"])
+    results = [
+        _result(each.dataset, _perplexity_metrics(each.perplexity))
+        for each in evaluation.texts
+        if each.perplexity is not None
     ]
-    result = {"task": {"type": DEFAULT_TASK}, "dataset": dataset, "metrics": metrics}
-    return [{"name": repo_id.partition("/")[2], "results": [result]}]
+    for task in evaluation.tasks:
+        results += [_result(each.task, _task_metrics(each)) for each in task.scores]
+    return [{"name": repo_id.partition("/")[2], "results": results}] if results else None
+
+
+def _result(dataset: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    named = {"type": dataset, "name": dataset}
+    return {"task": {"type": DEFAULT_TASK}, "dataset": named, "metrics": metrics}
+
+
+def _perplexity_metrics(perplexity: Perplexities) -> list[dict[str, Any]]:
+    return [
+        {"type": "perplexity", "name": "Perplexity", "value": perplexity.quant},
+        {"type": "perplexity", "name": "Perplexity of the source", "value": perplexity.fp},
+    ]
+
+
+def _task_metrics(score: TaskScore) -> list[dict[str, Any]]:
+    return [
+        {"type": score.metric, "name": score.metric, "value": score.quant},
+        {"type": score.metric, "name": f"{score.metric} of the source", "value": score.fp},
+    ]
 
 
 def _introduction(resolved: ResolvedModel, manifest: Mapping[str, Any]) -> str:
@@ -92,21 +116,43 @@ def _table(manifest: Mapping[str, Any]) -> str:
         ("Group size", group),
         ("Bits per quantized weight", f"{bits['per_weight']:.4f}"),
         ("Size", f"{size / 1e6:.1f} MB, {bits['fp_bytes'] / 1e6:.1f} MB in 16 bits"),
-        *_perplexity_rows(manifest["evaluation"]),
+        *_measured_rows(Evaluation.from_json(manifest["evaluation"])),
     ]
     lines = [f"| {name} | {value} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _perplexity_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
-    perplexity = evaluation["perplexity"]
-    if perplexity is None:
-        return [("Perplexity", f"not measured ({evaluation['status']})")]
-    basis = f"{perplexity['tokens']} tokens of {perplexity['dataset']}"
-    return [
-        (f"Perplexity of the source, {basis}", f"{perplexity['fp']:.3f}"),
-        ("Perplexity of this model, same tokens", f"{perplexity['quant']:.3f}"),
+def _measured_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
+    if evaluation.perplexity is None:
+        rows = [("Perplexity", f"not measured ({evaluation.status})")]
+    else:
+        rows = [row for each in evaluation.texts for row in _text_rows(each)]
+    for task in evaluation.tasks:
+        rows += [
+            (
+                f"{each.task}, {each.metric}, {each.examples} examples",
+                f"{each.quant:.4f} (source {each.fp:.4f})",
+            )
+            for each in task.scores
+        ]
+    return rows
+
+
+def _text_rows(text: TextMeasurement) -> list[tuple[str, str]]:
+    if text.perplexity is None:
+        return []
+    basis = f"{text.perplexity.tokens} tokens of {text.dataset}"
+    rows = [
+        (f"Perplexity of the source, {basis}", f"{text.perplexity.fp:.3f}"),
+        ("Perplexity of this model, same tokens", f"{text.perplexity.quant:.3f}"),
     ]
+    if text.divergence is not None:
+        found = text.divergence
+        rows += [
+            ("KL divergence from the source, mean a token", f"{found.mean:.4f} nats"),
+            ("Same most likely token as the source", f"{found.top1_agreement:.1%}"),
+        ]
+    return rows
 
 
 def _usage(repo_id: str, tag: str) -> str:

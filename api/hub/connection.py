@@ -118,7 +118,13 @@ class HubConnection:
         self, resolved: ResolvedModel, path: str, start: int, length: int | None = None
     ) -> Iterator[tuple[int, Iterator[bytes]]]:
         """Open a file at an offset: the offset that the Hub really starts at, and the chunks."""
-        url = hf_hub_url(resolved.model, path, revision=resolved.sha, endpoint=self._endpoint)
+        url = hf_hub_url(
+            resolved.model,
+            path,
+            repo_type=resolved.repo_type,
+            revision=resolved.sha,
+            endpoint=self._endpoint,
+        )
         headers = build_hf_headers(token=self._token)
         # a compressed body has other offsets than the file
         headers["Accept-Encoding"] = "identity"

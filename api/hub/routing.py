@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
@@ -13,12 +14,16 @@ from api.hub.base import (
     PublishedModel,
     PublishTarget,
     ResolvedModel,
+    TextSource,
 )
 from api.hub.local import LocalHub
 from api.hub.names import LOCAL_PREFIX
 from api.settings import Settings, configure_hub_client
 
-__all__ = ["RoutedHub", "create_hub"]
+if TYPE_CHECKING:
+    from api.hub.connection import HubConnection
+
+__all__ = ["RoutedHub", "create_hub", "create_texts"]
 
 REQUEST_PATIENCE_S = 1.5
 """How long a caller of the API waits for a busy Hub, on top of what the Hub takes."""
@@ -65,16 +70,29 @@ class RoutedHub(ModelHub):
 
 def create_hub(settings: Settings, *, patience_s: float = REQUEST_PATIENCE_S) -> ModelHub:
     """Make the hub of this process; a worker passes more patience than a request has."""
+    connection = _connect(settings, patience_s)
+    from api.hub.huggingface import HuggingFaceHub  # noqa: PLC0415  # as below
+
+    return RoutedHub(remote=HuggingFaceHub(connection), local=LocalHub(settings.hub.model_roots))
+
+
+def create_texts(settings: Settings, *, patience_s: float = REQUEST_PATIENCE_S) -> TextSource:
+    """Make the source of texts of this process."""
+    connection = _connect(settings, patience_s)
+    from api.hub.datasets import HubTexts  # noqa: PLC0415  # as below
+
+    return HubTexts(connection)
+
+
+def _connect(settings: Settings, patience_s: float) -> "HubConnection":
     configure_hub_client()
     # the client reads its environment when it is imported, so this must come after
     from api.hub.connection import HubConnection  # noqa: PLC0415
-    from api.hub.huggingface import HuggingFaceHub  # noqa: PLC0415
 
     hub = settings.hub
-    connection = HubConnection(
+    return HubConnection(
         endpoint=hub.endpoint,
         token=hub.token.get_secret_value() if hub.token is not None else None,
         timeout_s=hub.timeout_s,
         patience_s=patience_s,
     )
-    return RoutedHub(remote=HuggingFaceHub(connection), local=LocalHub(hub.model_roots))

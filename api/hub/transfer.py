@@ -9,7 +9,7 @@ from threading import Event, Lock
 from api.errors import HubUnavailable
 from api.hub.base import OnProgress, RemoteFile
 
-__all__ = ["Fetch", "Transfer", "matches_file"]
+__all__ = ["Fetch", "Transfer", "matches_content", "matches_file"]
 
 PARALLEL_FILES = 4
 REPORT_INTERVAL_S = 0.5
@@ -80,6 +80,17 @@ class _Stopped(Exception):
     """Another file failed, or the caller stopped the download."""
 
 
+def matches_content(content: bytes, file: RemoteFile) -> bool:
+    """Whether bytes are the announced file: their number, and their hash where that is known."""
+    if len(content) != file.bytes:
+        return False
+    if file.sha256 is not None:
+        return hashlib.sha256(content).hexdigest() == file.sha256
+    if file.git_sha1 is not None:
+        return _git_sha1(content) == file.git_sha1
+    return True
+
+
 def matches_file(path: Path, file: RemoteFile) -> bool:
     """Whether a local file is the announced one: its size, and its hash where that is known."""
     if path.stat().st_size != file.bytes:
@@ -88,7 +99,11 @@ def matches_file(path: Path, file: RemoteFile) -> bool:
         with path.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
     if file.git_sha1 is not None:
-        digest = hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False)
-        digest.update(path.read_bytes())
-        return digest.hexdigest() == file.git_sha1
+        return _git_sha1(path.read_bytes()) == file.git_sha1
     return True
+
+
+def _git_sha1(content: bytes) -> str:
+    digest = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
+    digest.update(content)
+    return digest.hexdigest()

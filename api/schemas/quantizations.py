@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_v
 
 from api.db.tables.jobs import Job, JobEvent, JobLayer, JobStatus
 from api.schemas.base import Schema
+from engine.datasets import TEXT_PATTERN, TaskFamily
 from engine.errors import SpecError
 from engine.events import Stage
 from engine.spec import QuantSpec
@@ -25,6 +26,7 @@ __all__ = [
 LABELS_MAX = 16
 OVERRIDES_MAX = 256
 """In a request; a bit search writes one for every layer."""
+TEXTS_MAX = 8
 FLAGS = (
     "symmetric", "bit_balance", "half_step",
     "rotation", "online_hadamard", "equivalent_transform", "compensation",
@@ -56,17 +58,24 @@ SpecField = Annotated[
     BeforeValidator(read_spec, json_schema_input_type=str | QuantSpec),
     AfterValidator(_limit_overrides),
 ]
+TextField = Annotated[str, Field(pattern=TEXT_PATTERN)]
 
 
 class EvaluationOptions(Schema):
-    """How the result is measured: perplexity of source and result on the same text."""
+    """How the result is measured: beside its source, on the same texts and tasks."""
 
     enabled: bool = True
     windows: int = Field(default=4, ge=1, le=1024)
     length: int = Field(default=1024, ge=16, le=32768)
     """Tokens in a window."""
-    dataset: str = Field(default="builtin", pattern=r"^(builtin|local:.{1,200})$")
-    """`builtin`, or `local:<root>/<file>` below a root that the operator configured."""
+    dataset: TextField = "builtin"
+    """`builtin`, `wikitext2`, `c4`, `ptb`, or `local:<root>/<file>` below an operator's root."""
+    datasets: list[TextField] = Field(default_factory=list, max_length=TEXTS_MAX)
+    """Several of the same; each is measured by itself."""
+    divergence: bool = True
+    """Compares predictions token by token, and the outputs of every layer."""
+    tasks: list[TaskFamily] = Field(default_factory=list, max_length=len(TaskFamily))
+    """Zero-shot tasks; a stage that fails costs nothing else."""
 
 
 class PublishOptions(Schema):

@@ -15,7 +15,7 @@ from api.errors import (
 )
 from api.hub.base import ModelFacts, ModelHub, PublishTarget, ResolvedModel
 from api.hub.names import check_repo_id
-from api.hub.texts import BUILTIN, find_text
+from api.hub.texts import evaluation_texts, find_text, hub_text
 from api.settings import Settings
 from engine.architecture import Architecture
 from engine.errors import SpecError
@@ -63,7 +63,7 @@ def preflight(  # noqa: PLR0913 - the fields of one request, by name
         revision: branch, tag or commit; None is the default branch.
         spec: what is asked for.
         publish: `repo_id` and `private` of the push, if there is to be one.
-        evaluation: its `dataset` is looked for.
+        evaluation: its `dataset` and `datasets` are looked for.
 
     Raises:
         ServiceError: naming the field at fault and what would do.
@@ -92,8 +92,13 @@ def preflight(  # noqa: PLR0913 - the fields of one request, by name
 
 def _check_texts(settings: Settings, spec: QuantSpec, evaluation: Mapping[str, Any]) -> None:
     roots = settings.hub.text_roots
-    find_text(roots, spec.calibration.dataset, param="spec.calibration.dataset")
-    find_text(roots, evaluation.get("dataset", BUILTIN), param="evaluation.dataset")
+    if hub_text(spec.calibration.dataset) is None:
+        find_text(roots, spec.calibration.dataset, param="spec.calibration.dataset")
+    several = evaluation.get("datasets") or []
+    for name in evaluation_texts(evaluation):
+        if hub_text(name) is None:
+            param = "evaluation.datasets" if name in several else "evaluation.dataset"
+            find_text(roots, name, param=param)
 
 
 def _check_evaluation(architecture: Architecture, evaluation: Mapping[str, Any]) -> None:

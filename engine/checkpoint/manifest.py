@@ -8,24 +8,21 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
 from engine.checkpoint.bits import StoredBits
 from engine.checkpoint.durable import write_atomically
+from engine.checkpoint.evaluation import Evaluation
 from engine.checkpoint.format import MANIFEST_NAME
 from engine.checkpoint.search_record import SearchRecord
 from engine.errors import CheckpointInvalid, SpecError
 from engine.spec import QuantSpec
 
 __all__ = [
-    "Evaluation",
-    "EvaluationStatus",
     "FileRecord",
     "LayerRecord",
     "Manifest",
-    "Perplexities",
     "digest_of",
     "hash_file",
     "read_manifest",
@@ -37,35 +34,6 @@ __all__ = [
 MANIFEST_FORMAT = "abq-manifest-v1"
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 CHUNK_BYTES = 1 << 20
-
-
-class EvaluationStatus(StrEnum):
-    """How the measurement of the result ended."""
-
-    SUCCEEDED = "succeeded"
-    """Perplexities are in the manifest."""
-    FAILED = "failed"
-    """It was tried; the artifact is good all the same."""
-    SKIPPED = "skipped"
-    """Nobody asked for it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Perplexities:
-    """Perplexity of source and result over the same tokens."""
-
-    fp: float
-    quant: float
-    tokens: int
-    dataset: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What was measured of the result."""
-
-    status: EvaluationStatus = EvaluationStatus.SKIPPED
-    perplexity: Perplexities | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +86,7 @@ class Manifest:
             "seed": self.seed,
             "bits": asdict(self.bits),
             "layers": [asdict(each) for each in self.layers],
-            "evaluation": asdict(self.evaluation),
+            "evaluation": self.evaluation.to_json(),
             "files": [asdict(each) for each in self.files],
         }
 
@@ -132,8 +100,7 @@ class Manifest:
         if record.get("format") != MANIFEST_FORMAT:
             raise CheckpointInvalid(f"{MANIFEST_NAME} is not of the format {MANIFEST_FORMAT}")
         try:
-            evaluation, search = record["evaluation"], record.get("search")
-            perplexity = evaluation["perplexity"]
+            search = record.get("search")
             return cls(
                 engine_version=str(record["engine_version"]),
                 source={str(key): str(value) for key, value in record["source"].items()},
@@ -141,10 +108,7 @@ class Manifest:
                 seed=int(record["seed"]),
                 bits=StoredBits(**record["bits"]),
                 layers=tuple(LayerRecord(**each) for each in record["layers"]),
-                evaluation=Evaluation(
-                    status=EvaluationStatus(evaluation["status"]),
-                    perplexity=None if perplexity is None else Perplexities(**perplexity),
-                ),
+                evaluation=Evaluation.from_json(record["evaluation"]),
                 files=tuple(FileRecord(**each) for each in record["files"]),
                 search=None if search is None else SearchRecord.from_json(search),
             )

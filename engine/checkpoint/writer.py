@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from engine.architecture import Architecture, check_config
 from engine.checkpoint.bits import BitTally, StoredBits
 from engine.checkpoint.durable import sync_path
+from engine.checkpoint.evaluation import Evaluation
 from engine.checkpoint.format import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -23,7 +24,6 @@ from engine.checkpoint.format import (
     shard_name,
 )
 from engine.checkpoint.manifest import (
-    Evaluation,
     FileRecord,
     LayerRecord,
     Manifest,

@@ -9,18 +9,20 @@ Shape legend: W windows, T tokens, H hidden size.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
 
-from engine.calibration.capture import capture_inputs
 from engine.calibration.watch import Watch
+from engine.evaluation.chain import Chain
 from engine.events import Stage
 from engine.models.blocks import BlockModel
 from engine.spec import FULL_BITS
 
-__all__ = ["Perplexity", "measure_perplexity"]
+__all__ = ["Perplexity", "count_steps", "measure_perplexity"]
 
 HEAD_CHUNK = 512
 """Tokens whose logits are in memory at once."""
@@ -33,6 +35,18 @@ class Perplexity:
     value: float
     tokens: int
     """Tokens that were predicted."""
+
+    @classmethod
+    def of_losses(cls, losses: Iterable[float], tokens: int) -> Self:
+        """Relate sums of negative log-likelihoods to the tokens they stand for.
+
+        Raises:
+            ValueError: if a probability is not finite.
+        """
+        mean = math.fsum(losses) / tokens
+        if not math.isfinite(mean):
+            raise ValueError("the model gives probabilities that are not finite")
+        return cls(value=math.exp(mean), tokens=tokens)
 
 
 @torch.no_grad()
@@ -57,23 +71,30 @@ def measure_perplexity(
         CalibrationInterrupted: if the watch says to stop.
         ValueError: if a probability is not finite.
     """
-    inputs = capture_inputs(model, tokens, device)
-    hidden = inputs.hidden
-    steps = len(inputs.calls) * len(hidden)
-    for index, call in enumerate(inputs.calls):
-        block = model.load_block(index).to(device)
-        for window in range(len(hidden)):
-            watch.check()
-            hidden[window] = call.run(block, hidden[window : window + 1], kv_bits)[0]
-            done = index * len(hidden) + window + 1
-            watch.progress(Stage.EVALUATING, done, steps, "block")
-    head = model.load_head().to(device)
-    losses = [_window_loss(head, hidden[i], tokens[i].to(device)) for i in range(len(hidden))]
-    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    mean = math.fsum(losses) / predicted
-    if not math.isfinite(mean):
-        raise ValueError("the model gives probabilities that are not finite")
-    return Perplexity(value=math.exp(mean), tokens=predicted)
+    watch.check()
+    chain = Chain.start(model, tokens, kv_bits=kv_bits, device=device)
+    on_windows = count_steps(watch, chain.steps)
+    for index in range(len(chain.calls)):
+        chain.advance(index, on_windows)
+    head = chain.load_head()
+    losses = [
+        _window_loss(head, hidden, window.to(device))
+        for hidden, window in zip(chain.hidden, tokens, strict=True)
+    ]
+    return Perplexity.of_losses(losses, tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def count_steps(watch: Watch, steps: int) -> Callable[[int], None]:
+    """Make a counter of windows: each call reports some more and asks whether to go on."""
+    done = 0
+
+    def count(windows: int) -> None:
+        nonlocal done
+        done += windows
+        watch.progress(Stage.EVALUATING, done, steps, "block")
+        watch.check()
+
+    return count
 
 
 def _window_loss(head: nn.Module, hidden_TH: torch.Tensor, tokens_T: torch.Tensor) -> float:  # noqa: N803  shape suffixes

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from api.db.tables.jobs import JobStatus
 from api.services.jobs import cancel_job
 from api.settings import HubSettings
 from tests.fake_hub import WRITER, Trouble
+from tests.hub_texts import add_texts
 from tests.integration.machine import QUICK, wait_until
 
 pytestmark = pytest.mark.parametrize("form", ["files"], indirect=True)
@@ -119,3 +121,39 @@ def test_a_push_that_is_refused_costs_neither_the_artifact_nor_a_half_repository
     assert machine.artifact_folders() == [job.artifact_id]
     repository = fake_hub.repositories[TARGET]
     assert set(repository.commits[repository.head]) == {".gitattributes"}
+
+
+def test_texts_of_the_hub_calibrate_and_measure_and_a_missing_one_costs_itself_alone(
+    machine, dispatcher, fake_hub
+):
+    add_texts(fake_hub)
+    del fake_hub.repositories["datasets/allenai/c4"]
+    spec = {**QUICK, "calibration": {**QUICK["calibration"], "dataset": "ptb"}}
+    evaluation = {"enabled": True, "windows": 1, "length": 64, "datasets": ["wikitext2", "c4"]}
+    wanted = replace(machine.new_job(model="acme/tiny", spec=spec), evaluation=evaluation)
+    machine.start("worker")
+
+    job = machine.wait_for_end(machine.queue(wanted))
+
+    assert job.status == JobStatus.SUCCEEDED, job.error
+    measured, missing = job.report["evaluation"]["texts"]
+    assert job.report["evaluation_status"] == "partial"
+    assert (measured["dataset"], measured["status"]) == ("wikitext2", "succeeded")
+    assert measured["divergence"]["mean"] > 0
+    assert (missing["dataset"], missing["status"]) == ("c4", "failed")
+    assert "allenai/c4" in missing["message"]
+    [failed] = machine.events(job.id, "eval.failed")
+    assert failed.data["part"] == "c4"
+    said = [event.data["message"] for event in machine.events(job.id, "log")]
+    assert any("ptb-calibration.txt" in each for each in said)
+
+
+def test_a_calibration_text_that_is_gone_fails_the_job_by_name(machine, dispatcher, fake_hub):
+    spec = {**QUICK, "calibration": {**QUICK["calibration"], "dataset": "wikitext2"}}
+    machine.start("worker")
+
+    job = machine.wait_for_end(machine.create_job(model="acme/tiny", spec=spec))
+
+    assert job.status == JobStatus.FAILED
+    assert job.error["code"] == "dataset_unavailable"
+    assert "Salesforce/wikitext" in job.error["message"]

@@ -16,8 +16,8 @@ from engine.errors import (
     SpecError,
     UnsupportedModel,
 )
-from engine.evaluation.comparison import EvaluationPlan
 from engine.evaluation.perplexity import measure_perplexity
+from engine.evaluation.plan import EvaluationPlan, EvaluationText
 from engine.events import (
     ArtifactFile,
     CheckpointSaved,
@@ -221,7 +221,9 @@ def test_a_diverging_layer_is_named_and_finished_blocks_are_kept(source, tmp_pat
 
 
 def test_a_failing_evaluation_leaves_the_artifact(source, tmp_path):
-    missing = EvaluationPlan(windows=2, length=48, text=tmp_path / "none.txt")
+    missing = EvaluationPlan(
+        windows=2, length=48, texts=(EvaluationText(path=tmp_path / "none.txt"),)
+    )
 
     report, events = quantize(job_of(source, tmp_path, evaluation=missing))
 

@@ -355,6 +355,15 @@ def test_a_missing_text_is_refused_by_its_field(fake_hub, caller, name):
     assert fake_hub.requests == []
 
 
+def test_texts_of_the_hub_are_left_to_the_worker(fake_hub, caller):
+    fake_hub.add("acme/tiny", model_files())
+    spec = QuantSpec(w_bits=4, calibration=CalibrationSpec(dataset="c4", length=16))
+
+    caller.ask(spec=spec, evaluation={"enabled": False, "datasets": ["wikitext2", "ptb"]})
+
+    assert not any("datasets/" in path for path in fake_hub.paths())
+
+
 def test_an_evaluation_beyond_the_models_positions_is_refused_by_its_field(fake_hub, caller):
     fake_hub.add("acme/tiny", model_files())
 

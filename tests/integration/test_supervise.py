@@ -8,7 +8,7 @@ from pydantic import SecretStr
 
 from api.db.connection import Database
 from api.db.tables.jobs import JobStatus
-from api.hub.routing import create_hub
+from api.hub.routing import create_hub, create_texts
 from api.services.jobs import cancel_job
 from api.storage.local import create_store
 from tests.fake_hub import WRITER, Trouble
@@ -52,6 +52,7 @@ def supervisor(hub_machine):
         settings=hub_machine.settings,
         database=database,
         hub=create_hub(hub_machine.settings),
+        texts=create_texts(hub_machine.settings),
         store=create_store(hub_machine.settings),
         lifeline=lifeline,
         worker="here",

@@ -147,6 +147,15 @@ BAD = [
     ({"model": "local:models/absent"}, "model", "", ""),
     ({"bits": 4}, "bits", "", "correct its name"),
     ({"evaluation": {"windows": 0}}, "evaluation.windows", "0", "greater than or equal to 1"),
+    ({"evaluation": {"datasets": ["wiki"]}}, "evaluation.datasets.0", "wiki", "wikitext2"),
+    ({"evaluation": {"datasets": ["local:texts/a"]}}, "evaluation.datasets", "texts/a", "none is"),
+    ({"evaluation": {"tasks": ["chess"]}}, "evaluation.tasks.0", "chess", "piqa"),
+    (
+        {"spec": {"w_bits": 4, "calibration": {"dataset": "wiki"}}},
+        "spec.calibration.dataset",
+        "wiki",
+        "wikitext2, c4, ptb",
+    ),
     ({"labels": {"a b": "c"}}, "labels.a b", "a b", ""),
     ({"publish": {"repo_id": "no-owner"}}, "publish.repo_id", "no-owner", ""),
 ]

@@ -59,6 +59,16 @@ def test_labels_and_evaluation_reach_the_job(abq):
     assert job["evaluation"]["enabled"] is False
 
 
+def test_texts_and_tasks_reach_the_job(abq):
+    options = ("--text", "wikitext2", "--text", "builtin", "--task", "piqa", "--task", "arc")
+
+    job = abq("quantize", MODEL, "w4a8", *SHORT, *options, "--json").json
+
+    assert job["evaluation"]["datasets"] == ["wikitext2", "builtin"]
+    assert job["evaluation"]["tasks"] == ["piqa", "arc"]
+    assert job["evaluation"]["divergence"] is True
+
+
 def test_an_estimate_starts_nothing(abq, api):
     table = abq("quantize", MODEL, "w4a8", *SHORT, "--estimate")
     record = abq("quantize", MODEL, "w4a8", *SHORT, "--estimate", "--json").json

@@ -8,6 +8,7 @@ import yaml
 from api.hub.base import ResolvedModel
 from api.hub.card import write_card
 from tests.artifact_files import save_artifact
+from tests.unit.engine.evaluations import an_evaluation
 
 
 @pytest.fixture
@@ -67,3 +68,33 @@ def test_five_levels_are_named_balanced(manifest):
     assert "2 bits, bit-balanced" in card
     assert "per channel" in card
     assert "abq-w2*a8kv4" in front_of(card)["tags"]
+
+
+def test_a_manifest_of_an_earlier_engine_shows_its_one_perplexity(manifest):
+    card = card_of(manifest)
+
+    assert "| Perplexity of the source, 4096 tokens of builtin | 20.820 |" in card
+    assert "KL divergence" not in card
+
+
+def test_every_text_and_task_that_was_measured_is_on_the_card(manifest):
+    manifest["evaluation"] = an_evaluation().to_json()
+
+    card = card_of(manifest)
+
+    assert "| Perplexity of this model, same tokens | 22.250 |" in card
+    assert "| KL divergence from the source, mean a token | 0.0200 nats |" in card
+    assert "| Same most likely token as the source | 93.8% |" in card
+    assert "| piqa, acc, 4 examples | 0.2500 (source 0.5000) |" in card
+    results = front_of(card)["model-index"][0]["results"]
+    assert [each["dataset"]["name"] for each in results] == ["wikitext2", "piqa"]
+    assert "boolq" not in card
+
+
+def test_an_evaluation_that_failed_says_so_and_claims_nothing(manifest):
+    manifest["evaluation"] = {"status": "failed", "perplexity": None}
+
+    card = card_of(manifest)
+
+    assert "| Perplexity | not measured (failed) |" in card
+    assert "model-index" not in front_of(card)

@@ -3,7 +3,7 @@
 import pytest
 
 from api.errors import InvalidRequest
-from api.hub.texts import find_text
+from api.hub.texts import evaluation_texts, find_text, hub_text
 
 
 @pytest.fixture
@@ -41,3 +41,28 @@ def test_other_names_are_refused_by_field(roots, name, what):
 def test_without_roots_it_says_that_none_is_configured():
     with pytest.raises(InvalidRequest, match="none is configured"):
         find_text({}, "local:texts/a", param="x")
+
+
+@pytest.mark.parametrize(
+    ("asked", "measured"),
+    [
+        ({}, ["builtin"]),
+        ({"dataset": "local:texts/a"}, ["local:texts/a"]),
+        ({"dataset": "builtin", "datasets": []}, ["builtin"]),
+        ({"dataset": "builtin", "datasets": ["wikitext2", "c4"]}, ["wikitext2", "c4"]),
+        ({"datasets": ["builtin", "ptb", "builtin"]}, ["builtin", "ptb"]),
+        ({"dataset": "c4", "datasets": ["wikitext2", "c4"]}, ["c4", "wikitext2"]),
+    ],
+)
+def test_one_text_and_several_together_say_what_is_measured(asked, measured):
+    assert evaluation_texts(asked) == measured
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4", "ptb"])
+def test_a_text_of_the_hub_is_known_by_its_name(name):
+    assert hub_text(name) == name
+
+
+@pytest.mark.parametrize("name", ["builtin", "local:texts/a", "wikitext"])
+def test_other_texts_are_none_of_the_hub(name):
+    assert hub_text(name) is None

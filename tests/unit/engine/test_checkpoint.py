@@ -5,10 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint.evaluation import EvaluationStatus
 from engine.checkpoint.manifest import (
-    Evaluation,
-    EvaluationStatus,
-    Perplexities,
     digest_of,
     read_manifest,
     record_evaluation,
@@ -17,6 +15,7 @@ from engine.checkpoint.manifest import (
 from engine.checkpoint.reader import load_checkpoint
 from engine.errors import CheckpointInvalid, UnsupportedModel
 from engine.spec import LayerOverride, QuantSpec
+from tests.unit.engine.evaluations import an_evaluation
 from tests.unit.engine.quantized_models import REVISION, save_checkpoint
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -242,10 +241,7 @@ def test_a_damaged_manifest_is_refused(checkpoint, text):
 
 def test_an_evaluation_is_added_without_touching_anything_else(checkpoint):
     before = read_manifest(checkpoint)
-    measured = Evaluation(
-        status=EvaluationStatus.SUCCEEDED,
-        perplexity=Perplexities(fp=20.5, quant=22.25, tokens=4096, dataset="builtin"),
-    )
+    measured = an_evaluation()
 
     digest = record_evaluation(checkpoint, measured)
 

@@ -81,14 +81,21 @@ def test_the_child_is_told_paths_and_never_a_secret(attempt, tmp_path):
     )
     workspace = attempt(1)
 
-    description = describe_job(make_job(), workspace, settings)
+    description = describe_job(make_job(), workspace, settings, {})
 
     written = workspace.write_job_file(description).read_text()
     assert json.loads(written) == description
     assert "hf_secret" not in written
     assert description["calibration_text"] == str(tmp_path / "a.txt")
-    assert description["evaluation_text"] is None
-    assert description["evaluation"] == {"enabled": True, "windows": 2, "length": 128}
+    assert description["evaluation_texts"] == [{"name": "builtin", "path": None, "error": None}]
+    assert description["evaluation"] == {
+        "enabled": True,
+        "windows": 2,
+        "length": 128,
+        "divergence": True,
+        "tasks": [],
+        "task_dir": None,
+    }
     assert (description["threads"], description["device"]) == (2, "cpu")
 
 
@@ -96,6 +103,31 @@ def test_a_text_that_has_vanished_since_is_named(attempt, tmp_path):
     settings = Settings(hub=HubSettings(text_roots={"texts": tmp_path}))
 
     with pytest.raises(InvalidRequest, match=r"local:texts/a\.txt") as refused:
-        describe_job(make_job(), attempt(1), settings)
+        describe_job(make_job(), attempt(1), settings, {})
 
     assert refused.value.param == "spec.calibration.dataset"
+
+
+def test_texts_of_the_hub_are_told_by_path_and_missing_ones_by_reason(attempt, tmp_path):
+    workspace = attempt(1)
+    evaluation = {"datasets": ["wikitext2", "c4", "local:texts/gone.txt"], "tasks": ["piqa"]}
+    job = make_job(spec={"w_bits": 4, "calibration": {"dataset": "c4"}}, evaluation=evaluation)
+    settings = Settings(
+        hub=HubSettings(text_roots={"texts": tmp_path}),
+        worker=WorkerSettings(task_dir=tmp_path / "tasks"),
+    )
+
+    description = describe_job(job, workspace, settings, {"c4": "the Hub is away"})
+
+    assert description["calibration_text"] == str(workspace.texts / "c4-calibration.txt")
+    found, missing, gone = description["evaluation_texts"]
+    assert found == {
+        "name": "wikitext2",
+        "path": str(workspace.texts / "wikitext2-evaluation.txt"),
+        "error": None,
+    }
+    assert missing == {"name": "c4", "path": None, "error": "the Hub is away"}
+    assert gone["path"] is None
+    assert "There is no local:texts/gone.txt" in gone["error"]
+    assert description["evaluation"]["tasks"] == ["piqa"]
+    assert description["evaluation"]["task_dir"] == str(tmp_path / "tasks")

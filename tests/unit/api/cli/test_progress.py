@@ -96,6 +96,19 @@ def test_a_resumed_layer_says_so(picture):
         (event("job.failed", error={"message": "disk full"}), "failed     disk full"),
         (event("checkpoint.saved", index=1), None),
         (CHOSEN, "bits       3.500 bits per weight (layers: 1 w2a8, 1 w4a8), KL 0.043"),
+        (
+            event("eval.result", metric="perplexity", fp=20, quant=21.5, tokens=9, dataset="c4"),
+            "evaluation perplexity 20.000 -> 21.500 on c4",
+        ),
+        (
+            # as an earlier engine told it
+            event("eval.result", metric="perplexity", fp=20, quant=21.5, tokens=9),
+            "evaluation perplexity 20.000 -> 21.500",
+        ),
+        (
+            event("eval.divergence", dataset="c4", mean=0.02, p99=1, max=2, top1_agreement=0.9),
+            "evaluation KL 0.0200 a token, 90.0 % the same on c4",
+        ),
         (finished(2), "layer      3/30  loss 0.5 -> 0.25  1.5 s"),
     ],
 )
