@@ -5,6 +5,10 @@ import subprocess
 
 import pytest
 import triton
+
+# the compiler imports it with the first kernel, and it looks at TRITON_INTERPRET then, which the
+# fixture has changed by that time
+import triton.experimental.gluon
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
