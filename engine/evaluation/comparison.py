@@ -4,9 +4,12 @@ Parts are independent: texts one after the other, then zero-shot tasks. What goe
 reported and recorded there, and costs neither the artifact nor the other parts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+
+import torch
 
 from engine.calibration.dataset import (
     BuiltinText,
@@ -30,7 +33,7 @@ from engine.checkpoint.reader import LoadedModel, load_checkpoint
 from engine.datasets import TaskFamily
 from engine.errors import CalibrationInterrupted, DatasetUnavailable, EngineError
 from engine.evaluation.chain import Chain
-from engine.evaluation.divergence import Comparison, compare_chains
+from engine.evaluation.divergence import Comparison, as_it_is, compare_chains
 from engine.evaluation.perplexity import measure_perplexity
 from engine.evaluation.plan import EvaluationPlan, EvaluationText
 from engine.evaluation.tasks import TaskBench
@@ -43,6 +46,7 @@ from engine.events import (
 )
 from engine.models.blocks import ResidentModel
 from engine.models.loading import SourceModel
+from engine.modules.rotated import ResidualRotation
 
 __all__ = ["EvaluationPlan", "EvaluationText", "evaluate"]
 
@@ -168,6 +172,7 @@ class _Bench:
             Chain.start(self._result, tokens, kv_bits=kv_bits, device=self.device),
             tokens,
             watch,
+            _to_source_basis(self._loaded, self.device),
         )
 
     def _perplexities(self, windows: TokenWindows, watch: Watch) -> Perplexities:
@@ -229,3 +234,12 @@ class _Bench:
 
 def _named(text: Text, wanted: EvaluationText) -> Text:
     return text if wanted.name is None or wanted.path is None else replace(text, name=wanted.name)
+
+
+def _to_source_basis(
+    loaded: LoadedModel, device: torch.device | str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How hidden states of a result turn into its source's, where the stream is rotated."""
+    if loaded.rotation.seed is None:
+        return as_it_is
+    return ResidualRotation(loaded.architecture.hidden, loaded.rotation.seed).to(device).inverse

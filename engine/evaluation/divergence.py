@@ -23,7 +23,7 @@ from engine.checkpoint.evaluation import Divergence
 from engine.evaluation.chain import Chain
 from engine.evaluation.perplexity import Perplexity, count_steps
 
-__all__ = ["Comparison", "compare_chains"]
+__all__ = ["Comparison", "as_it_is", "compare_chains"]
 
 HEAD_CHUNK = 256
 """Tokens whose logits of both models are in memory at once."""

@@ -219,3 +219,14 @@ def test_the_full_precision_perplexity_is_that_of_the_source_as_it_is(tmp_path):
     plain, _ = quantize(source, tmp_path / "plain", measure=True, ingredients=Ingredients())
 
     assert turned.evaluation.perplexity.fp == plain.evaluation.perplexity.fp
+
+
+def test_layer_errors_of_a_rotated_result_are_taken_in_the_basis_of_the_source(tmp_path):
+    source = save_tiny_model(tmp_path / "source")
+
+    report, _ = quantize(source, tmp_path, "w8a16g32", recipe=Recipe.RTN, measure=True)
+
+    # in two different bases the difference would be as large as the states themselves
+    errors = report.evaluation.layer_errors
+    assert len(errors) == 2
+    assert max(errors) < 1e-2
