@@ -24,6 +24,9 @@ __all__ = [
 
 
 FULL_BITS = 16
+COARSE_INPUTS = 6
+"""Bits of activations from which on rotation is worth a transform at run time: at eight bits and
+more a token's own range is fine enough."""
 
 
 class Recipe(StrEnum):
@@ -161,21 +164,24 @@ class Resolved:
     end_to_end_epochs: int = 0
 
 
-def resolve(recipe: Recipe, ingredients: Ingredients, a_bits: int) -> Resolved:
+def resolve(
+    recipe: Recipe, ingredients: Ingredients, *, a_bits: int, per_channel: bool
+) -> Resolved:
     """Answer every question: by the ingredients where they do, else by the recipe."""
     answered = {
         each.name: getattr(ingredients, each.name)
         for each in fields(ingredients)
         if getattr(ingredients, each.name) is not None
     }
-    return replace(_answers(recipe, a_bits), **answered)
+    return replace(_answers(recipe, a_bits, per_channel=per_channel), **answered)
 
 
-def _answers(recipe: Recipe, a_bits: int) -> Resolved:
-    rounds_inputs = a_bits < FULL_BITS
+def _answers(recipe: Recipe, a_bits: int, *, per_channel: bool) -> Resolved:
+    coarse_inputs = a_bits <= COARSE_INPUTS
     fast = Resolved(
-        rotation=True,
-        online_hadamard=rounds_inputs,
+        # measured: it helps whole channels and coarse inputs, and costs groups of weights a little
+        rotation=per_channel or coarse_inputs,
+        online_hadamard=coarse_inputs,
         clipping=Clipping.SEARCHED,
         second_order=SecondOrder.GPTAQ,
     )
@@ -189,7 +195,9 @@ def _answers(recipe: Recipe, a_bits: int) -> Resolved:
     answers = {
         Recipe.RTN: Resolved(),
         Recipe.LWC: Resolved(clipping=Clipping.LEARNED),
-        Recipe.OMNIQUANT: Resolved(clipping=Clipping.LEARNED, equivalent_transform=rounds_inputs),
+        Recipe.OMNIQUANT: Resolved(
+            clipping=Clipping.LEARNED, equivalent_transform=a_bits < FULL_BITS
+        ),
         Recipe.FAST: fast,
         Recipe.DEFAULT: default,
         Recipe.ACCURATE: replace(

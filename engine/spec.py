@@ -210,7 +210,12 @@ class QuantSpec:
     @property
     def resolved(self) -> Resolved:
         """What the recipe and the ingredients come to."""
-        return resolve(self.recipe, self.ingredients, self.a_bits)
+        return resolve(
+            self.recipe,
+            self.ingredients,
+            a_bits=self.a_bits,
+            per_channel=self.group_size == PER_CHANNEL,
+        )
 
     def weight_grid(self, layer: str) -> WeightGrid | None:
         """The grid of one linear layer by its full name; None leaves it in full precision."""

@@ -25,6 +25,8 @@ from engine.spec import FULL_BITS
 __all__ = ["round_by_moments"]
 
 TOKENS_PER_CALL = 8192
+TOKENS, TOKENS_PER_INPUT = 65_536, 16
+"""Moments of K inputs are taken over the first windows: this many tokens, or so many an input."""
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def _collect(
     with ExitStack() as hooks:
         hooks.callback(student.get_submodule(name).register_forward_pre_hook(inner).remove)
         hooks.callback(task.block.get_submodule(name).register_forward_pre_hook(full).remove)
-        for start in range(0, len(task.inputs), at_once):
+        for start in range(0, _windows(task, features), at_once):
             windows = slice(start, start + at_once)
             x_MK = twin.transform(inner.of(task, student, task.inputs[windows], kv_bits))
             own_KK.addmm_(x_MK.t(), x_MK)
@@ -112,6 +114,11 @@ def _collect(
                 shift_KK.addmm_((full_MK - x_MK).t(), x_MK)
     count = max(1, tokens)
     return InputMoments(own=own_KK / count, shift=None if shift_KK is None else shift_KK / count)
+
+
+def _windows(task: BlockTask, features: int) -> int:
+    enough = max(TOKENS, TOKENS_PER_INPUT * features)
+    return min(len(task.inputs), -(-enough // task.inputs.shape[1]))
 
 
 class _Stop(Exception):

@@ -12,7 +12,7 @@ from torch import nn
 from engine.calibration.precision import repeatable_attention, training_precision
 from engine.events import Stage
 
-__all__ = ["Examples", "ParameterGroup", "Schedule", "Stepper", "restore"]
+__all__ = ["Examples", "ParameterGroup", "Schedule", "Stepper", "pick", "restore"]
 
 WARM_UP_STEPS = 2
 """Steps before a graph is recorded; their effect is taken back."""
@@ -92,11 +92,11 @@ class Stepper:
         for group, start in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"].fill_(start * rate)
         if not self._records:
-            return self._launch(_pick(self.examples, batch, self._device))
+            return self._launch(pick(self.examples, batch, self._device))
         if len(batch) not in self._graphs:
             self._graphs[len(batch)] = self._record(batch)
         graph, static, loss = self._graphs[len(batch)]
-        _copy(static, _pick(self.examples, batch, self._device))
+        _copy(static, pick(self.examples, batch, self._device))
         graph.replay()
         return loss.clone()
 
@@ -116,7 +116,7 @@ class Stepper:
         return loss.detach()
 
     def _record(self, batch: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, Examples, torch.Tensor]:
-        static = _pick(self.examples, batch, self._device)
+        static = pick(self.examples, batch, self._device)
         before = [each.detach().clone() for each in self.parameters]
         states = self._optimizer_states()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types
@@ -145,21 +145,26 @@ class Stepper:
         return {(parameter, name): value.clone() for parameter, name, value in self._named_states()}
 
 
-def _pick(examples: Examples, batch: torch.Tensor, device: torch.device) -> Examples:
-    """Bring the windows of a batch to the device."""
+def pick(examples: Examples, batch: torch.Tensor, device: torch.device) -> Examples:
+    """Bring the windows of a batch (int64 ``[B]`` on the CPU) to the device."""
+    places: dict[torch.device, torch.Tensor] = {}
 
-    def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor[batch.to(tensor.device)].to(device)
+    def take(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if tensor.device not in places:
+            places[tensor.device] = batch.to(tensor.device)
+        return tensor[places[tensor.device]].to(device)
 
     inputs, wanted, weight = (
-        pick(each) for each in (examples.inputs, examples.wanted, examples.token_weight)
+        take(each) for each in (examples.inputs, examples.wanted, examples.token_weight)
     )
     assert inputs is not None and wanted is not None and weight is not None  # noqa: PT018
     return Examples(
         inputs=inputs,
         wanted=wanted,
-        own=pick(examples.own),
-        full_inputs=pick(examples.full_inputs),
+        own=take(examples.own),
+        full_inputs=take(examples.full_inputs),
         token_weight=weight,
     )
 

@@ -24,6 +24,7 @@ import torch
 
 from engine.numerics.affine import AffineParams
 from engine.spec import WeightGrid
+from kernels.column_rounding import WIDTH, round_columns
 
 __all__ = ["InputMoments", "aim_at_full_precision", "pass_errors_on"]
 
@@ -31,8 +32,6 @@ DAMPING = 0.01
 """Part of the mean diagonal that is added to it (GPTQ's percdamp)."""
 TRUST = 0.5
 """Part of the way from W to W* that is gone."""
-BLOCK = 128
-"""Columns whose updates of the rest are collected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +73,12 @@ def pass_errors_on(
     order = torch.argsort(torch.diagonal(damped_KK), descending=True, stable=True)
     inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK[order][:, order]))
     upper_KK = torch.linalg.cholesky(inverse_KK, upper=True)
-    rest_NK = w_NK.float().masked_fill(is_dead, 0.0)[:, order]
+    rest_NK = w_NK.float().masked_fill(is_dead, 0.0)[:, order].contiguous()
     scale_NK, centre_NK = _by_column(params, w_NK.shape[1], order)
-    for start in range(0, w_NK.shape[1], BLOCK):
-        stop = min(start + BLOCK, w_NK.shape[1])
-        block_NB = rest_NK[:, start:stop]
-        errors_NB = _round_block(
-            block_NB,
+    for start in range(0, w_NK.shape[1], WIDTH):
+        stop = min(start + WIDTH, w_NK.shape[1])
+        errors_NB = round_columns(
+            rest_NK[:, start:stop],
             scale_NK[:, start:stop],
             centre_NK[:, start:stop],
             upper_KK[start:stop, start:stop],
@@ -90,24 +88,6 @@ def pass_errors_on(
     changed_NK = torch.empty_like(rest_NK)
     changed_NK[:, order] = rest_NK
     return changed_NK
-
-
-def _round_block(
-    block_NB: torch.Tensor,
-    scale_NB: torch.Tensor,
-    centre_NB: torch.Tensor,
-    upper_BB: torch.Tensor,
-    max_code: int,
-) -> torch.Tensor:
-    """Walk the columns of one block in place; return their scaled errors ``[N, B]``."""
-    errors_NB = torch.empty_like(block_NB)
-    for column in range(block_NB.shape[1]):
-        w_N, scale_N, centre_N = block_NB[:, column], scale_NB[:, column], centre_NB[:, column]
-        code_N = torch.round(w_N / scale_N + centre_N).clamp_(0, max_code)
-        error_N = (w_N - (code_N - centre_N) * scale_N) / upper_BB[column, column]
-        errors_NB[:, column] = error_N
-        block_NB[:, column + 1 :] -= torch.outer(error_N, upper_BB[column, column + 1 :])
-    return errors_NB
 
 
 def _damped(own_KK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
