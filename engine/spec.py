@@ -36,11 +36,11 @@ class CalibrationSpec:
 
     dataset: str = "builtin"
     """`builtin`, `wikitext2`, `c4`, `ptb`, or `local:<root>/<file>` below an operator's root."""
-    samples: int = 32
+    samples: int = 256
     """Windows of tokens."""
     length: int = 512
     """Tokens in a window."""
-    epochs: int = 2
+    epochs: int = 4
     """Passes over the samples for each decoder layer; 0 trains nothing."""
     batch: int = 8
     """Windows of one step."""
@@ -130,7 +130,7 @@ class QuantSpec:
     overrides: tuple[LayerOverride, ...] = ()
     target: BitTarget | None = None
     """Asks for a search: it chooses the bits of every layer and records them as overrides."""
-    recipe: Recipe = Recipe.LWC
+    recipe: Recipe = Recipe.DEFAULT
     ingredients: Ingredients = field(default_factory=Ingredients)
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
 
@@ -192,7 +192,7 @@ class QuantSpec:
             values["target"] = BitTarget.from_json(values["target"])
         if "ingredients" in values:
             values["ingredients"] = Ingredients.from_json(values["ingredients"])
-        recipe = read_choice("recipe", values.get("recipe", Recipe.LWC), Recipe)
+        recipe = read_choice("recipe", values.get("recipe", Recipe.DEFAULT), Recipe)
         return cls(**{**values, "recipe": recipe})
 
     def to_json(self) -> dict[str, Any]:
@@ -210,12 +210,8 @@ class QuantSpec:
     @property
     def resolved(self) -> Resolved:
         """What the recipe and the ingredients come to."""
-        return resolve(
-            self.recipe,
-            self.ingredients,
-            a_bits=self.a_bits,
-            per_channel=self.group_size == PER_CHANNEL,
-        )
+        whole = self.group_size == PER_CHANNEL
+        return resolve(self.recipe, self.ingredients, a_bits=self.a_bits, per_channel=whole)
 
     def weight_grid(self, layer: str) -> WeightGrid | None:
         """The grid of one linear layer by its full name; None leaves it in full precision."""

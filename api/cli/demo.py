@@ -33,7 +33,9 @@ HOME = Path(".demo")
 REPORT_FILE = "report.json"
 QUESTION = "What is the capital of France, and what is it known for?"
 # chosen so that the demo ends within minutes on two cores; the engine's own default trains longer
-CALIBRATION = ("calibration.samples=16", "calibration.length=256", "calibration.epochs=2")
+CALIBRATION = (
+    "recipe=fast", "calibration.samples=16", "calibration.length=256", "calibration.epochs=2",
+)  # fmt: skip
 EVALUATION = {"enabled": True, "windows": 4, "length": 1024}
 
 

@@ -57,7 +57,9 @@ def round_by_moments(
             twin.fix_range(params.covered_range(twin.grid))
             twin.weight = nn.Parameter(changed, requires_grad=False)
         # packed once, instead of rounded anew in every forward that passes through
-        swap_modules(block, {name: twins[name].to_quant_linear().prepare() for name in names})
+        swap_modules(
+            block, {name: twins[name].to_quant_linear().prepare(dense=True) for name in names}
+        )
     swap_modules(block, twins)
 
 

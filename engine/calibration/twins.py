@@ -34,7 +34,9 @@ class Student:
 
     def pack(self) -> dict[str, QuantLinear]:
         """Round every twin as it is now."""
-        return {name: twin.to_quant_linear().prepare() for name, twin in self.twins.items()}
+        return {
+            name: twin.to_quant_linear().prepare(dense=True) for name, twin in self.twins.items()
+        }
 
     def changed_parts(self, source: nn.Module) -> dict[str, torch.Tensor]:
         """What else differs from the source by now: norms, and biases of the linears."""

@@ -140,10 +140,16 @@ class QuantLinear(nn.Module):
         """The float32 ``[N, K]`` weight that the codes stand for, of transformed inputs."""
         return dequantize_weight(self.codes(), self.params)
 
-    def prepare(self) -> Self:
-        """Derive what this device multiplies with; call after loading or moving."""
+    def prepare(self, *, dense: bool = False) -> Self:
+        """Derive what this device multiplies with; call after loading or moving.
+
+        Args:
+            dense: keep a float weight on a GPU too, where inputs stay in full precision: faster
+                for many tokens, as calibration has them, and no longer small.
+        """
         # a dense weight kept on the GPU would undo the packing
-        keeps_packed = self.a_bits == FULL_BITS and self.weight_packed.device.type != "cpu"
+        on_gpu = self.weight_packed.device.type != "cpu"
+        keeps_packed = self.a_bits == FULL_BITS and on_gpu and not dense
         self._operand = None if keeps_packed else self._derive()
         return self
 

@@ -92,6 +92,7 @@ def test_a_model_of_every_family_is_quantized_and_measured(tmp_path, model_type)
     assert report.evaluation.perplexity.quant < 1.5 * report.evaluation.perplexity.fp
     assert [each.stage for each in of_type(events, StageStarted)] == [
         Stage.CALIBRATING,
+        Stage.TUNING,
         Stage.PACKING,
         Stage.EVALUATING,
     ]

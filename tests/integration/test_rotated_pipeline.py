@@ -35,7 +35,7 @@ def quantize(
     source, folder, notation="w4a8", *, should_stop=lambda _: False, measure=False, **fields
 ):
     events = []
-    values = {"ingredients": BOTH, "calibration": CALIBRATION, **fields}
+    values = {"ingredients": BOTH, "calibration": CALIBRATION, "recipe": Recipe.LWC, **fields}
     job = QuantJob(
         source_dir=source,
         out_dir=folder / "out",

@@ -11,7 +11,7 @@ from engine.fit import check_spec
 from engine.models.loading import read_config
 from engine.recipe import Ingredients
 from engine.rotation import Rotation, name_in_layer, online_blocks
-from engine.spec import CalibrationSpec, QuantSpec
+from engine.spec import CalibrationSpec, QuantSpec, Recipe
 from tests.tiny_models import save_tiny_model
 from tests.unit.engine.quantized_models import save_checkpoint
 
@@ -32,7 +32,8 @@ def test_ingredients_say_what_is_rotated():
         calibration = CalibrationSpec(seed=7)
         asked = Ingredients(**ingredients)
         return Rotation.of(
-            QuantSpec(w_bits=4, calibration=calibration, ingredients=asked), ARCHITECTURE
+            QuantSpec(w_bits=4, recipe=Recipe.RTN, calibration=calibration, ingredients=asked),
+            ARCHITECTURE,
         )
 
     assert of() == Rotation.none()
