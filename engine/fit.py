@@ -29,11 +29,13 @@ class Estimate:
     state_bytes: int
     """Resumable block checkpoints."""
     memory_bytes: int
-    """Peak on the device while one block learns: its weights, what is learned, activations of all
-    samples. Those may move to main memory or disk; tuning end to end is left out where it does not
-    fit, so it is not counted."""
+    """What the device must have while one block learns, or while bits are searched. On a CPU with
+    embedding and hidden states; on a GPU without, because those live elsewhere where it is small.
+    Tuning end to end is left out where it does not fit, so it is not counted."""
+    chain_bytes: int
+    """Hidden states of all samples, wherever they live."""
     host_bytes: int
-    """Peak of main memory: the embedding, and a block on its way; all of it on a CPU."""
+    """Main memory beside them: the embedding, and a block on its way; on a CPU `memory_bytes`."""
     calibration_flops: float
     """Of the search for bits as well, where there is a target."""
 
@@ -93,10 +95,8 @@ def estimate_bytes(
     rest = parameters - sum(each.weights for each in quantized)
     search = _plan_of(architecture, spec, device_type)
     footprint = Footprint(architecture=architecture, spec=spec, device_type=device_type)
-    memory = _device_bytes(footprint, search)
+    memory = _learning_bytes(footprint, search, in_one=device_type == "cpu")
     host = footprint.embedding_bytes + footprint.source_block_bytes
-    if device_type == "cpu":
-        memory = host = footprint.embedding_bytes + memory
     return Estimate(
         parameters=parameters,
         bits_per_weight=promised_bits(architecture, spec),
@@ -104,16 +104,21 @@ def estimate_bytes(
         result_bytes=packed + rest * FP_BYTES,
         state_bytes=packed,
         memory_bytes=memory,
-        host_bytes=host,
+        chain_bytes=footprint.chain_bytes,
+        host_bytes=memory if device_type == "cpu" else host,
         calibration_flops=footprint.flops + (0 if search is None else search.flops),
     )
 
 
-def _device_bytes(footprint: Footprint, search: SearchPlan | None) -> int:
-    calibration = footprint.block_bytes + footprint.chain_bytes
+def _learning_bytes(footprint: Footprint, search: SearchPlan | None, *, in_one: bool) -> int:
+    """Peak of calibration and search; `in_one` where the device's memory is the host's."""
+    block, embedding = footprint.block_bytes, 0
+    if in_one:
+        block, embedding = block + footprint.chain_bytes, footprint.embedding_bytes
     if search is None:
-        return calibration
-    return max(calibration, SEARCH_COPIES * footprint.source_block_bytes + search.wave_bytes)
+        return embedding + block
+    searched = SEARCH_COPIES * footprint.source_block_bytes + search.wave_bytes
+    return embedding + max(block, searched)
 
 
 def _packed_bits(architecture: Architecture, spec: QuantSpec) -> int:

@@ -38,7 +38,7 @@ def source(tmp_path_factory):
 def loop_of(source, folder, memory=ON_HOST, **fields):
     calibration = CalibrationSpec(samples=3, length=32, epochs=2, batch=2)
     # attention maps and own outputs make every chain that there can be
-    extra = Ingredients(own_input_loss=0.5, attention_loss=0.1, second_order="gptaq")
+    extra = Ingredients(own_input_loss=0.5, attention_loss=0.1)
     spec = QuantSpec(
         w_bits=3, group_size=32, recipe=Recipe.DEFAULT, ingredients=extra, calibration=calibration
     )
