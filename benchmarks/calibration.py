@@ -11,7 +11,7 @@ import argparse
 import resource
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ class StepClock:
         self.blocks: list[dict[str, Any]] = []
         """One entry a finished block."""
         self._device = device
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
         self._step: BlockStep | None = None
         self._since_s = 0.0
 
@@ -72,7 +72,7 @@ class StepClock:
             "reserved_device_bytes": torch.cuda.memory_reserved(self._device) if on_gpu else None,
             "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         })  # fmt: skip
-        self._seconds, self._step = Counter(), None
+        self._seconds, self._step = defaultdict(float), None
 
     def _stop(self) -> None:
         if self._device.type == "cuda":

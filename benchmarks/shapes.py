@@ -72,7 +72,8 @@ def write_source(shape: str, blocks: int, folder: Path) -> Path:
     config = {**SHAPES[shape], "num_hidden_layers": blocks}
     architecture = check_config(config)
     (folder / "config.json").write_text(json.dumps(config))
-    generator, weight_map = torch.Generator().manual_seed(SEED), {}
+    generator = torch.Generator().manual_seed(SEED)
+    weight_map: dict[str, str] = {}
     parts = [_outer_shapes(architecture)]
     parts += [_layer_shapes(architecture, index) for index in range(blocks)]
     for number, shapes in enumerate(parts):

@@ -19,6 +19,7 @@ from engine.errors import SpecError
 from engine.events import LogLine
 from engine.models.loading import SourceModel
 from engine.models.rotated import RotatedModel
+from engine.pipeline import QuantJob
 from engine.recipe import Ingredients
 from engine.spec import CalibrationSpec, QuantSpec, Recipe
 from tests.tiny_models import save_tiny_model
@@ -132,6 +133,22 @@ def test_a_budget_below_zero_is_refused(field):
 
 def test_a_budget_is_read_from_json():
     assert ChainMemory.from_json({"host_bytes": 5}) == ChainMemory(host_bytes=5)
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [({}, ChainMemory()), ({"chain_memory": {"device_bytes": 0}}, ChainMemory(device_bytes=0))],
+)
+def test_a_job_may_say_what_the_chains_take(extra, expected):
+    record = {
+        "source_dir": "a", "out_dir": "b", "state_dir": "c", "spec": {"w_bits": 4},
+        "source": {"repo": "acme/tiny", "revision": "main"},
+        "evaluation": {"enabled": False, "windows": 1, "length": 32},
+    }  # fmt: skip
+
+    job = QuantJob.from_json(record | extra)
+
+    assert job.chain_memory == expected
 
 
 def test_chains_on_disk_give_the_bytes_of_chains_in_memory(source, tmp_path):
