@@ -16,6 +16,7 @@ from engine.calibration.dataset import (
     read_text,
     tokenize,
 )
+from engine.calibration.placement import ChainMemory
 from engine.calibration.watch import Watch
 from engine.checkpoint.reader import load_checkpoint
 from engine.console import EventPainter, progress_bar
@@ -70,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--seed", type=int, default=defaults.seed)
     quantize.add_argument("--text", type=Path, default=None, help="calibration text")
     quantize.add_argument("--state", type=Path, default=None, help="where finished layers are kept")
+    for place in ("device", "host"):
+        quantize.add_argument(
+            f"--chain-{place}-bytes", type=int, help="for hidden states; measured if not given"
+        )
     _add_target(quantize)
     _add_evaluation(quantize)
     quantize.add_argument(
@@ -139,6 +144,9 @@ def _quantize(options: argparse.Namespace, console: Console) -> None:
             tasks=tuple(options.tasks),
         ),
         device=options.device,
+        chain_memory=ChainMemory(
+            device_bytes=options.chain_device_bytes, host_bytes=options.chain_host_bytes
+        ),
     )
     with progress_bar(console) as bar:
         report = quantize_model(job, Watch(on_event=EventPainter(bar)))

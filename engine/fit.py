@@ -7,20 +7,15 @@ from fnmatch import fnmatchcase
 from engine.architecture import Architecture, LinearShape
 from engine.effort import SearchPlan, plan_search, search_units
 from engine.errors import SpecError
+from engine.footprint import Footprint
 from engine.reach import FP_BYTES, Reach, stored_bits
 from engine.rotation import Rotation, check_rotation
 from engine.spec import GROUP_STEP, PER_CHANNEL, QuantSpec
 
 __all__ = ["Estimate", "check_spec", "estimate_bytes", "promised_bits"]
 
-TRAIN_BYTES = 4
-"""Calibration computes in fp32."""
-TRAIN_COPIES = 6
-"""A block's weights, their fake-quantized twins, and what backward keeps of both."""
-
-
 SEARCH_COPIES = 2
-"""A block's weights, and one of its linears rounded."""
+"""A block's weights, and one of its linears rounded, in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +29,13 @@ class Estimate:
     state_bytes: int
     """Resumable block checkpoints."""
     memory_bytes: int
-    """Peak while one block trains: weights, activations of all samples, attention scratch."""
+    """What the device must have while one block learns, or while bits are searched. On a CPU with
+    embedding and hidden states; on a GPU without, because those live elsewhere where it is small.
+    Tuning end to end is left out where it does not fit, so it is not counted."""
+    chain_bytes: int
+    """Hidden states of all samples, wherever they live."""
+    host_bytes: int
+    """Main memory beside them: the embedding, and a block on its way; on a CPU `memory_bytes`."""
     calibration_flops: float
     """Of the search for bits as well, where there is a target."""
 
@@ -92,35 +93,32 @@ def estimate_bytes(
     packed = _packed_bits(architecture, spec) // 8
     parameters = architecture.parameter_count
     rest = parameters - sum(each.weights for each in quantized)
-    layer_weights = sum(each.weights for each in architecture.linears_per_layer)
-    tokens = spec.calibration.samples * spec.calibration.length
-    # both chains and the targets, each over all samples
-    activations = 3 * tokens * architecture.hidden * TRAIN_BYTES
-    # what one sample's backward keeps: about eight hidden and four intermediate activations
-    backward = spec.calibration.length * TRAIN_BYTES * (
-        8 * architecture.hidden + 4 * architecture.intermediate
-    )  # fmt: skip
-    embedding = architecture.vocab * architecture.hidden * TRAIN_BYTES
     search = _plan_of(architecture, spec, device_type)
-    passes = 3 * 2 + spec.calibration.epochs * 6
+    footprint = Footprint(architecture=architecture, spec=spec, device_type=device_type)
+    memory = _learning_bytes(footprint, search, in_one=device_type == "cpu")
+    host = footprint.embedding_bytes + footprint.source_block_bytes
     return Estimate(
         parameters=parameters,
         bits_per_weight=promised_bits(architecture, spec),
         source_bytes=parameters * FP_BYTES,
         result_bytes=packed + rest * FP_BYTES,
         state_bytes=packed,
-        memory_bytes=embedding
-        + max(
-            TRAIN_COPIES * TRAIN_BYTES * layer_weights + activations + backward,
-            0
-            if search is None
-            else SEARCH_COPIES * TRAIN_BYTES * layer_weights + search.wave_bytes,
-        ),
-        calibration_flops=float(
-            passes * tokens * architecture.active_weights_per_layer * architecture.layers
-        )
-        + (0 if search is None else search.flops),
+        memory_bytes=memory,
+        chain_bytes=footprint.chain_bytes,
+        host_bytes=memory if device_type == "cpu" else host,
+        calibration_flops=footprint.flops + (0 if search is None else search.flops),
     )
+
+
+def _learning_bytes(footprint: Footprint, search: SearchPlan | None, *, in_one: bool) -> int:
+    """Peak of calibration and search; `in_one` where the device's memory is the host's."""
+    block, embedding = footprint.block_bytes, 0
+    if in_one:
+        block, embedding = block + footprint.chain_bytes, footprint.embedding_bytes
+    if search is None:
+        return embedding + block
+    searched = SEARCH_COPIES * footprint.source_block_bytes + search.wave_bytes
+    return embedding + max(block, searched)
 
 
 def _packed_bits(architecture: Architecture, spec: QuantSpec) -> int:

@@ -24,6 +24,7 @@ from engine.calibration.dataset import (
 )
 from engine.calibration.finish import finish
 from engine.calibration.merge import merged_tensors
+from engine.calibration.placement import ChainMemory
 from engine.calibration.resume import ENGINE_VERSION, BlockStore, fingerprint
 from engine.calibration.watch import Watch
 from engine.checkpoint.manifest import LayerRecord, digest_of, hash_file
@@ -60,6 +61,7 @@ class QuantJob:
     """None takes the builtin text."""
     evaluation: EvaluationPlan = field(default_factory=EvaluationPlan)
     device: str = "cpu"
+    chain_memory: ChainMemory = field(default_factory=ChainMemory)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
@@ -80,6 +82,7 @@ class QuantJob:
             calibration_text=None if calibration_text is None else Path(calibration_text),
             evaluation=EvaluationPlan.from_json(record["evaluation"], _evaluation_texts(record)),
             device=record.get("device") or best_device(),
+            chain_memory=ChainMemory.from_json(record.get("chain_memory") or {}),
         )
 
 
@@ -131,14 +134,15 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
 
 
 def _block_loop(job: QuantJob, source: SourceModel, store: BlockStore, watch: Watch) -> BlockLoop:
-    rotation = Rotation.of(job.spec, source.architecture)
+    rotation, device = Rotation.of(job.spec, source.architecture), torch.device(job.device)
     return BlockLoop(
-        model=rotated(source, rotation),
+        model=rotated(replace(source, block_device=device), rotation),
         spec=job.spec,
         store=store,
         watch=watch,
-        device=torch.device(job.device),
+        device=device,
         shape=BlockShape.of(source.architecture, online_blocks(source.architecture, rotation)),
+        memory=job.chain_memory,
     )
 
 

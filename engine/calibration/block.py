@@ -3,7 +3,7 @@
 Shape legend: W windows, T tokens, H hidden size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -12,10 +12,11 @@ from torch import nn
 
 from engine.architecture import Architecture
 from engine.calibration.capture import BlockCall
+from engine.calibration.placement import Placement
 from engine.families.base import ChannelPair, NormKind, QueryKeyPair
 from engine.modules.linear import QuantLinear
 
-__all__ = ["BlockShape", "BlockTask", "LearnedBlock", "run_windows"]
+__all__ = ["BlockShape", "BlockTask", "LearnedBlock", "run_windows", "stream_windows"]
 
 TOKENS_PER_CALL = 8192
 """On a GPU; a CPU takes window by window."""
@@ -65,11 +66,19 @@ class BlockTask:
     """``[W, T, H]`` outputs of the full-precision chain."""
     token_weight: torch.Tensor
     """float32 ``[W, T, 1]``: what each token's error counts."""
+    placement: Placement | None = None
+    """Where further chains go; None puts them beside the inputs."""
 
     @property
     def device(self) -> torch.device:
         """Where the block is; chains may be elsewhere."""
         return next(self.block.parameters()).device
+
+    def make_chain(self) -> torch.Tensor:
+        """Make room for ``[W, T, H]``, where the other chains are."""
+        if self.placement is None:
+            return torch.empty_like(self.inputs)
+        return self.placement.empty(self.inputs.shape, self.inputs.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +89,12 @@ class LearnedBlock:
     """By name inside the block."""
     others: dict[str, torch.Tensor]
     """Norms and biases that changed, by name inside the block."""
-    outputs: torch.Tensor
-    """``[W, T, H]`` of the quantized chain."""
     loss_before: float
     loss_after: float
     fell_back: bool = False
     """True where learning diverged and plain rounding was kept."""
 
 
-@torch.no_grad()
 def run_windows(
     block: nn.Module,
     call: BlockCall,
@@ -96,7 +102,7 @@ def run_windows(
     kv_bits: int,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Apply a block to ``[W, T, H]``, some windows at a time.
+    """Apply a block to ``[W, T, H]`` and keep what it puts out.
 
     Args:
         block: on its device.
@@ -105,10 +111,29 @@ def run_windows(
         kv_bits: of keys and values.
         out: takes the outputs; may be `inputs`. None makes a tensor beside the inputs.
     """
-    device = next(block.parameters(), next(block.buffers(), inputs)).device
     outputs = torch.empty_like(inputs) if out is None else out
+    for windows, some in stream_windows(block, call, inputs, kv_bits):
+        outputs[windows] = some.to(outputs.device)
+    return outputs
+
+
+@torch.no_grad()
+def stream_windows(
+    block: nn.Module, call: BlockCall, inputs: torch.Tensor, kv_bits: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Apply a block to some windows at a time.
+
+    Args:
+        block: on its device.
+        call: how it is called.
+        inputs: ``[W, T, H]`` on any device, or on disk.
+        kv_bits: of keys and values.
+
+    Yields:
+        Which windows, and their outputs ``[B, T, H]`` on the block's device.
+    """
+    device = next(block.parameters(), next(block.buffers(), inputs)).device
     at_once = 1 if device.type == "cpu" else max(1, TOKENS_PER_CALL // inputs.shape[1])
     for start in range(0, len(inputs), at_once):
-        some = inputs[start : start + at_once].to(device)
-        outputs[start : start + at_once] = call.run(block, some, kv_bits).to(outputs.device)
-    return outputs
+        windows = slice(start, start + at_once)
+        yield windows, call.run(block, inputs[windows].to(device), kv_bits)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from engine.calibration.placement import Placement
 from engine.families.base import LayerCall
 from engine.models.blocks import BlockModel
 from engine.models.parts import entry_names, exit_names
@@ -69,14 +70,18 @@ class RoundedKeysAndValues:
 
 @torch.no_grad()
 def capture_inputs(
-    model: BlockModel, tokens: torch.Tensor, device: torch.device | str = "cpu"
+    model: BlockModel,
+    tokens: torch.Tensor,
+    device: torch.device | str = "cpu",
+    placement: Placement | None = None,
 ) -> BlockInputs:
     """Embed the windows and record how the blocks are called.
 
     Args:
         model: whose embedding is read.
         tokens: int64 ``[W, T]``.
-        device: where hidden states and masks shall be.
+        device: where masks shall be.
+        placement: where hidden states shall be; None puts them on the device.
     """
     family = model.architecture.family
     blocks = cast("nn.ModuleList", model.skeleton.get_submodule(family.layers))
@@ -85,7 +90,10 @@ def capture_inputs(
     hidden = None
     for window, each in enumerate(tokens):
         heard = recorders[0].listen(stack, each[None].to(device))
-        hidden = heard.new_empty(len(tokens), *heard.shape[1:]) if hidden is None else hidden
+        if hidden is None:
+            shape = (len(tokens), *heard.shape[1:])
+            make = heard.new_empty if placement is None else placement.empty
+            hidden = make(shape, dtype=heard.dtype)
         hidden[window] = heard[0]
     assert hidden is not None, "there is a window"
     return BlockInputs(

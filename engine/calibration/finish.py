@@ -1,11 +1,10 @@
 """The end of a calibration: the whole quantized model is tuned where memory allows."""
 
-import os
-
 import torch
 
 from engine.calibration.block_loop import BlockLoop, Calibrated
 from engine.calibration.capture import capture_inputs
+from engine.calibration.placement import Place, free_bytes
 from engine.calibration.restore import restore_block
 from engine.calibration.tune import QuantizedStack, Tuning, tune_end_to_end
 from engine.errors import CheckpointInvalid
@@ -38,14 +37,14 @@ def finish(loop: BlockLoop, calibrated: Calibrated, tokens: torch.Tensor) -> Tun
     if loop.store.is_tuned:
         return None
     loop.watch.report(StageStarted(stage=Stage.TUNING))
-    needed, free = _needed_bytes(loop, calibrated, method), _free_bytes(loop.device)
+    needed, free = _needed_bytes(loop, calibrated, method), free_bytes(loop.device)
     if needed > FREE_PART * free:
         loop.watch.say(
             f"no tuning end to end: it needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
         )
         return None
     stack = _assemble(loop, calibrated)
-    inputs = capture_inputs(loop.model, tokens, loop.device).hidden
+    inputs = capture_inputs(loop.model, tokens, loop.device, calibrated.placement).hidden
     tuning = tune_end_to_end(
         stack, inputs, calibrated.last_hidden, method, loop.spec.calibration, loop.watch
     )
@@ -86,11 +85,7 @@ def _needed_bytes(loop: BlockLoop, calibrated: Calibrated, method: Method) -> fl
     hidden = 4 * tokens * architecture.hidden * (architecture.layers + 16)
     inside = 4 * tokens * (8 * architecture.intermediate + 4 * loop.spec.calibration.length)
     head = 8 * architecture.vocab * (architecture.hidden + 2048)
-    chains = 2 * calibrated.last_hidden.nbytes
+    # the teacher's hidden states are there already; the inputs come beside them
+    beside = Place.HOST if loop.device.type == "cpu" else Place.DEVICE
+    chains = calibrated.last_hidden.nbytes if calibrated.placement.place is beside else 0
     return float(weights * per_weight + hidden + inside + head + chains)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

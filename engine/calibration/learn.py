@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.calibration.block import BlockTask, LearnedBlock, run_windows
+from engine.calibration.block import BlockTask, LearnedBlock, stream_windows
 from engine.calibration.equivalence import (
     fold_transform,
     install_compensation,
@@ -28,7 +28,7 @@ from engine.calibration.phases import Phases
 from engine.calibration.statistics import channel_statistics
 from engine.calibration.train import TrainingDiverged
 from engine.calibration.twins import Student, make_student
-from engine.calibration.watch import Watch
+from engine.calibration.watch import BlockStep, Watch
 from engine.errors import CalibrationDiverged
 from engine.methods.base import ChannelStatistics, Method
 from engine.modules.linear import QuantLinear
@@ -43,7 +43,6 @@ __all__ = ["learn_block"]
 class _Candidate:
     layers: dict[str, QuantLinear]
     others: dict[str, torch.Tensor]
-    outputs: torch.Tensor
     loss: float
 
 
@@ -54,6 +53,7 @@ def learn_block(task: BlockTask, spec: QuantSpec, method: Method, watch: Watch) 
         CalibrationDiverged: naming the layer whose weights, outputs or losses are not finite.
         CalibrationInterrupted: if the watch says to stop.
     """
+    watch.on_step(BlockStep.MEASURING)
     _check_finite(task)
     plain = _measure(task, make_student(task, spec), spec)
     if not math.isfinite(plain.loss):
@@ -70,7 +70,6 @@ def learn_block(task: BlockTask, spec: QuantSpec, method: Method, watch: Watch) 
     return LearnedBlock(
         layers=kept.layers,
         others=kept.others,
-        outputs=kept.outputs,
         loss_before=plain.loss,
         loss_after=kept.loss,
         fell_back=fell_back,
@@ -81,6 +80,7 @@ def _learn(task: BlockTask, spec: QuantSpec, method: Method, watch: Watch) -> _C
     """Go through every stage that the method asks for."""
     student = make_student(task, spec)
     phases = Phases(task=task, spec=spec, method=method, student=student, watch=watch)
+    watch.on_step(BlockStep.STATISTICS)
     statistics = channel_statistics(task.block, task.call, task.inputs, task.shape.hadamards)
     _place_clips(student, method, statistics)
     if method.trains_ranges:
@@ -90,17 +90,22 @@ def _learn(task: BlockTask, spec: QuantSpec, method: Method, watch: Watch) -> _C
             transform += install_transform(student, task.shape, raw)
         if method.compensation:
             transform += install_compensation(student, task)
+        watch.on_step(BlockStep.TRAINING)
         phases.train_ranges(transform)
     _fold(task, student)
     if method.second_order is not SecondOrder.NONE:
+        watch.on_step(BlockStep.MOMENTS)
         round_by_moments(task, student, method.second_order, spec.kv_bits, watch)
+    watch.on_step(BlockStep.MEASURING)
     start = _measure(task, student, spec)
     if method.rounding is Rounding.NEAREST:
         return start
+    watch.on_step(BlockStep.TRAINING)
     # what is left to learn of a range is a factor for each end
     for name, twin in student.twins.items():
         twin.clip = method.factors.clip_for(twin.weight, twin.grid, statistics[name].power)
     phases.train_rounding()
+    watch.on_step(BlockStep.MEASURING)
     return _better(start, _measure(task, student, spec))
 
 
@@ -125,16 +130,19 @@ def _measure(task: BlockTask, student: Student, spec: QuantSpec) -> _Candidate:
     layers = student.pack()
     swap_modules(student.block, layers)
     student.block.eval()
-    outputs = run_windows(student.block, task.call, task.inputs, spec.kv_bits)
+    losses: list[torch.Tensor] = []
+    for windows, seen in stream_windows(student.block, task.call, task.inputs, spec.kv_bits):
+        wanted, weight = (
+            each[windows].to(seen.device) for each in (task.wanted, task.token_weight)
+        )
+        # a window's mean has the same bits however many come at once
+        errors = zip(seen, wanted, weight, strict=True)
+        losses += [((one - other).float().square() * each).mean() for one, other, each in errors]
     swap_modules(student.block, student.twins)
-    losses = []
-    for seen, wanted, weight in zip(outputs, task.wanted, task.token_weight, strict=True):
-        losses.append(float(((seen - wanted).float().square() * weight).mean()))
     return _Candidate(
         layers=layers,
         others=student.changed_parts(task.block),
-        outputs=outputs,
-        loss=math.fsum(losses) / len(losses),
+        loss=math.fsum(torch.stack(losses).tolist()) / len(losses),
     )
 
 
@@ -148,5 +156,5 @@ def _check_finite(task: BlockTask) -> None:
         if not bool(torch.isfinite(parameter).all()):
             layer = f"{task.name}.{name.rsplit('.', 1)[0]}"
             raise CalibrationDiverged(layer, "a weight is not finite in the source model")
-    if not all(bool(torch.isfinite(each).all()) for each in task.wanted):
+    if not all(bool(torch.isfinite(each.to(task.device)).all()) for each in task.wanted):
         raise CalibrationDiverged(task.name, "the full-precision output is not finite")

@@ -131,7 +131,7 @@ class Phases:
         task = self.task
         own = None
         if self.method.loss.needs_own:
-            own = run_windows(task.block, task.call, task.inputs, FULL_BITS)
+            own = run_windows(task.block, task.call, task.inputs, FULL_BITS, task.make_chain())
         return Examples(
             inputs=task.inputs,
             wanted=task.wanted,

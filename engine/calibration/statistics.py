@@ -3,6 +3,7 @@
 Shape legend: W windows, T tokens, H hidden size, K inputs of a layer.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.calibration.block import run_windows
+from engine.calibration.block import stream_windows
 from engine.calibration.capture import BlockCall
+from engine.calibration.precision import training_precision
 from engine.methods.base import ChannelStatistics
 from engine.modules.rotated import OnlineHadamard
 from engine.modules.swap import named_linears
@@ -32,7 +34,7 @@ def channel_statistics(
     Args:
         block: a decoder layer with plain linears.
         call: how it is called.
-        inputs: ``[W, T, H]``.
+        inputs: ``[W, T, H]``, on any device, or on disk.
         hadamards: blocks of online transforms by the linear's name: their outputs are measured.
 
     Returns:
@@ -45,7 +47,9 @@ def channel_statistics(
             transform = OnlineHadamard(size) if size else nn.Identity()
             hook = _adder(sums[name], transform.to(linear.weight.device))
             hooks.callback(linear.register_forward_pre_hook(hook).remove)
-        run_windows(block, call, inputs, FULL_BITS, out=torch.empty_like(inputs))
+        # sums of squares need no more digits than the training that they start
+        with training_precision(next(block.parameters()).device):
+            deque(stream_windows(block, call, inputs, FULL_BITS), maxlen=0)
     return {name: each.result() for name, each in sums.items()}
 
 

@@ -3,18 +3,42 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from engine.errors import CalibrationInterrupted
 from engine.events import Event, EventSink, LogLine, Progress, Stage
 
-__all__ = ["Watch"]
+__all__ = ["BlockStep", "Watch"]
 
 PROGRESS_INTERVAL_S = 0.5
 NEVER = float("-inf")
 
 
+class BlockStep(StrEnum):
+    """What the calibration of one block goes through; some steps come twice, some never."""
+
+    LOADING = "loading"
+    """From the files to the device, rotated."""
+    TEACHING = "teaching"
+    """The full-precision chain passes."""
+    MEASURING = "measuring"
+    """The error of a rounded block."""
+    STATISTICS = "statistics"
+    """What flows into the linears; clips are placed by it."""
+    MOMENTS = "moments"
+    """Second-order rounding."""
+    TRAINING = "training"
+    PASSING = "passing"
+    """The quantized chain passes through what was kept."""
+    SAVING = "saving"
+
+
 def _goes_on() -> bool:
     return False
+
+
+def _hears_nothing(_: BlockStep) -> None:
+    """Nobody takes the time."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,6 +47,8 @@ class Watch:
 
     on_event: EventSink
     should_stop: Callable[[], bool] = _goes_on
+    on_step: Callable[[BlockStep], None] = _hears_nothing
+    """Told when a block enters a step; for whoever takes the time."""
     part: int = 0
     """Which of several equal parts of a stage this one reports on."""
     parts: int = 1

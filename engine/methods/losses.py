@@ -48,16 +48,19 @@ class BlockLoss:
 
 
 @torch.no_grad()
-def token_weights(wanted: torch.Tensor) -> torch.Tensor:
+def token_weights(wanted: torch.Tensor, device: torch.device | str | None = None) -> torch.Tensor:
     """Weigh tokens so that none counts by more than the median token's power.
 
     Args:
-        wanted: float ``[W, T, H]``.
+        wanted: float ``[W, T, H]``, on any device, or on disk.
+        device: where the weights are computed; None takes that of `wanted`.
 
     Returns:
         float32 ``[W, T, 1]``: ``median power / max(power, median power)``.
     """
-    power = torch.stack([window.float().square().mean(-1, keepdim=True) for window in wanted])
+    power = torch.stack(
+        [window.to(device).float().square().mean(-1, keepdim=True) for window in wanted]
+    )
     median = power.median()
     return median / power.clamp(min=median.clamp(min=torch.finfo(torch.float32).tiny))
 

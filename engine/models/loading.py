@@ -44,6 +44,8 @@ class SourceModel:
     skeleton: nn.Module
     """The whole model without storage: on the meta device, apart from rotary frequencies."""
     dtype: torch.dtype
+    block_device: torch.device | None = None
+    """Where blocks are loaded to; None is main memory."""
 
     @classmethod
     def open(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Self:
@@ -70,7 +72,7 @@ class SourceModel:
 
     def load_block(self, index: int) -> nn.Module:
         """Load decoder layer `index`, in evaluation mode and without gradients."""
-        return self.load_part(self.architecture.layer_name(index))
+        return self._load(self.architecture.layer_name(index), self.block_device)
 
     def load_embedding(self) -> torch.Tensor:
         """Load the input embedding ``[vocab, hidden]``."""
@@ -79,6 +81,13 @@ class SourceModel:
 
     def load_part(self, name: str) -> nn.Module:
         """Load one module by its full name, in evaluation mode and without gradients."""
+        return self._load(name, None)
+
+    def load_head(self) -> nn.Sequential:
+        """Load final norm and output head: hidden states in, logits out."""
+        return join_exit(self.skeleton, self.architecture.family, self.load_part)
+
+    def _load(self, name: str, device: torch.device | None) -> nn.Module:
         part = copy.deepcopy(self.skeleton.get_submodule(name))
         prefix = f"{name}."
         # a tied head is the embedding
@@ -88,13 +97,9 @@ class SourceModel:
             else prefix + short
             for short in part.state_dict()
         }
-        found = self.tensors.read(stored.values(), self.dtype)
+        found = self.tensors.read(stored.values(), self.dtype, device)
         _assign(part, {short: found[full] for short, full in stored.items()}, prefix)
         return part
-
-    def load_head(self) -> nn.Sequential:
-        """Load final norm and output head: hidden states in, logits out."""
-        return join_exit(self.skeleton, self.architecture.family, self.load_part)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

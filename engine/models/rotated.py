@@ -86,10 +86,7 @@ class RotatedModel:
     @torch.no_grad()
     def load_block(self, index: int) -> nn.Module:
         """Decoder layer `index`, folded and rotated; the source's own layer is not written to."""
-        source = self.source.load_block(index)
-        # what is not replaced below is shared
-        shared = {id(each): each for each in (*source.parameters(), *source.buffers())}
-        block = copy.deepcopy(source, shared)
+        block = _copy_structure(self.source.load_block(index))
         pairs = self.architecture.pairs
         for pair in pairs:
             if pair.kind is PairKind.NORM:
@@ -121,6 +118,12 @@ class RotatedModel:
             _set(writer, "weight", rotation(writer.get_parameter("weight").T).T.contiguous())
             if getattr(writer, "bias", None) is not None:
                 _set(writer, "bias", rotation(writer.get_parameter("bias")))
+
+
+def _copy_structure(source: nn.Module) -> nn.Module:
+    """Copy a block's modules alone; a tensor is let go as soon as another one takes its place."""
+    shared = {id(each): each for each in (*source.parameters(), *source.buffers())}
+    return copy.deepcopy(source, shared)
 
 
 class _Unrotation(nn.Module):

@@ -56,9 +56,12 @@ class TensorFiles:
         return replace(self, parts=parts)
 
     def read(
-        self, names: Iterable[str], dtype: torch.dtype | None = None
+        self,
+        names: Iterable[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Load some tensors, converted to `dtype` where one is given.
+        """Load some tensors, converted to `dtype` where one is given, on the host by default.
 
         Raises:
             CheckpointInvalid: naming the tensor that is missing or the file that is broken.
@@ -72,9 +75,10 @@ class TensorFiles:
         found: dict[str, torch.Tensor] = {}
         for file, members in by_file.items():
             with _opened(self.directory / file) as tensors:
-                # a clone, so that nothing points into the map of a file that may be deleted
+                # a clone, so that nothing points into the map of a file that may be deleted;
+                # converted on the device, so that half the bytes cross
                 found |= {
-                    name: _take(tensors, part).to(dtype, copy=True)
+                    name: _take(tensors, part).to(device).to(dtype, copy=True)
                     for name, part in members.items()
                 }
         return found

@@ -36,6 +36,15 @@ def test_a_model_is_quantized_and_measured_again(source, tmp_path, capsys):
     assert f"perplexity {perplexity:.4f} over 94 tokens" in measured.out
 
 
+def test_hidden_states_are_sent_to_disk_where_they_may_take_no_memory(source, tmp_path, capsys):
+    sizes = ("--chain-device-bytes", 0, "--chain-host-bytes", 0)
+
+    code = run("quantize", source, tmp_path / "out", "--recipe", "rtn", *SMALL[:-1], 0, *sizes)
+
+    assert code == 0
+    assert "kept on disk" in capsys.readouterr().err
+
+
 def test_the_source_is_measured_in_full_precision(source, capsys):
     assert run("perplexity", source, "--eval-windows", 1, "--eval-length", 32) == 0
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.calibration.placement import ChainMemory
 from engine.calibration.watch import Watch
 from engine.checkpoint.manifest import read_manifest, verify_directory
 from engine.checkpoint.reader import load_checkpoint
@@ -32,7 +33,7 @@ from engine.events import (
 from engine.inference.kv_cache import make_cache
 from engine.models.blocks import ResidentModel
 from engine.pipeline import QuantJob, quantize_model
-from engine.spec import CalibrationSpec, LayerOverride, QuantSpec
+from engine.spec import CalibrationSpec, LayerOverride, QuantSpec, Recipe
 from tests.tiny_models import FAMILIES, TINY, save_tiny_model
 
 CALIBRATION = CalibrationSpec(samples=3, length=32, epochs=2)
@@ -138,6 +139,22 @@ def test_a_gpu_writes_equal_bytes_and_resumes_to_them(source, tmp_path):
     quantize(job)
 
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+
+
+def test_hidden_states_on_disk_end_with_the_same_bytes_and_no_file(source, tmp_path):
+    # tuned end to end, so the last stage reads them as well
+    spec = QuantSpec(w_bits=3, group_size=32, recipe=Recipe.DEFAULT, calibration=CALIBRATION)
+    quantize(job_of(source, tmp_path / "a", spec=spec))
+
+    on_disk = ChainMemory(host_bytes=0)
+    _, events = quantize(job_of(source, tmp_path / "b", spec=spec, chain_memory=on_disk))
+
+    said = [each.message for each in of_type(events, LogLine)]
+    assert any("kept on disk" in each for each in said)
+    assert any("tuned end to end" in each for each in said)
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+    state = {path.name.split("-")[0] for path in (tmp_path / "b" / "state").iterdir()}
+    assert state == {"block", "fingerprint.json"}
 
 
 def test_another_seed_writes_other_bytes(source, tmp_path):

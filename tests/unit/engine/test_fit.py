@@ -3,19 +3,30 @@ import pytest
 from engine.architecture import check_config
 from engine.errors import SpecError
 from engine.fit import check_spec, estimate_bytes, promised_bits
+from engine.recipe import EndToEnd, Ingredients, Recipe, SecondOrder
 from engine.spec import CalibrationSpec, LayerOverride, QuantSpec
 
-SMOLLM2 = check_config(
-    {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
+SMOLLM2_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+SMOLLM2 = check_config(SMOLLM2_CONFIG)
+LLAMA_7B = check_config(
+    SMOLLM2_CONFIG
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
     }
 )
 
@@ -99,3 +110,92 @@ def test_the_estimate_of_a_known_model_is_what_was_measured():
     # counted in the checkpoint that the engine wrote
     assert estimate.result_bytes == 110_244_096
     assert estimate.disk_bytes > estimate.source_bytes + estimate.result_bytes
+
+
+def estimate_of(recipe, device_type="cuda", **fields):
+    calibration = CalibrationSpec(samples=128, length=1024, **fields.pop("calibration", {}))
+    spec = QuantSpec(w_bits=4, group_size=64, recipe=recipe, calibration=calibration, **fields)
+    return estimate_bytes(LLAMA_7B, spec, device_type)
+
+
+def test_a_gpu_must_hold_a_block_and_not_the_hidden_states():
+    short = QuantSpec(w_bits=4, group_size=64, recipe=Recipe.FAST)
+    small, large = estimate_bytes(LLAMA_7B, short, "cuda"), estimate_of(Recipe.FAST)
+
+    assert small.memory_bytes == large.memory_bytes
+    # inputs and outputs of one chain, and the other one
+    assert large.chain_bytes == 3 * 128 * 1024 * 4096 * 4 == 8 * small.chain_bytes
+
+
+def test_a_cpu_holds_both_and_the_embedding_in_one_memory():
+    cpu = estimate_of(Recipe.RTN, "cpu")
+
+    weights = 4 * sum(each.weights for each in LLAMA_7B.linears_per_layer)
+    embedding = 4 * LLAMA_7B.vocab * LLAMA_7B.hidden
+    assert cpu.host_bytes == cpu.memory_bytes > weights + embedding + cpu.chain_bytes
+    assert estimate_of(Recipe.RTN).host_bytes == weights + embedding
+
+
+def test_what_is_learned_of_every_weight_takes_memory():
+    needed = [estimate_of(each).memory_bytes for each in (Recipe.RTN, Recipe.LWC, Recipe.DEFAULT)]
+
+    assert needed == sorted(set(needed))
+    weights = sum(each.weights for each in LLAMA_7B.linears_per_layer)
+    # value, gradient, two moments and the best state; twins, the changed weight and the source
+    assert needed[2] > (20 + 10 + 4 + 4) * weights
+
+
+def test_second_order_rounding_takes_the_inputs_moments():
+    plain = estimate_of(Recipe.FAST, ingredients=Ingredients(second_order=SecondOrder.NONE))
+
+    # six matrices of the widest inputs
+    assert estimate_of(Recipe.FAST).memory_bytes > plain.memory_bytes + 6 * 4 * 11008**2
+
+
+def test_outputs_of_the_own_inputs_are_one_more_chain():
+    own = estimate_of(Recipe.DEFAULT, ingredients=Ingredients(own_input_loss=1.0))
+
+    assert own.chain_bytes == estimate_of(Recipe.DEFAULT).chain_bytes * 4 // 3
+
+
+def test_an_epoch_is_a_forward_and_two_products_backward():
+    tokens = 128 * 1024
+    weights = sum(each.weights for each in LLAMA_7B.linears)
+
+    one, three = (
+        estimate_of(Recipe.DEFAULT, calibration={"epochs": each}).calibration_flops
+        for each in (1, 3)
+    )
+
+    assert three - one == pytest.approx(2 * 3 * 2 * tokens * weights)
+
+
+def test_recipes_that_train_nothing_take_no_more_for_more_epochs():
+    one, three = (
+        estimate_of(Recipe.FAST, calibration={"epochs": each}).calibration_flops for each in (1, 3)
+    )
+
+    assert one == three > estimate_of(Recipe.RTN).calibration_flops
+
+
+def test_tuning_end_to_end_counts_its_epochs():
+    without = estimate_of(Recipe.DEFAULT, ingredients=Ingredients(end_to_end=EndToEnd.NONE))
+    weights = sum(each.weights for each in LLAMA_7B.linears)
+
+    more = estimate_of(Recipe.DEFAULT).calibration_flops - without.calibration_flops
+
+    # forward twice, since blocks are run again, and two products backward
+    assert more > 4 * 4 * 2 * 128 * 1024 * weights
+
+
+def test_experts_that_no_token_meets_cost_memory_and_no_arithmetic():
+    fields = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 3072}
+    mixtral = check_config(SMOLLM2_CONFIG | fields | {"model_type": "mixtral"})
+    dense = check_config(SMOLLM2_CONFIG | {"intermediate_size": 6144})
+    few = CalibrationSpec(samples=1, length=16)
+    spec = QuantSpec(w_bits=4, recipe=Recipe.LWC, calibration=few)
+
+    sparse, full = (estimate_bytes(each, spec, "cuda") for each in (mixtral, dense))
+
+    assert sparse.memory_bytes > 2 * full.memory_bytes
+    assert sparse.calibration_flops == full.calibration_flops
