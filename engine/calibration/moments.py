@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from engine.calibration.block import BlockTask
+from engine.calibration.precision import training_precision
 from engine.calibration.twins import Student
 from engine.calibration.watch import Watch
 from engine.methods.second_order import InputMoments, aim_at_full_precision, pass_errors_on
@@ -143,7 +144,7 @@ class _Inputs:
     ) -> torch.Tensor:
         """Run a block on ``[B, T, H]``; the linear's inputs are float32 ``[M, K]``."""
         self._seen = None
-        with suppress(_Stop):
+        with suppress(_Stop), training_precision(task.device):
             task.call.run(block, hidden.to(task.device), kv_bits)
         return self._taken(task.device)
 
