@@ -24,9 +24,9 @@ from engine.calibration.dataset import (
 )
 from engine.calibration.finish import finish
 from engine.calibration.merge import merged_tensors
-from engine.calibration.resume import ENGINE_VERSION, BlockStore, fingerprint
+from engine.calibration.resume import ENGINE_VERSION, BlockStore, Tuning, fingerprint
 from engine.calibration.watch import Watch
-from engine.checkpoint.manifest import LayerRecord, digest_of, hash_file
+from engine.checkpoint.manifest import LayerRecord, TuningRecord, digest_of, hash_file
 from engine.checkpoint.search_record import SearchRecord
 from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
 from engine.evaluation.comparison import evaluate
@@ -111,9 +111,10 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     store = _open_store(job, source, windows, watch)
     loop = _block_loop(job, source, store, watch)
     calibrated = loop.run(windows.tokens)
-    finish(loop, calibrated, windows.tokens)
+    tuning = finish(loop, calibrated, windows.tokens)
     watch.report(StageStarted(stage=Stage.PACKING))
-    summary = _pack(job, source, store, calibrated.losses, found.record)
+    provenance = _provenance(job, source, calibrated.losses, tuning, found.record)
+    summary = _pack(job, source, store, provenance)
     evaluation = evaluate(source, job.out_dir, job.evaluation, watch, job.device)
     _tell_files(job, watch)
     bits = summary.bits
@@ -194,14 +195,14 @@ def _open_store(
     return store
 
 
-def _pack(
+def _provenance(
     job: QuantJob,
     source: SourceModel,
-    store: BlockStore,
     losses: list[BlockLosses],
+    tuning: Tuning | None,
     search: SearchRecord | None,
-) -> CheckpointSummary:
-    provenance = Provenance(
+) -> Provenance:
+    return Provenance(
         source_dir=job.source_dir,
         engine_version=ENGINE_VERSION,
         repo=job.repo,
@@ -209,7 +210,15 @@ def _pack(
         layers=_layer_records(job.spec, source, losses),
         rotation=Rotation.of(job.spec, source.architecture),
         search=search,
+        tuning=None
+        if tuning is None
+        else TuningRecord(divergence_before=tuning.before, divergence_after=tuning.after),
     )
+
+
+def _pack(
+    job: QuantJob, source: SourceModel, store: BlockStore, provenance: Provenance
+) -> CheckpointSummary:
     model = rotated(source, provenance.rotation)
     return write_checkpoint(
         job.out_dir,
@@ -237,6 +246,7 @@ def _layer_records(
                     group_size=grid.group_size,
                     loss_before=fared.before,
                     loss_after=fared.after,
+                    fell_back=fared.fell_back,
                 )
             )
     return records

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.calibration.capture import BlockCall
+from engine.calibration.resume import Tuning
 from engine.calibration.stepper import Examples, ParameterGroup, Schedule
 from engine.calibration.train import TrainingDiverged, train
 from engine.calibration.watch import Watch
@@ -28,7 +29,7 @@ from engine.modules.tuned import TunedLinear
 from engine.recipe import EndToEnd
 from engine.spec import CalibrationSpec
 
-__all__ = ["QuantizedStack", "Tuning", "tune_end_to_end"]
+__all__ = ["QuantizedStack", "tune_end_to_end"]
 
 NORM_PART = 0.5
 """Norms learn at this part of the scales' rate, relative to their own size."""
@@ -49,17 +50,6 @@ class QuantizedStack:
     """Final norm and output head, in full precision; they stay."""
     kv_bits: int
     can_record: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
-    """What came of it."""
-
-    tensors: dict[str, torch.Tensor]
-    """By full name: what replaces the blocks' tensors; empty where nothing was gained."""
-    before: float
-    """Mean divergence from the full-precision logits, in nats a token."""
-    after: float
 
 
 def tune_end_to_end(

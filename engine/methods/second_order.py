@@ -31,6 +31,8 @@ DAMPING = 0.01
 """Part of the mean diagonal that is added to it (GPTQ's percdamp)."""
 TRUST = 0.5
 """Part of the way from W to W* that is gone."""
+MORE_DAMPING = 4
+"""Times that damping is raised tenfold before columns are taken as independent."""
 BLOCK = 128
 """Columns whose updates of the rest are collected."""
 
@@ -49,8 +51,7 @@ def aim_at_full_precision(w_NK: torch.Tensor, moments: InputMoments) -> torch.Te
     """Move a weight towards what answers the full-precision chain: float32 ``[N, K]``."""
     if moments.shift is None:
         return w_NK.float()
-    damped_KK, _ = _damped(moments.own)
-    factor_KK = torch.linalg.cholesky(damped_KK)
+    factor_KK = _factor(_damped(moments.own))
     # D H^-1, as the transposed solution of H Z = D^T
     correction_KK = torch.cholesky_solve(moments.shift.t(), factor_KK).t()
     return w_NK.float() + TRUST * (w_NK.float() @ correction_KK)
@@ -70,21 +71,21 @@ def pass_errors_on(
     Returns:
         float32 ``[N, K]``; its nearest codes are GPTQ's.
     """
-    damped_KK, is_dead = _damped(moments.own)
+    damped_KK = _damped(moments.own)
     order = torch.argsort(torch.diagonal(damped_KK), descending=True, stable=True)
-    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK[order][:, order]))
-    upper_KK = torch.linalg.cholesky(inverse_KK, upper=True)
-    rest_NK = w_NK.float().masked_fill(is_dead, 0.0)[:, order]
-    scale_NK, centre_NK = _by_column(params, w_NK.shape[1], order)
+    inverse_KK = torch.cholesky_inverse(_factor(damped_KK[order][:, order]))
+    upper_KK = _factor(inverse_KK).t()
+    rest_NK = w_NK.float()[:, order]
+    scale_NK, zero_NK = _by_column(params, w_NK.shape[1], order)
     for start in range(0, w_NK.shape[1], BLOCK):
         stop = min(start + BLOCK, w_NK.shape[1])
         block_NB = rest_NK[:, start:stop]
         errors_NB = _round_block(
             block_NB,
             scale_NK[:, start:stop],
-            centre_NK[:, start:stop],
+            zero_NK[:, start:stop],
             upper_KK[start:stop, start:stop],
-            grid.max_code,
+            grid,
         )
         rest_NK[:, stop:] -= errors_NB @ upper_KK[start:stop, stop:]
     changed_NK = torch.empty_like(rest_NK)
@@ -95,29 +96,46 @@ def pass_errors_on(
 def _round_block(
     block_NB: torch.Tensor,
     scale_NB: torch.Tensor,
-    centre_NB: torch.Tensor,
+    zero_NB: torch.Tensor,
     upper_BB: torch.Tensor,
-    max_code: int,
+    grid: WeightGrid,
 ) -> torch.Tensor:
     """Walk the columns of one block in place; return their scaled errors ``[N, B]``."""
     errors_NB = torch.empty_like(block_NB)
+    half = 0.5 if grid.half_step else 0.0
     for column in range(block_NB.shape[1]):
-        w_N, scale_N, centre_N = block_NB[:, column], scale_NB[:, column], centre_NB[:, column]
-        code_N = torch.round(w_N / scale_N + centre_N).clamp_(0, max_code)
-        error_N = (w_N - (code_N - centre_N) * scale_N) / upper_BB[column, column]
+        w_N, scale_N, zero_N = block_NB[:, column], scale_NB[:, column], zero_NB[:, column]
+        # in the order of `quantize_weight`: ties must fall to the same side
+        code_N = torch.round(w_N / scale_N + half).add_(zero_N).clamp_(0, grid.max_code)
+        error_N = (w_N - (code_N - zero_N - half) * scale_N) / upper_BB[column, column]
         errors_NB[:, column] = error_N
         block_NB[:, column + 1 :] -= torch.outer(error_N, upper_BB[column, column + 1 :])
     return errors_NB
 
 
-def _damped(own_KK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make the moments safely invertible; tell which inputs were always zero (bool ``[K]``)."""
+def _damped(own_KK: torch.Tensor) -> torch.Tensor:
+    """Make the moments safely invertible; an input that was always zero is alone with its damping.
+
+    Its column then takes no error and gives none: it is rounded to nearest, which an expert that no
+    token reached needs, and which costs nothing elsewhere.
+    """
     damped_KK = own_KK.float().clone()
     diagonal_K = torch.diagonal(damped_KK)
-    is_dead = diagonal_K == 0
-    damping = (DAMPING * diagonal_K.mean()).clamp(min=1e-12)
-    diagonal_K.add_(damping)
-    return damped_KK, is_dead
+    diagonal_K.add_((DAMPING * diagonal_K.mean()).clamp(min=1e-12))
+    return damped_KK
+
+
+def _factor(positive_KK: torch.Tensor) -> torch.Tensor:
+    """Give the lower Cholesky factor, with more damping where float32 does not hold it."""
+    for exponent in range(MORE_DAMPING):
+        factored = torch.linalg.cholesky_ex(positive_KK)
+        if not factored.info:
+            factor_KK: torch.Tensor = factored.L
+            return factor_KK
+        positive_KK = positive_KK.clone()
+        diagonal_K = torch.diagonal(positive_KK)
+        diagonal_K.add_(DAMPING * 10**exponent * diagonal_K.mean())
+    return torch.diag(torch.diagonal(positive_KK).clamp(min=1e-12).sqrt())
 
 
 def _by_column(
@@ -125,5 +143,5 @@ def _by_column(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     group = columns // params.scale.shape[1]
     scale_NK = params.scale.float().repeat_interleave(group, dim=1)[:, order]
-    centre_NK = params.centre.repeat_interleave(group, dim=1)[:, order]
-    return scale_NK, centre_NK
+    zero_NK = params.zero_point.float().repeat_interleave(group, dim=1)[:, order]
+    return scale_NK, zero_NK

@@ -67,11 +67,14 @@ class AffineParams:
         return self.zero_point.float() + (0.5 if self.half_step else 0.0)
 
     def covered_range(self, grid: WeightGrid) -> GroupRange:
-        """What the outermost codes stand for."""
+        """The range that places the grid here again, exactly.
+
+        From one outermost code to the other; of a symmetric grid as far up as down, though an even
+        count of codes has one more above.
+        """
         scale_NS = self.scale.float()
-        return GroupRange(
-            low=-self.centre * scale_NS, high=(grid.max_code - self.centre) * scale_NS
-        )
+        above_NS = self.centre if grid.symmetric else grid.max_code - self.centre
+        return GroupRange(low=-self.centre * scale_NS, high=above_NS * scale_NS)
 
 
 def weight_range(w_NK: torch.Tensor, group_size: int) -> GroupRange:
@@ -123,9 +126,10 @@ def doubled_codes(
     What multiplies integers needs no other form of a grid then.
 
     Returns:
-        uint8 ``[N, K]`` codes up to ``2 * max_code``, and where they lie.
+        uint8 ``[N, K]`` codes up to ``2 * max_code``, and where they lie; the scale is float32.
     """
-    whole = AffineParams(scale=params.scale / 2, zero_point=2 * params.zero_point + 1)
+    # half of a subnormal float16 is not always one
+    whole = AffineParams(scale=params.scale.float() / 2, zero_point=2 * params.zero_point + 1)
     return 2 * codes_NK, whole
 
 
