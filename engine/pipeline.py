@@ -26,7 +26,7 @@ from engine.calibration.finish import finish
 from engine.calibration.merge import merged_tensors
 from engine.calibration.resume import ENGINE_VERSION, BlockStore, Tuning, fingerprint
 from engine.calibration.watch import Watch
-from engine.checkpoint.manifest import LayerRecord, TuningRecord, digest_of, hash_file
+from engine.checkpoint.manifest import LayerRecord, digest_of, hash_file
 from engine.checkpoint.search_record import SearchRecord
 from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
 from engine.evaluation.comparison import evaluate
@@ -210,9 +210,7 @@ def _provenance(
         layers=_layer_records(job.spec, source, losses),
         rotation=Rotation.of(job.spec, source.architecture),
         search=search,
-        tuning=None
-        if tuning is None
-        else TuningRecord(divergence_before=tuning.before, divergence_after=tuning.after),
+        tuning=None if tuning is None else tuning.record,
     )
 
 

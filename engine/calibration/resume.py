@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.durable import sync_path, write_atomically
-from engine.checkpoint.manifest import hash_file
+from engine.checkpoint.manifest import TuningRecord, hash_file
 from engine.models.tensors import TensorFiles
 from engine.spec import QuantSpec
 
@@ -52,6 +52,11 @@ class Tuning:
     before: float
     """Mean divergence from the full-precision logits, in nats a token."""
     after: float
+
+    @property
+    def record(self) -> TuningRecord:
+        """What the manifest says of it."""
+        return TuningRecord(divergence_before=self.before, divergence_after=self.after)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
