@@ -32,6 +32,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_activations",
     "quantize_weight",
+    "round_through",
     "weight_range",
 ]
 
@@ -184,8 +185,13 @@ def fake_quantize_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
     high = x.amax(-1, keepdim=True).clamp(min=0)
     scale = _divide(high - low, max_code).clamp(min=MIN_ACTIVATION_SCALE)
     zero_point = torch.round(-low / scale).clamp(0, max_code).detach()
-    q = (_round_through(x / scale) + zero_point).clamp(0, max_code)
+    q = (round_through(x / scale) + zero_point).clamp(0, max_code)
     return (q - zero_point) * scale
+
+
+def round_through(x: torch.Tensor) -> torch.Tensor:
+    """Round to whole numbers, half to even; the gradient passes as if nothing had been rounded."""
+    return x + (torch.round(x) - x).detach()
 
 
 def _exact_scale(group_range: GroupRange, grid: WeightGrid) -> torch.Tensor:
@@ -208,10 +214,6 @@ def _zero_point(group_range: GroupRange, scale_NS: torch.Tensor, grid: WeightGri
 def _divide(x: torch.Tensor, steps: float) -> torch.Tensor:
     # CUDA multiplies by the reciprocal of a plain number; a tensor makes it divide, as a CPU does
     return x / x.new_full((), steps)
-
-
-def _round_through(x: torch.Tensor) -> torch.Tensor:
-    return x + (torch.round(x) - x).detach()
 
 
 def _split_groups(w_NK: torch.Tensor, group_size: int) -> torch.Tensor:

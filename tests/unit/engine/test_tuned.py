@@ -64,15 +64,36 @@ def test_every_gain_gets_a_gradient(layer, x):
     assert bool((tuned.gain.grad != 0).all())
 
 
-def test_a_twin_of_a_quantized_layer_has_its_codes_and_its_grid(layer, x):
-    twin = FakeQuantLinear.from_quantized(layer)
+def test_codes_that_learned_nothing_are_the_stored_ones(layer, x):
+    tuned = TunedLinear(layer, trains_codes=True)
 
-    again = twin.to_quant_linear().prepare()
+    parts = tuned.learned_parts()
 
-    assert torch.equal(again.weight_packed, layer.weight_packed)
-    assert torch.equal(again.weight_scale, layer.weight_scale)
-    assert torch.equal(again.weight_zero_point, layer.weight_zero_point)
-    assert torch.equal(again(x), layer(x))
+    assert torch.equal(parts["weight_packed"], layer.weight_packed)
+    assert torch.equal(parts["weight_scale"], layer.weight_scale)
+    assert torch.equal(tuned(x), TunedLinear(layer)(x))
+
+
+def test_learned_codes_are_what_is_stored_and_run(layer, x):
+    tuned = TunedLinear(layer, trains_codes=True)
+    generator = torch.Generator().manual_seed(6)
+    tuned.offset.data = torch.randn(tuned.offset.shape, generator=generator)
+    out, before = tuned(x), layer.codes()
+
+    layer.weight_packed = tuned.learned_parts()["weight_packed"]
+
+    wanted = (before.int() + torch.round(tuned.offset.data).int()).clamp(0, layer.grid.max_code)
+    assert torch.equal(layer.codes().int(), wanted)
+    torch.testing.assert_close(layer.prepare()(x), out, rtol=1e-5, atol=1e-5)
+
+
+def test_codes_and_gains_learn_together(layer, x):
+    tuned = TunedLinear(layer, trains_codes=True)
+
+    tuned(x).square().sum().backward()
+
+    assert bool((tuned.gain.grad != 0).all())
+    assert bool((tuned.offset.grad != 0).any(1).all())
 
 
 @pytest.fixture
