@@ -10,7 +10,7 @@ from engine.errors import SpecError
 from engine.footprint import Footprint
 from engine.reach import FP_BYTES, Reach, stored_bits
 from engine.rotation import Rotation, check_rotation
-from engine.spec import GROUP_STEP, PER_CHANNEL, QuantSpec
+from engine.spec import FULL_BITS, GROUP_STEP, PER_CHANNEL, QuantSpec
 
 __all__ = ["Estimate", "check_spec", "estimate_bytes", "promised_bits"]
 
@@ -63,6 +63,7 @@ def check_spec(architecture: Architecture, spec: QuantSpec) -> None:
     for linear in architecture.linears:
         _check_group_size(architecture, spec, linear)
     check_rotation(architecture, Rotation.of(spec, architecture))
+    _check_attention(architecture, spec)
     if not any(spec.weight_grid(name) for name in names):
         raise SpecError("overrides", len(spec.overrides), "leave at least one layer below 16 bits")
     if spec.calibration.length > architecture.max_positions:
@@ -132,6 +133,18 @@ def _plan_of(architecture: Architecture, spec: QuantSpec, device_type: str) -> S
     if spec.target is None:
         return None
     return plan_search(architecture, spec, search_units(architecture, spec), device_type)
+
+
+def _check_attention(architecture: Architecture, spec: QuantSpec) -> None:
+    """Refuse what meets queries and maps inside sdpa, where a family computes them by itself."""
+    family = architecture.family
+    if family.attention == "sdpa":
+        return
+    advice = f"{family.model_type} computes its attention outside sdpa; use"
+    if spec.q_bits != FULL_BITS:
+        raise SpecError("q_bits", spec.q_bits, f"{advice} {FULL_BITS}")
+    if spec.resolved.attention_loss:
+        raise SpecError("ingredients.attention_loss", spec.resolved.attention_loss, f"{advice} 0")
 
 
 def _check_group_size(architecture: Architecture, spec: QuantSpec, linear: LinearShape) -> None:

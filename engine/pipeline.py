@@ -5,10 +5,7 @@ and taken up again.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import replace
 
 import torch
 
@@ -24,16 +21,16 @@ from engine.calibration.dataset import (
 )
 from engine.calibration.finish import finish
 from engine.calibration.merge import merged_tensors
-from engine.calibration.placement import ChainMemory
-from engine.calibration.resume import ENGINE_VERSION, BlockStore, fingerprint
+from engine.calibration.resume import ENGINE_VERSION, BlockStore, Tuning, fingerprint
 from engine.calibration.watch import Watch
 from engine.checkpoint.manifest import LayerRecord, digest_of, hash_file
 from engine.checkpoint.search_record import SearchRecord
 from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
 from engine.evaluation.comparison import evaluate
-from engine.evaluation.plan import EvaluationPlan, EvaluationText
+from engine.evaluation.plan import EvaluationPlan
 from engine.events import ArtifactFile, Stage, StageStarted
 from engine.fit import check_spec
+from engine.job import QuantJob, best_device
 from engine.models.loading import SourceModel, read_config
 from engine.models.rotated import rotated
 from engine.report import QuantReport
@@ -43,52 +40,6 @@ from engine.search.stage import find_bits
 from engine.spec import QuantSpec
 
 __all__ = ["EvaluationPlan", "QuantJob", "QuantReport", "best_device", "quantize_model"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantJob:
-    """What to quantize, how, and where everything lies."""
-
-    source_dir: Path
-    out_dir: Path
-    """Appears complete or not at all."""
-    state_dir: Path
-    """Finished blocks of this and earlier attempts."""
-    spec: QuantSpec
-    repo: str = "local"
-    revision: str = "unknown"
-    calibration_text: Path | None = None
-    """None takes the builtin text."""
-    evaluation: EvaluationPlan = field(default_factory=EvaluationPlan)
-    device: str = "cpu"
-    chain_memory: ChainMemory = field(default_factory=ChainMemory)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """Read the description that the supervisor writes.
-
-        Raises:
-            SpecError: if the spec is not possible.
-            KeyError: if a field is missing.
-        """
-        calibration_text = record.get("calibration_text")
-        return cls(
-            source_dir=Path(record["source_dir"]),
-            out_dir=Path(record["out_dir"]),
-            state_dir=Path(record["state_dir"]),
-            spec=QuantSpec.from_json(record["spec"]),
-            repo=record["source"]["repo"],
-            revision=record["source"]["revision"],
-            calibration_text=None if calibration_text is None else Path(calibration_text),
-            evaluation=EvaluationPlan.from_json(record["evaluation"], _evaluation_texts(record)),
-            device=record.get("device") or best_device(),
-            chain_memory=ChainMemory.from_json(record.get("chain_memory") or {}),
-        )
-
-
-def best_device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
@@ -114,9 +65,10 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     store = _open_store(job, source, windows, watch)
     loop = _block_loop(job, source, store, watch)
     calibrated = loop.run(windows.tokens)
-    finish(loop, calibrated, windows.tokens)
+    tuning = finish(loop, calibrated, windows.tokens)
     watch.report(StageStarted(stage=Stage.PACKING))
-    summary = _pack(job, source, store, calibrated.losses, found.record)
+    provenance = _provenance(job, source, calibrated.losses, tuning, found.record)
+    summary = _pack(job, source, store, provenance)
     evaluation = evaluate(source, job.out_dir, job.evaluation, watch, job.device)
     _tell_files(job, watch)
     bits = summary.bits
@@ -144,14 +96,6 @@ def _block_loop(job: QuantJob, source: SourceModel, store: BlockStore, watch: Wa
         shape=BlockShape.of(source.architecture, online_blocks(source.architecture, rotation)),
         memory=job.chain_memory,
     )
-
-
-def _evaluation_texts(record: Mapping[str, Any]) -> tuple[EvaluationText, ...]:
-    texts = record.get("evaluation_texts")
-    if texts is None:
-        # as a supervisor of the version before writes it
-        texts = [{"path": record.get("evaluation_text")}]
-    return tuple(EvaluationText.from_json(each) for each in texts)
 
 
 def _calibration_windows(job: QuantJob) -> TokenWindows:
@@ -198,14 +142,14 @@ def _open_store(
     return store
 
 
-def _pack(
+def _provenance(
     job: QuantJob,
     source: SourceModel,
-    store: BlockStore,
     losses: list[BlockLosses],
+    tuning: Tuning | None,
     search: SearchRecord | None,
-) -> CheckpointSummary:
-    provenance = Provenance(
+) -> Provenance:
+    return Provenance(
         source_dir=job.source_dir,
         engine_version=ENGINE_VERSION,
         repo=job.repo,
@@ -213,7 +157,13 @@ def _pack(
         layers=_layer_records(job.spec, source, losses),
         rotation=Rotation.of(job.spec, source.architecture),
         search=search,
+        tuning=None if tuning is None else tuning.record,
     )
+
+
+def _pack(
+    job: QuantJob, source: SourceModel, store: BlockStore, provenance: Provenance
+) -> CheckpointSummary:
     model = rotated(source, provenance.rotation)
     return write_checkpoint(
         job.out_dir,
@@ -241,6 +191,7 @@ def _layer_records(
                     group_size=grid.group_size,
                     loss_before=fared.before,
                     loss_after=fared.after,
+                    fell_back=fared.fell_back,
                 )
             )
     return records

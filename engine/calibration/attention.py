@@ -36,7 +36,7 @@ class AttentionTeacher:
         full, quant = _seen(teacher), _seen(student)
         windows = [
             map_divergence(
-                full.log_probabilities(each), quant.log_probabilities(each), _mask(full, each)
+                full.log_probabilities(each), quant.log_probabilities(each), full.mask_of(each)
             )
             for each in range(len(full.query))
         ]
@@ -49,7 +49,3 @@ def _seen(probe: AttentionProbe) -> SeenAttention:
             "ingredients.attention_loss", "on", "this family computes its maps elsewhere; use 0"
         )
     return probe.seen
-
-
-def _mask(seen: SeenAttention, window: int) -> torch.Tensor:
-    return seen.mask if seen.mask.dim() < 4 else seen.mask[min(window, len(seen.mask) - 1)]

@@ -6,7 +6,8 @@ from engine.calibration.block_loop import BlockLoop, Calibrated
 from engine.calibration.capture import capture_inputs
 from engine.calibration.placement import Place, free_bytes
 from engine.calibration.restore import restore_block
-from engine.calibration.tune import QuantizedStack, Tuning, tune_end_to_end
+from engine.calibration.resume import Tuning
+from engine.calibration.tune import QuantizedStack, tune_end_to_end
 from engine.errors import CheckpointInvalid
 from engine.events import Stage, StageStarted
 from engine.methods.base import Method
@@ -21,7 +22,9 @@ FREE_PART = 0.8
 
 
 def finish(loop: BlockLoop, calibrated: Calibrated, tokens: torch.Tensor) -> Tuning | None:
-    """Tune the model in the loop's store, unless that was done, is not asked for, or cannot fit.
+    """Tune the model in the loop's store, unless it is not asked for or cannot fit.
+
+    An attempt that finds the stage done gives what was found then.
 
     Args:
         loop: has run.
@@ -34,8 +37,9 @@ def finish(loop: BlockLoop, calibrated: Calibrated, tokens: torch.Tensor) -> Tun
     method = method_of(loop.spec)
     if method.end_to_end is EndToEnd.NONE or not method.end_to_end_epochs:
         return None
-    if loop.store.is_tuned:
-        return None
+    found = loop.store.load_tuned()
+    if found is not None:
+        return found
     loop.watch.report(StageStarted(stage=Stage.TUNING))
     needed, free = _needed_bytes(loop, calibrated, method), free_bytes(loop.device)
     if needed > FREE_PART * free:
@@ -52,7 +56,7 @@ def finish(loop: BlockLoop, calibrated: Calibrated, tokens: torch.Tensor) -> Tun
         f"tuned end to end: {tuning.before:.4f} -> {tuning.after:.4f} nats a token from the"
         " full-precision logits"
     )
-    loop.store.save_tuned(tuning.tensors)
+    loop.store.save_tuned(tuning)
     return tuning
 
 

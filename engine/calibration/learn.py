@@ -31,9 +31,10 @@ from engine.calibration.twins import Student, make_student
 from engine.calibration.watch import BlockStep, Watch
 from engine.errors import CalibrationDiverged
 from engine.methods.base import ChannelStatistics, Method
+from engine.modules.attention import round_queries
 from engine.modules.linear import QuantLinear
 from engine.modules.swap import swap_modules
-from engine.recipe import Rounding, SecondOrder
+from engine.recipe import SecondOrder
 from engine.spec import QuantSpec
 
 __all__ = ["learn_block"]
@@ -70,6 +71,7 @@ def learn_block(task: BlockTask, spec: QuantSpec, method: Method, watch: Watch) 
             watch.say(f"{task.name}: losses were not finite; plain rounding is kept")
     swap_modules(task.block, kept.layers)
     task.block.load_state_dict(kept.others, strict=False, assign=True)
+    round_queries(task.block, spec.q_bits)
     return LearnedBlock(
         layers=kept.layers,
         others=kept.others,
@@ -101,7 +103,7 @@ def _learn(task: BlockTask, spec: QuantSpec, method: Method, watch: Watch) -> _C
         round_by_moments(task, student, method.second_order, spec.kv_bits, watch)
     watch.on_step(BlockStep.MEASURING)
     start = _measure(task, student, spec)
-    if method.rounding is Rounding.NEAREST:
+    if not method.trains_rounding:
         return start
     watch.on_step(BlockStep.TRAINING)
     # what is left to learn of a range is a factor for each end
@@ -116,7 +118,9 @@ def _place_clips(
     student: Student, method: Method, statistics: dict[str, ChannelStatistics]
 ) -> None:
     for name, twin in student.twins.items():
-        twin.clip = method.clipping.clip_for(twin.weight, twin.grid, statistics[name].power)
+        # statistics are of what an online transform puts out, and so is the weight
+        weight, _ = twin.changed()
+        twin.clip = method.clipping.clip_for(weight, twin.grid, statistics[name].power)
 
 
 def _fold(task: BlockTask, student: Student) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from engine.calibration.resume import BlockStore
+from engine.checkpoint.format import PACKED_SUFFIX
 from engine.errors import CheckpointInvalid
 from engine.models.blocks import BlockModel
 from engine.models.loading import SourceModel
@@ -32,14 +33,16 @@ def merged_tensors(
     names = [name for name in source.skeleton.state_dict() if not source.is_tied(name)]
     entry = tuple(f"{name}." for name in (family.embedding, *family.beside_embedding))
     yield from _stored(source, [name for name in names if name.startswith(entry)])
-    tuned = store.load_tuned()
+    found = store.load_tuned()
+    tuned = {} if found is None else found.tensors
     for index in range(architecture.layers):
         block = architecture.layer_name(index)
         saved = store.load(index)
         if saved is None:
             raise CheckpointInvalid(f"the calibration of {block} is missing")
         prefix = f"{block}."
-        replaced = {prefix + name.rpartition(".")[0] + ".weight" for name in saved.tensors}
+        packed = [name for name in saved.tensors if name.endswith(PACKED_SUFFIX)]
+        replaced = {f"{prefix}{name.removesuffix(PACKED_SUFFIX)}.weight" for name in packed}
         replaced |= {prefix + name for name in saved.tensors}
         kept = [name for name in names if name.startswith(prefix) and name not in replaced]
         same = model is source

@@ -68,13 +68,15 @@ def _shared_inputs(
     task: BlockTask, student: nn.Module, twins: Mapping[str, FakeQuantLinear]
 ) -> list[list[str]]:
     """Group the twins by the tensor that they are given, in the order of the calls."""
-    seen: dict[int, list[str]] = {}
+    seen: dict[tuple[int, torch.Size], list[str]] = {}
     kept: list[torch.Tensor] = []  # alive, so that no later tensor takes an earlier one's address
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             kept.append(arguments[0])
-            seen.setdefault(arguments[0].data_ptr(), []).append(name)
+            # a part of a fused output begins where the whole does
+            place = (arguments[0].data_ptr(), arguments[0].shape)
+            seen.setdefault(place, []).append(name)
 
         return hook
 
@@ -110,7 +112,8 @@ def _collect(
             if shift_KK is not None:
                 full_MK = full.of(task, task.block, task.full_inputs[windows], FULL_BITS)
                 full_MK = twin.as_seen(full_MK)
-                if full_MK.shape != x_MK.shape:
+                all_tokens = task.inputs[windows].shape[:2].numel()
+                if not len(full_MK) == len(x_MK) == all_tokens:
                     # an expert that other tokens reach: there is nothing to compare with
                     shift_KK = None
                     continue

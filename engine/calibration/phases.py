@@ -21,7 +21,6 @@ from engine.calibration.watch import Watch
 from engine.methods.base import BlockOutputs, Method
 from engine.methods.rounding import bound_offsets, start_offsets
 from engine.modules.attention import AttentionProbe
-from engine.recipe import Rounding
 from engine.spec import FULL_BITS, QuantSpec
 
 __all__ = ["Phases"]
@@ -46,7 +45,7 @@ class Phases:
     def ranges_epochs(self) -> int:
         """Epochs of the first phase."""
         epochs = self.spec.calibration.epochs
-        if self.method.rounding is Rounding.NEAREST:
+        if not self.method.trains_rounding:
             return epochs
         return max(1, epochs // RANGES_PART) if self.method.trains_ranges else 0
 

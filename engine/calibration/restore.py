@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from engine.calibration.resume import SavedBlock
+from engine.modules.attention import round_queries
 from engine.modules.linear import QuantLinear
 from engine.modules.swap import named_linears, swap_modules
 from engine.spec import QuantSpec
@@ -23,6 +24,8 @@ def restore_block(
     hadamards: Mapping[str, int],
 ) -> None:
     """Put packed layers, and norms and biases that changed, into a full-precision block.
+
+    Its queries are rounded from then on, where the spec says so.
 
     Args:
         block: changed in place.
@@ -45,6 +48,7 @@ def restore_block(
         layers[short] = layer.prepare()
     swap_modules(block, layers)
     block.load_state_dict(_others(saved.tensors, device), strict=False, assign=True)
+    round_queries(block, spec.q_bits)
 
 
 def _others(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

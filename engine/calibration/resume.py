@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.durable import sync_path, write_atomically
-from engine.checkpoint.manifest import hash_file
+from engine.checkpoint.manifest import TuningRecord, hash_file
 from engine.models.tensors import TensorFiles
 from engine.spec import QuantSpec
 
-__all__ = ["ENGINE_VERSION", "BlockStore", "SavedBlock", "fingerprint"]
+__all__ = ["ENGINE_VERSION", "BlockStore", "SavedBlock", "Tuning", "fingerprint"]
 
 ENGINE_VERSION = "0.3.0"
 """Raised with every change that alters what a calibration writes."""
@@ -41,6 +41,22 @@ class SavedBlock:
     loss_after: float
     fell_back: bool = False
     """Learning diverged; the block is rounded to nearest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What the last stage found."""
+
+    tensors: dict[str, torch.Tensor]
+    """By full name: what replaces the blocks' tensors; empty where nothing was gained."""
+    before: float
+    """Mean divergence from the full-precision logits, in nats a token."""
+    after: float
+
+    @property
+    def record(self) -> TuningRecord:
+        """What the manifest says of it."""
+        return TuningRecord(divergence_before=self.before, divergence_after=self.after)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,19 +115,19 @@ class BlockStore:
         except (SafetensorError, KeyError, TypeError, ValueError):
             return None
 
-    def save_tuned(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Make what the last stage changed durable; full names, maybe none."""
-        self.save(TUNED, SavedBlock(tensors=tensors, loss_before=0.0, loss_after=0.0))
+    def save_tuned(self, tuning: Tuning) -> None:
+        """Make what the last stage changed durable."""
+        kept = SavedBlock(
+            tensors=tuning.tensors, loss_before=tuning.before, loss_after=tuning.after
+        )
+        self.save(TUNED, kept)
 
-    def load_tuned(self) -> dict[str, torch.Tensor]:
-        """Read what the last stage changed; empty where there was none."""
+    def load_tuned(self) -> Tuning | None:
+        """Read what the last stage changed; None where it has not run."""
         saved = self.load(TUNED)
-        return {} if saved is None else saved.tensors
-
-    @property
-    def is_tuned(self) -> bool:
-        """Whether the last stage has run."""
-        return self.load(TUNED) is not None
+        if saved is None:
+            return None
+        return Tuning(tensors=saved.tensors, before=saved.loss_before, after=saved.loss_after)
 
     def _tensor_path(self, index: int) -> Path:
         return self.directory / f"block-{index:05d}.safetensors"

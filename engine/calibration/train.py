@@ -10,6 +10,7 @@ Shape legend: W windows, B windows of a batch, T tokens, H hidden size.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -30,7 +31,7 @@ class TrainingDiverged(ArithmeticError):
 
 
 def train(
-    forward_loss: Callable[["Examples"], torch.Tensor],
+    forward_loss: Callable[[Examples], torch.Tensor],
     examples: Examples,
     groups: Sequence[ParameterGroup],
     after_step: Callable[[], None],
@@ -52,27 +53,33 @@ def train(
         CalibrationInterrupted: if the watch says to stop.
     """
     parameters = [each for group in groups for each in group.parameters]
-    best = [each.detach().clone() for each in parameters]
-    lowered = 1.0
-    for _ in range(MAX_RETRIES + 1):
+    best = _Best(state=[each.detach().clone() for each in parameters])
+    for attempt in range(MAX_RETRIES + 1):
+        lowered = LOWER_RATE**attempt
+        if attempt:
+            watch.say(f"a loss was not finite; going on at {lowered:.2g} of the learning rate")
         stepper = Stepper(forward_loss, groups, after_step, examples, schedule)
-        if _run(stepper, schedule, lowered, best, watch):
-            restore(parameters, best)
+        went_well = _run(stepper, schedule, lowered, best, watch)
+        restore(parameters, best.state)
+        if went_well:
             return
-        restore(parameters, best)
-        lowered *= LOWER_RATE
-        watch.say(f"a loss was not finite; going on at {lowered:.2g} of the learning rate")
     raise TrainingDiverged
 
 
-def _run(
-    stepper: "Stepper", schedule: Schedule, lowered: float, best: list[torch.Tensor], watch: Watch
-) -> bool:
+@dataclass(slots=True, kw_only=True)
+class _Best:
+    """The parameters after the best epoch of all attempts."""
+
+    state: list[torch.Tensor]
+    loss: float = math.inf
+
+
+def _run(stepper: Stepper, schedule: Schedule, lowered: float, best: _Best, watch: Watch) -> bool:
     """Run all epochs, keeping the best state in `best`; false when a loss was not finite."""
     windows = len(stepper.examples.inputs)
     generator = torch.Generator().manual_seed(schedule.seed)
     batches = math.ceil(windows / schedule.batch)
-    steps, done, best_loss = schedule.epochs * batches, 0, math.inf
+    steps, done = schedule.epochs * batches, 0
     for _ in range(schedule.epochs):
         order = torch.randperm(windows, generator=generator)
         losses = []
@@ -85,8 +92,8 @@ def _run(
         mean = float(torch.stack(losses).mean())
         if not math.isfinite(mean) or not stepper.is_finite():
             return False
-        if mean < best_loss:
-            best_loss = mean
-            for kept, parameter in zip(best, stepper.parameters, strict=True):
+        if mean < best.loss:
+            best.loss = mean
+            for kept, parameter in zip(best.state, stepper.parameters, strict=True):
                 kept.copy_(parameter.detach())
     return True

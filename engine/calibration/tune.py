@@ -15,28 +15,26 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.calibration.capture import BlockCall
 from engine.calibration.precision import training_precision
+from engine.calibration.resume import Tuning
 from engine.calibration.stepper import Examples, ParameterGroup, Schedule, pick
 from engine.calibration.train import TrainingDiverged, train
 from engine.calibration.watch import Watch
 from engine.events import Stage
 from engine.methods.base import Method
-from engine.methods.clipping import FactorClipping
 from engine.methods.distillation import logit_divergence
-from engine.modules.fake_quant import FakeQuantLinear
-from engine.modules.linear import QuantLinear
 from engine.modules.swap import quant_linears, swap_modules
 from engine.modules.tuned import TunedLinear
 from engine.recipe import EndToEnd
 from engine.spec import CalibrationSpec
 
-__all__ = ["QuantizedStack", "Tuning", "tune_end_to_end"]
+__all__ = ["QuantizedStack", "tune_end_to_end"]
 
 NORM_PART = 0.5
 """Norms learn at this part of the scales' rate, relative to their own size."""
 MEASURED_WINDOWS = 64
 """Tell whether tuning gained anything."""
 OFFSET_RATE = 5e-3
-"""Of weights, in steps of the grid."""
+"""Of codes, in steps of the grid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +50,6 @@ class QuantizedStack:
     """Final norm and output head, in full precision; they stay."""
     kv_bits: int
     can_record: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
-    """What came of it."""
-
-    tensors: dict[str, torch.Tensor]
-    """By full name: what replaces the blocks' tensors; empty where nothing was gained."""
-    before: float
-    """Mean divergence from the full-precision logits, in nats a token."""
-    after: float
 
 
 def tune_end_to_end(
@@ -117,14 +104,15 @@ class _Learned:
     def __init__(self, stack: QuantizedStack, method: Method, batch: int) -> None:
         self._stack = stack
         self._batch = batch
-        self._trains_weights = method.end_to_end is EndToEnd.WEIGHTS
-        self._layers: list[dict[str, TunedLinear | FakeQuantLinear]] = []
+        trains_codes = method.end_to_end is EndToEnd.WEIGHTS
+        self._layers: list[dict[str, TunedLinear]] = []
         for block in stack.blocks:
-            layers = {name: self._tuned(each) for name, each in quant_linears(block).items()}
+            layers = {
+                name: TunedLinear(each, trains_codes=trains_codes)
+                for name, each in quant_linears(block).items()
+            }
             swap_modules(block, layers)
             block.eval()
-            for layer in layers.values():
-                layer.train()
             self._layers.append(layers)
         self._norms = [_norm_parameters(each) for each in stack.blocks]
         self.groups = self._grouped(method.tuning_rate)
@@ -162,36 +150,18 @@ class _Learned:
         found = {}
         for name, layers, norms in zip(self._stack.names, self._layers, self._norms, strict=True):
             for short, layer in layers.items():
-                for part, tensor in _stored(layer).items():
+                for part, tensor in layer.learned_parts().items():
                     found[f"{name}.{short}.{part}"] = tensor
             for short, parameter in norms.items():
                 found[f"{name}.{short}"] = parameter.detach().float()
         return found
 
-    def _tuned(self, layer: QuantLinear) -> TunedLinear | FakeQuantLinear:
-        if not self._trains_weights:
-            return TunedLinear(layer)
-        twin = FakeQuantLinear.from_quantized(layer)
-        twin.clip = FactorClipping().clip_for(twin.weight, twin.grid, twin.weight[0])
-        twin.offset = nn.Parameter(torch.zeros_like(twin.weight))
-        return twin
-
     def _grouped(self, rate: float) -> list[ParameterGroup]:
         layers = [each for block in self._layers for each in block.values()]
-        gains = [each.gain for each in layers if isinstance(each, TunedLinear)]
-        clips = [
-            parameter
-            for each in layers
-            if isinstance(each, FakeQuantLinear) and isinstance(each.clip, nn.Module)
-            for parameter in each.clip.parameters()
-        ]
-        offsets = [
-            each.offset
-            for each in layers
-            if isinstance(each, FakeQuantLinear) and each.offset is not None
-        ]
+        gains = [each.gain for each in layers]
+        offsets = [each.offset for each in layers if each.offset is not None]
         groups = [
-            ParameterGroup(parameters=gains + clips, rate=rate),
+            ParameterGroup(parameters=gains, rate=rate),
             ParameterGroup(parameters=offsets, rate=OFFSET_RATE),
         ]
         for norms in self._norms:
@@ -207,19 +177,7 @@ def _norm_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for name, parameter in list(block.named_parameters()):
         owner, _, short = name.rpartition(".")
-        if parameter.dim() == 1 and not isinstance(
-            block.get_submodule(owner), TunedLinear | FakeQuantLinear
-        ):
+        if parameter.dim() == 1 and not isinstance(block.get_submodule(owner), TunedLinear):
             found[name] = nn.Parameter(parameter.detach().float().clone())
             setattr(block.get_submodule(owner), short, found[name])
     return found
-
-
-@torch.no_grad()
-def _stored(layer: TunedLinear | FakeQuantLinear) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint that a layer has changed."""
-    if isinstance(layer, TunedLinear):
-        return {"weight_scale": layer.learned_scale()}
-    packed = layer.to_quant_linear()
-    parts = ("weight_packed", "weight_scale", "weight_zero_point")
-    return {part: getattr(packed, part) for part in parts}

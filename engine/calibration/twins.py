@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from engine.calibration.block import BlockTask
+from engine.modules.attention import round_queries
 from engine.modules.fake_quant import FakeQuantLinear
 from engine.modules.linear import QuantLinear
 from engine.modules.swap import named_linears, swap_modules
@@ -50,7 +51,10 @@ class Student:
 
 
 def make_student(task: BlockTask, spec: QuantSpec) -> Student:
-    """Copy the structure of a block and put twins in place; weights are shared."""
+    """Copy the structure of a block and put twins in place; weights are shared.
+
+    The copy rounds its queries where the spec says so; the block itself never does.
+    """
     shared = {id(each): each for each in (*task.block.parameters(), *task.block.buffers())}
     block = copy.deepcopy(task.block, memo=shared)
     twins = {}
@@ -61,6 +65,7 @@ def make_student(task: BlockTask, spec: QuantSpec) -> Student:
             turned = task.shape.hadamards.get(name, 0)
             twins[name] = FakeQuantLinear(linear, grid, a_bits, turned)
     swap_modules(block, twins)
+    round_queries(block, spec.q_bits)
     return Student(block, twins)
 
 

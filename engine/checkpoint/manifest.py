@@ -23,6 +23,7 @@ __all__ = [
     "FileRecord",
     "LayerRecord",
     "Manifest",
+    "TuningRecord",
     "digest_of",
     "hash_file",
     "read_manifest",
@@ -46,6 +47,16 @@ class LayerRecord:
     group_size: int
     loss_before: float
     loss_after: float
+    fell_back: bool = False
+    """Learning diverged; the decoder layer is rounded to nearest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningRecord:
+    """What the last stage of a calibration gained, in nats a token from the source's logits."""
+
+    divergence_before: float
+    divergence_after: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +84,16 @@ class Manifest:
     """Every file but the manifest, sorted by path."""
     search: SearchRecord | None = None
     """Why the layers have their bits, where a search chose them."""
+    tuning: TuningRecord | None = None
+    """Over the calibration windows, where the whole model was tuned at the end."""
 
     def to_json(self) -> dict[str, Any]:
-        """Write every field; `search` where there was one."""
+        """Write every field; `search` and `tuning` where there was one."""
         found = {} if self.search is None else {"search": self.search.to_json()}
+        tuned = {} if self.tuning is None else {"tuning": asdict(self.tuning)}
         return {
             **found,
+            **tuned,
             "format": MANIFEST_FORMAT,
             "engine_version": self.engine_version,
             "source": dict(self.source),
@@ -100,7 +115,7 @@ class Manifest:
         if record.get("format") != MANIFEST_FORMAT:
             raise CheckpointInvalid(f"{MANIFEST_NAME} is not of the format {MANIFEST_FORMAT}")
         try:
-            search = record.get("search")
+            search, tuning = record.get("search"), record.get("tuning")
             return cls(
                 engine_version=str(record["engine_version"]),
                 source={str(key): str(value) for key, value in record["source"].items()},
@@ -111,6 +126,7 @@ class Manifest:
                 evaluation=Evaluation.from_json(record["evaluation"]),
                 files=tuple(FileRecord(**each) for each in record["files"]),
                 search=None if search is None else SearchRecord.from_json(search),
+                tuning=None if tuning is None else TuningRecord(**tuning),
             )
         except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
             raise CheckpointInvalid(f"{MANIFEST_NAME} is damaged: {error}") from error

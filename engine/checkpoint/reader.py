@@ -20,6 +20,7 @@ from engine.errors import CheckpointInvalid
 from engine.models.loading import build_empty_model, read_config
 from engine.models.rotated import install_rotation
 from engine.models.tensors import TensorFiles
+from engine.modules.attention import round_queries
 from engine.modules.linear import QuantLinear
 from engine.modules.swap import prepare_model, quant_linears, swap_linears
 from engine.rotation import Rotation, name_in_layer, online_blocks
@@ -85,6 +86,8 @@ def load_checkpoint(
         _tie_head(model, architecture)
     model.to(device).requires_grad_(requires_grad=False).eval()
     prepare_model(model)
+    for index in range(architecture.layers):
+        round_queries(model.get_submodule(architecture.layer_name(index)), spec.q_bits)
     return LoadedModel(model=model, spec=spec, architecture=architecture, rotation=rotation)
 
 

@@ -27,6 +27,7 @@ from engine.checkpoint.manifest import (
     FileRecord,
     LayerRecord,
     Manifest,
+    TuningRecord,
     hash_file,
     write_manifest,
 )
@@ -53,6 +54,7 @@ class Provenance:
     rotation: Rotation = field(default_factory=Rotation.none)
     """How the tensors of the layers were rotated."""
     search: SearchRecord | None = None
+    tuning: TuningRecord | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +117,7 @@ def write_checkpoint(
         evaluation=provenance.evaluation,
         files=files,
         search=None if search is None else search.achieving(bits.per_weight),
+        tuning=provenance.tuning,
     )
     digest = write_manifest(partial, manifest)
     _publish(partial, out_dir)

@@ -91,11 +91,18 @@ class Method:
     """Whether `clipping` covers anything but the whole range."""
     trains_clips: bool
     """Whether `clipping` has parameters."""
+    trains_factors: bool
+    """Whether `factors` have parameters."""
 
     @property
     def trains_ranges(self) -> bool:
         """Whether anything is trained before ranges are placed for good."""
         return self.equivalent_transform or self.compensation or self.trains_clips
+
+    @property
+    def trains_rounding(self) -> bool:
+        """Whether anything is trained after ranges are placed for good."""
+        return self.rounding is not Rounding.NEAREST or self.trains_factors
 
     @property
     def changes_anything(self) -> bool:

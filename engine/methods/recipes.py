@@ -45,6 +45,7 @@ def method_of(spec: QuantSpec) -> Method:
         tuning_rate=TUNING_RATE,
         chooses_clips=chosen.clipping is not ClippingName.FULL,
         trains_clips=chosen.clipping is ClippingName.LEARNED,
+        trains_factors=has_factors,
     )
 
 

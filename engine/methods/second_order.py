@@ -32,6 +32,8 @@ DAMPING = 0.01
 """Part of the mean diagonal that is added to it (GPTQ's percdamp)."""
 TRUST = 0.5
 """Part of the way from W to W* that is gone."""
+MORE_DAMPING = 4
+"""Times that damping is raised tenfold before columns are taken as independent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +50,7 @@ def aim_at_full_precision(w_NK: torch.Tensor, moments: InputMoments) -> torch.Te
     """Move a weight towards what answers the full-precision chain: float32 ``[N, K]``."""
     if moments.shift is None:
         return w_NK.float()
-    damped_KK, _ = _damped(moments.own)
-    factor_KK = torch.linalg.cholesky(damped_KK)
+    factor_KK = _factor(_damped(moments.own))
     # D H^-1, as the transposed solution of H Z = D^T
     correction_KK = torch.cholesky_solve(moments.shift.t(), factor_KK).t()
     return w_NK.float() + TRUST * (w_NK.float() @ correction_KK)
@@ -69,20 +70,22 @@ def pass_errors_on(
     Returns:
         float32 ``[N, K]``; its nearest codes are GPTQ's.
     """
-    damped_KK, is_dead = _damped(moments.own)
+    damped_KK = _damped(moments.own)
     order = torch.argsort(torch.diagonal(damped_KK), descending=True, stable=True)
-    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK[order][:, order]))
-    upper_KK = torch.linalg.cholesky(inverse_KK, upper=True)
-    rest_NK = w_NK.float().masked_fill(is_dead, 0.0)[:, order].contiguous()
-    scale_NK, centre_NK = _by_column(params, w_NK.shape[1], order)
+    inverse_KK = torch.cholesky_inverse(_factor(damped_KK[order][:, order]))
+    upper_KK = _factor(inverse_KK).t()
+    rest_NK = w_NK.float()[:, order].contiguous()
+    scale_NK, zero_NK = _by_column(params, w_NK.shape[1], order)
+    half = 0.5 if grid.half_step else 0.0
     for start in range(0, w_NK.shape[1], WIDTH):
         stop = min(start + WIDTH, w_NK.shape[1])
         errors_NB = round_columns(
             rest_NK[:, start:stop],
             scale_NK[:, start:stop],
-            centre_NK[:, start:stop],
+            zero_NK[:, start:stop],
             upper_KK[start:stop, start:stop],
             grid.max_code,
+            half,
         )
         rest_NK[:, stop:] -= errors_NB @ upper_KK[start:stop, stop:]
     changed_NK = torch.empty_like(rest_NK)
@@ -90,14 +93,29 @@ def pass_errors_on(
     return changed_NK
 
 
-def _damped(own_KK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make the moments safely invertible; tell which inputs were always zero (bool ``[K]``)."""
+def _damped(own_KK: torch.Tensor) -> torch.Tensor:
+    """Make the moments safely invertible; an input that was always zero is alone with its damping.
+
+    Its column then takes no error and gives none: it is rounded to nearest, which an expert that no
+    token reached needs, and which costs nothing elsewhere.
+    """
     damped_KK = own_KK.float().clone()
     diagonal_K = torch.diagonal(damped_KK)
-    is_dead = diagonal_K == 0
-    damping = (DAMPING * diagonal_K.mean()).clamp(min=1e-12)
-    diagonal_K.add_(damping)
-    return damped_KK, is_dead
+    diagonal_K.add_((DAMPING * diagonal_K.mean()).clamp(min=1e-12))
+    return damped_KK
+
+
+def _factor(positive_KK: torch.Tensor) -> torch.Tensor:
+    """Give the lower Cholesky factor, with more damping where float32 does not hold it."""
+    for exponent in range(MORE_DAMPING):
+        factored = torch.linalg.cholesky_ex(positive_KK)
+        if not factored.info:
+            factor_KK: torch.Tensor = factored.L
+            return factor_KK
+        positive_KK = positive_KK.clone()
+        diagonal_K = torch.diagonal(positive_KK)
+        diagonal_K.add_(DAMPING * 10**exponent * diagonal_K.mean())
+    return torch.diag(torch.diagonal(positive_KK).clamp(min=1e-12).sqrt())
 
 
 def _by_column(
@@ -105,5 +123,5 @@ def _by_column(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     group = columns // params.scale.shape[1]
     scale_NK = params.scale.float().repeat_interleave(group, dim=1)[:, order]
-    centre_NK = params.centre.repeat_interleave(group, dim=1)[:, order]
-    return scale_NK, centre_NK
+    zero_NK = params.zero_point.float().repeat_interleave(group, dim=1)[:, order]
+    return scale_NK, zero_NK

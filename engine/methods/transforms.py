@@ -189,14 +189,16 @@ def start_factor(
         weights: the consumers', float ``[N, K]`` by name.
         shifts: whether the producer has a bias that can take a shift.
     """
-    shift_K = (statistics.low + statistics.high) / 2 if shifts else torch.zeros_like(statistics.low)
-    peak_K = torch.maximum(statistics.high - shift_K, shift_K - statistics.low)
-    peak_C = _by_channel(peak_K, pair)
+    # one shift for all heads that read a channel: the middle of what they are given together
+    low_C, high_C = -_by_channel(-statistics.low, pair), _by_channel(statistics.high, pair)
+    shift_C = (low_C + high_C) / 2 if shifts else torch.zeros_like(low_C)
+    peak_C = torch.maximum(high_C - shift_C, shift_C - low_C)
     widest_K = torch.stack([weights[name].abs().amax(0) for name in pair.consumers]).amax(0)
     widest_C = _by_channel(widest_K.float(), pair)
     start_C = peak_C.clamp(min=MIN_PEAK) ** ALPHA / widest_C.clamp(min=MIN_PEAK) ** (1 - ALPHA)
-    shift_C = _by_channel(shift_K, pair) if shifts else None
-    return PairFactor(start_C.clamp(MIN_FACTOR, MAX_FACTOR), shift_C)
+    # nothing is known of a channel that was never heard, or of an expert that no token reached
+    start_C = torch.where(peak_C > 0, start_C, 1.0).clamp(MIN_FACTOR, MAX_FACTOR)
+    return PairFactor(start_C, shift_C if shifts else None)
 
 
 def _by_channel(value_K: torch.Tensor, pair: ChannelPair) -> torch.Tensor:

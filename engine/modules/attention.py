@@ -35,14 +35,23 @@ class SeenAttention:
     """``[B, A, T, D]``, repeated for every query head."""
     mask: torch.Tensor
     """bool ``[..., T, T]``, true where a query may look."""
+    bias: torch.Tensor | None
+    """float ``[..., T, T]``, added to the scores (positions as ALiBi has them)."""
     scale: float
 
     def log_probabilities(self, window: int) -> torch.Tensor:
         """The maps of one window: float32 ``[A, T, T]``, very small where masked."""
         scores = self.query[window].float() @ self.key[window].float().transpose(-1, -2)
-        mask = self.mask if self.mask.dim() < 4 else self.mask[min(window, len(self.mask) - 1)]
+        scores = scores * self.scale
+        if self.bias is not None:
+            scores = scores + _of_window(self.bias, window)
         lowest = torch.finfo(scores.dtype).min
-        return torch.log_softmax((scores * self.scale).masked_fill(~mask, lowest), dim=-1)
+        scores = scores.masked_fill(~self.mask_of(window), lowest)
+        return torch.log_softmax(scores, dim=-1)
+
+    def mask_of(self, window: int) -> torch.Tensor:
+        """Where the queries of one window may look: bool ``[T, T]`` or ``[A, T, T]``."""
+        return _of_window(self.mask, window)
 
 
 class AttentionProbe(TorchFunctionMode):
@@ -106,9 +115,10 @@ class _RoundedQueries(TorchFunctionMode):
     ) -> Any:
         """Pass every call on."""
         if func is nn.functional.scaled_dot_product_attention:
-            query, *others = args
+            given = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
+            query = given.pop("query")
             rounded = fake_quantize_activations(query, self._bits).to(query.dtype)
-            args = (rounded, *others)
+            return func(query=rounded, **given)
         return func(*args, **(kwargs or {}))
 
 
@@ -120,8 +130,14 @@ def _read_call(given: Mapping[str, Any]) -> SeenAttention:
     mask = torch.ones(shape, dtype=torch.bool, device=query.device)
     if given.get("is_causal"):
         mask = mask.tril()
-    limits = given.get("attn_mask")
-    if limits is not None:
-        mask = limits if limits.dtype == torch.bool else limits >= 0
+    limits, bias = given.get("attn_mask"), None
+    if limits is not None and limits.dtype == torch.bool:
+        mask = limits
+    elif limits is not None:
+        mask, bias = limits > torch.finfo(limits.dtype).min / 2, limits.float()
     scale = given.get("scale") or 1 / math.sqrt(query.shape[-1])
-    return SeenAttention(query=query, key=key, mask=mask, scale=scale)
+    return SeenAttention(query=query, key=key, mask=mask, bias=bias, scale=scale)
+
+
+def _of_window(each: torch.Tensor, window: int) -> torch.Tensor:
+    return each if each.dim() < 4 else each[min(window, len(each) - 1)]

@@ -97,17 +97,6 @@ class FakeQuantLinear(nn.Module):
         twin.clip = clip
         return twin
 
-    @classmethod
-    def from_quantized(cls, layer: QuantLinear) -> Self:
-        """Make a twin whose weight is what a layer's codes stand for, on the same grid."""
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
-        twin = cls(linear, layer.grid, layer.a_bits, layer.input_hadamard)
-        twin.bias = layer.bias
-        twin.base_range = layer.params.covered_range(layer.grid)
-        twin._is_turned = True
-        return twin
-
     def changed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight ``[N, K]`` and bias ``[N]`` after every change; differentiable."""
         weight, bias = self.weight, self.bias

@@ -32,6 +32,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_activations",
     "quantize_weight",
+    "round_through",
     "weight_range",
 ]
 
@@ -67,11 +68,14 @@ class AffineParams:
         return self.zero_point.float() + (0.5 if self.half_step else 0.0)
 
     def covered_range(self, grid: WeightGrid) -> GroupRange:
-        """What the outermost codes stand for."""
+        """The range that places the grid here again, exactly.
+
+        From one outermost code to the other; of a symmetric grid as far up as down, though an even
+        count of codes has one more above.
+        """
         scale_NS = self.scale.float()
-        return GroupRange(
-            low=-self.centre * scale_NS, high=(grid.max_code - self.centre) * scale_NS
-        )
+        above_NS = self.centre if grid.symmetric else grid.max_code - self.centre
+        return GroupRange(low=-self.centre * scale_NS, high=above_NS * scale_NS)
 
 
 def weight_range(w_NK: torch.Tensor, group_size: int) -> GroupRange:
@@ -123,9 +127,10 @@ def doubled_codes(
     What multiplies integers needs no other form of a grid then.
 
     Returns:
-        uint8 ``[N, K]`` codes up to ``2 * max_code``, and where they lie.
+        uint8 ``[N, K]`` codes up to ``2 * max_code``, and where they lie; the scale is float32.
     """
-    whole = AffineParams(scale=params.scale / 2, zero_point=2 * params.zero_point + 1)
+    # half of a subnormal float16 is not always one
+    whole = AffineParams(scale=params.scale.float() / 2, zero_point=2 * params.zero_point + 1)
     return 2 * codes_NK, whole
 
 
@@ -180,8 +185,13 @@ def fake_quantize_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
     high = x.amax(-1, keepdim=True).clamp(min=0)
     scale = _divide(high - low, max_code).clamp(min=MIN_ACTIVATION_SCALE)
     zero_point = torch.round(-low / scale).clamp(0, max_code).detach()
-    q = (_round_through(x / scale) + zero_point).clamp(0, max_code)
+    q = (round_through(x / scale) + zero_point).clamp(0, max_code)
     return (q - zero_point) * scale
+
+
+def round_through(x: torch.Tensor) -> torch.Tensor:
+    """Round to whole numbers, half to even; the gradient passes as if nothing had been rounded."""
+    return x + (torch.round(x) - x).detach()
 
 
 def _exact_scale(group_range: GroupRange, grid: WeightGrid) -> torch.Tensor:
@@ -204,10 +214,6 @@ def _zero_point(group_range: GroupRange, scale_NS: torch.Tensor, grid: WeightGri
 def _divide(x: torch.Tensor, steps: float) -> torch.Tensor:
     # CUDA multiplies by the reciprocal of a plain number; a tensor makes it divide, as a CPU does
     return x / x.new_full((), steps)
-
-
-def _round_through(x: torch.Tensor) -> torch.Tensor:
-    return x + (torch.round(x) - x).detach()
 
 
 def _split_groups(w_NK: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ def a_block(rows, columns, max_code, device="cpu", seed=0):
     upper = torch.linalg.cholesky(torch.linalg.inv(covariance), upper=True)
     weight = torch.randn(rows, columns + 3, generator=generator)
     scale = torch.rand(rows, columns, generator=generator) * 4 / max_code + 0.01
-    centre = torch.randint(0, max_code + 1, (rows, columns), generator=generator).float()
-    return tuple(each.to(device) for each in (weight, scale, centre, upper.contiguous()))
+    zero = torch.randint(0, max_code + 1, (rows, columns), generator=generator).float()
+    return tuple(each.to(device) for each in (weight, scale, zero, upper.contiguous()))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (16, WIDTH), (37, 96)])
@@ -20,38 +20,39 @@ def a_block(rows, columns, max_code, device="cpu", seed=0):
 def test_the_kernel_walks_columns_as_the_reference_does(
     column_rounding, device, rows, columns, max_code
 ):
-    weight, scale, centre, upper = a_block(rows, columns, max_code, device)
+    weight, scale, zero, upper = a_block(rows, columns, max_code, device)
     expected = weight.clone()
-    wanted = round_columns_reference(expected[:, :columns], scale, centre, upper, max_code)
+    wanted = round_columns_reference(expected[:, :columns], scale, zero, upper, max_code)
 
     launch = column_rounding.launch_round_columns
-    errors = launch(weight[:, :columns], scale, centre, upper, max_code)
+    errors = launch(weight[:, :columns], scale, zero, upper, max_code)
 
     assert torch.equal(errors, wanted)
     assert torch.equal(weight, expected)
 
 
-def test_a_centre_between_two_codes_is_kept(column_rounding, device):
-    weight, scale, centre, upper = a_block(5, 32, 3, device)
+def test_levels_of_a_half_step_grid_lie_beside_zero(column_rounding, device):
+    weight, scale, zero, upper = a_block(5, 32, 3, device)
     expected = weight.clone()
-    wanted = round_columns_reference(expected[:, :32], scale, centre + 0.5, upper, 3)
+    wanted = round_columns_reference(expected[:, :32], scale, zero, upper, 3, 0.5)
 
-    errors = column_rounding.launch_round_columns(weight[:, :32], scale, centre + 0.5, upper, 3)
+    errors = column_rounding.launch_round_columns(weight[:, :32], scale, zero, upper, 3, 0.5)
 
     assert torch.equal(errors, wanted)
+    assert torch.equal(weight, expected)
 
 
 def test_columns_beyond_the_block_are_left_alone():
-    weight, scale, centre, upper = a_block(4, 16, 7)
+    weight, scale, zero, upper = a_block(4, 16, 7)
     before = weight[:, 16:].clone()
 
-    round_columns(weight[:, :16], scale, centre, upper, 7)
+    round_columns(weight[:, :16], scale, zero, upper, 7)
 
     assert torch.equal(weight[:, 16:], before)
 
 
 def test_a_block_that_is_too_wide_is_refused():
-    weight, scale, centre, upper = a_block(2, WIDTH + 1, 3)
+    weight, scale, zero, upper = a_block(2, WIDTH + 1, 3)
 
     with pytest.raises(ValueError, match=f"at most {WIDTH}"):
-        round_columns(weight[:, : WIDTH + 1], scale, centre, upper, 3)
+        round_columns(weight[:, : WIDTH + 1], scale, zero, upper, 3)

@@ -5,6 +5,7 @@ from engine.numerics.affine import (
     GroupRange,
     affine_params,
     dequantize_weight,
+    doubled_codes,
     fake_quantize,
     fake_quantize_activations,
     quantize_weight,
@@ -169,3 +170,54 @@ def test_activations_pass_gradients_through():
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="group_size 64 does not divide K = 96"):
         weight_range(torch.zeros(2, 96), 64)
+
+
+HALF_STEPS = WeightGrid(bits=2, group_size=32, symmetric=False, bit_balance=False, half_step=True)
+
+
+def test_a_half_step_grid_has_four_exact_levels_around_zero():
+    w = torch.linspace(-3, 3, 64).repeat(2, 1)
+    grid = grid_of("w2a16", half_step=True)
+    params = affine_params(weight_range(w, PER_CHANNEL), grid)
+
+    codes = quantize_weight(w, params, grid)
+
+    assert codes.unique().tolist() == [0, 1, 2, 3]
+    assert params.scale.unique().tolist() == [2.0]
+    assert dequantize_weight(codes, params).unique().tolist() == [-3, -1, 1, 3]
+
+
+def test_a_half_step_grid_rounds_to_the_nearest_level():
+    w = torch.randn(20, 96)
+    params = affine_params(weight_range(w, 32), HALF_STEPS)
+    scale = params.scale.float().repeat_interleave(32, dim=1)
+    levels = torch.tensor([-1.5, -0.5, 0.5, 1.5]) * scale[..., None]
+
+    restored = dequantize_weight(quantize_weight(w, params, HALF_STEPS), params)
+
+    nearest = (levels - w[..., None]).abs().amin(-1)
+    torch.testing.assert_close((restored - w).abs(), nearest)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, HALF_STEPS], ids=str)
+def test_what_a_grid_covers_places_it_again(grid):
+    w = torch.randn(20, 96) * torch.logspace(-4, 1, 20)[:, None]
+    placed = affine_params(weight_range(w, grid.group_size), grid)
+
+    again = affine_params(placed.covered_range(grid), grid)
+
+    assert torch.equal(again.scale, placed.scale)
+    assert torch.equal(again.zero_point, placed.zero_point)
+
+
+@pytest.mark.parametrize("smallest", [1e-5, 1.0])
+def test_doubled_codes_are_the_same_weight_exactly(smallest):
+    w = torch.randn(20, 96) * smallest
+    params = affine_params(weight_range(w, 32), HALF_STEPS)
+    codes = quantize_weight(w, params, HALF_STEPS)
+
+    doubled, whole = doubled_codes(codes, params)
+
+    assert not whole.half_step
+    assert int(doubled.max()) <= 6
+    assert torch.equal(dequantize_weight(doubled, whole), dequantize_weight(codes, params))
