@@ -21,7 +21,7 @@ from engine.spec import CalibrationSpec, QuantSpec
 
 __all__ = ["main"]
 
-CONFIGS = "w4a16,w3a16,w3a16g128,w2a16g64,w2a16,w4a8,w6a6,w4a4"
+CONFIGS = "w4a16,w4a16g64,w3a16g64,w2a16g64,w4a8,w6a6,w4a4,w2a8g64"
 METHODS = "rtn,abq-fast,abq,omniquant,autoround,gptq"
 WHOLE_TEXT = 1_000_000
 Row = Mapping[str, Any]
@@ -31,9 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every configuration by every method, print the table, write the measurement."""
     options = _parser().parse_args(arguments)
     console = Console()
-    cases = [
-        _case(options, config, method) for config in options.configs for method in options.methods
-    ]
+    wanted = options.rows or [(c, m) for c in options.configs for m in options.methods]
+    cases = [_case(options, config, method) for config, method in wanted]
     settings = cases[0].settings()
     rows = _earlier_rows(options, cases, settings)
     schedule = Schedule(
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         log_dir=options.logs,
     )
     for row in schedule.run(cases):
-        rows = _in_order([*rows, row], options)
+        rows = _in_order([*rows, row])
         # after every row, so that a run that is killed loses nothing
         path = write_measurement(options.name, rows, options.out, settings=settings)
         console.print(f"{len(rows)} rows in {path}: {json.dumps(row)}", markup=False)
@@ -82,8 +81,8 @@ def _earlier_rows(options: argparse.Namespace, cases: Sequence[Case], settings: 
     return [row for row in record["rows"] if (row["config"], row["method"]) not in again]
 
 
-def _in_order(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
-    configs, methods = list(options.configs), list(Method)
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    configs, methods = _names(CONFIGS), list(Method)
     configs += sorted({row["config"] for row in rows} - set(configs))
     return sorted(
         rows, key=lambda row: (configs.index(row["config"]), methods.index(row["method"]))
@@ -120,6 +119,11 @@ def _names(text: str) -> list[str]:
     return [each for each in text.split(",") if each]
 
 
+def _rows(text: str) -> list[tuple[str, Method]]:
+    pairs = [each.partition(":") for each in _names(text)]
+    return [(config, Method(method)) for config, _, method in pairs]
+
+
 def _methods(text: str) -> list[Method]:
     return [Method(each) for each in _names(text)]
 
@@ -131,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--configs", type=_names, default=_names(CONFIGS))
     parser.add_argument(
         "--methods", type=_methods, default=_methods(METHODS), help=", ".join(Method)
+    )
+    parser.add_argument(
+        "--rows", type=_rows, default=[], help="CONFIG:METHOD,...: these rows alone, in this order"
     )
     parser.add_argument("--text", type=Path, default=None, help="calibration text; builtin if none")
     parser.add_argument("--eval-text", type=Path, required=True, help="WikiText-2 test, one text")
