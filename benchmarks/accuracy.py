@@ -19,7 +19,7 @@ from benchmarks.schedule import Schedule
 from engine.pipeline import best_device
 from engine.spec import CalibrationSpec, QuantSpec
 
-__all__ = ["main"]
+__all__ = ["add_common_options", "common_case", "main"]
 
 CONFIGS = "w4a16,w4a16g64,w3a16g64,w2a16g64,w4a8,w6a6,w4a4,w2a8g64"
 METHODS = "rtn,abq-fast,abq,omniquant,autoround,gptq"
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     console = Console()
     wanted = options.rows or [(c, m) for c in options.configs for m in options.methods]
-    cases = [_case(options, config, method) for config, method in wanted]
+    cases = [common_case(options, config, method) for config, method in wanted]
     settings = cases[0].settings()
     rows = _earlier_rows(options, cases, settings)
     schedule = Schedule(
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(_table(options.model.name, rows))
 
 
-def _case(options: argparse.Namespace, config: str, method: Method) -> Case:
+def common_case(options: argparse.Namespace, config: str, method: Method) -> Case:
+    """Make the case of one row from what all rows of a run have in common."""
     QuantSpec.from_notation(config)  # a typing error shows at once, not after an hour
     return Case(
         config=config,
@@ -130,8 +131,6 @@ def _methods(text: str) -> list[Method]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    defaults = CalibrationSpec()
-    parser.add_argument("--model", type=Path, required=True, help="a model directory")
     parser.add_argument("--configs", type=_names, default=_names(CONFIGS))
     parser.add_argument(
         "--methods", type=_methods, default=_methods(METHODS), help=", ".join(Method)
@@ -139,6 +138,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rows", type=_rows, default=[], help="CONFIG:METHOD,...: these rows alone, in this order"
     )
+    parser.add_argument("--append", action="store_true", help="keep the file's other rows")
+    add_common_options(parser, name="accuracy")
+    return parser
+
+
+def add_common_options(parser: argparse.ArgumentParser, *, name: str) -> None:
+    """Add what every benchmark of one model's quality is told; the file is `<name>.json`."""
+    defaults = CalibrationSpec()
+    parser.add_argument("--model", type=Path, required=True, help="a model directory")
     parser.add_argument("--text", type=Path, default=None, help="calibration text; builtin if none")
     parser.add_argument("--eval-text", type=Path, required=True, help="WikiText-2 test, one text")
     parser.add_argument("--second-text", type=Path, default=None, help="builtin if none")
@@ -153,11 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", type=_names, default=[], help="GPU indices, one row on each")
     parser.add_argument("--jobs", type=int, default=0, help="rows at a time; one a GPU if 0")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a row may take")
-    parser.add_argument("--append", action="store_true", help="keep the file's other rows")
     parser.add_argument("--logs", type=Path, default=None, help="keep the output of every row here")
-    parser.add_argument("--name", default="accuracy")
+    parser.add_argument("--name", default=name)
     parser.add_argument("--out", type=Path, default=MEASUREMENTS)
-    return parser
 
 
 if __name__ == "__main__":

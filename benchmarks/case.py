@@ -1,11 +1,12 @@
 """One row of the accuracy benchmark: a model, a configuration, a method, and what both share."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
+from engine.recipe import Ingredients
 from engine.spec import CalibrationSpec, QuantSpec, Recipe
 
 __all__ = ["PATHS", "RECIPES", "Case", "Method"]
@@ -72,6 +73,8 @@ class Case:
     peer_steps: int | None
     """Steps that a peer trains each block for; None takes its own default."""
     device: str
+    ingredients: Mapping[str, Any] = field(default_factory=dict)
+    """Answers laid over those of our recipe, as a request writes them: an ablation."""
 
     @property
     def spec(self) -> QuantSpec:
@@ -80,12 +83,23 @@ class Case:
             samples=self.samples, length=self.length, epochs=self.epochs, seed=self.seed
         )
         recipe = RECIPES.get(self.method, Recipe.RTN)
-        return QuantSpec.from_notation(self.config, recipe=recipe, calibration=calibration)
+        return QuantSpec.from_notation(
+            self.config,
+            recipe=recipe,
+            calibration=calibration,
+            ingredients=Ingredients.from_json(self.ingredients),
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells its row from the others of a table."""
+        named = {"config": self.config, "method": self.method.value}
+        return named | ({"ingredients": dict(self.ingredients)} if self.ingredients else {})
 
     def settings(self) -> dict[str, Any]:
         """What rows of one table have in common."""
         record = self.to_json()
-        for name in ("config", "method", "device"):
+        for name in ("config", "method", "device", "ingredients"):
             del record[name]
         # where a file lies is of no interest to who reads the table
         return record | {

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure_case(case: Case) -> dict[str, Any]:
     """Quantize and measure."""
     measured = _measure_ours(case) if case.method in RECIPES else _measure_peer(case)
-    return {"config": case.config, "method": case.method.value, **measured}
+    return {**case.identity, **measured}
 
 
 def _measure_ours(case: Case) -> dict[str, Any]:

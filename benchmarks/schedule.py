@@ -59,7 +59,7 @@ class Schedule:
         case_file.write_text(json.dumps(placed.to_json()))
         command = [sys.executable, "-m", "benchmarks.case_measurement"]
         log = self._log_path(folder, case)
-        failed = {"config": case.config, "method": case.method.value}
+        failed = case.identity
         with log.open("wb") as output:
             try:
                 # packages leave logs and caches where they are started
@@ -82,7 +82,8 @@ class Schedule:
     def _log_path(self, folder: Path, case: Case) -> Path:
         kept = folder if self.log_dir is None else self.log_dir
         kept.mkdir(parents=True, exist_ok=True)
-        return kept / f"{case.config.replace('*', 's')}-{case.method}.log"
+        variant = "".join(f"-{name}-{value}" for name, value in case.ingredients.items())
+        return kept / f"{case.config.replace('*', 's')}-{case.method}{variant}.log"
 
     def _environment(self, slot: int) -> dict[str, str]:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

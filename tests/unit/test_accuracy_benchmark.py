@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import accuracy
+from benchmarks import ablation, accuracy
 from benchmarks.case import Case, Method
 from benchmarks.peers.base import check_levels, grid_of, stored_bits
 from benchmarks.peers.overlaid import OverlaidModel
@@ -56,6 +56,20 @@ def test_a_run_writes_a_row_for_every_configuration_and_method(folder, tmp_path,
     assert record["settings"]["eval_text"] == "eval.txt"
     assert {"hardware", "versions", "commit"} <= record.keys()
     assert "w2a16g32" in capsys.readouterr().out
+
+
+def test_an_ablation_changes_one_ingredient_of_the_recipe_at_a_time(folder, tmp_path, capsys):
+    ablation.main([
+        "--model", str(folder / "tiny"), "--eval-text", str(folder / "eval.txt"),
+        "--samples", "3", "--length", "32", "--epochs", "1", "--eval-windows", "2",
+        "--eval-length", "64", "--device", "cpu", "--jobs", "2", "--out", str(tmp_path),
+        "--configs", "w2a16g32", "--variants", "default,no-second-order",
+    ])  # fmt: skip
+
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["default", "no-second-order"]
+    assert rows[0]["kl_wikitext2"] != rows[1]["kl_wikitext2"]
+    assert "no-second-order" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,113 @@
+"""What every ingredient of our default recipe is worth: each one changed alone, all else the same.
+
+python -m benchmarks.ablation --model DIR --eval-text wikitext2-test.txt --configs w4a16,w4a4
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.accuracy import add_common_options, common_case
+from benchmarks.case import Method
+from benchmarks.measurement import write_measurement
+from benchmarks.schedule import Schedule
+
+__all__ = ["VARIANTS", "main"]
+
+CONFIGS = "w4a16,w3a16,w2a16g64,w4a8,w4a4,w2a8g64"
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "rotation": {"rotation": True},
+    "no-rotation": {"rotation": False, "online_hadamard": False},
+    "online-hadamard": {"online_hadamard": True},
+    "no-online-hadamard": {"online_hadamard": False},
+    "equivalent-transform": {"equivalent_transform": True},
+    "compensation": {"compensation": True},
+    "gptq": {"second_order": "gptq"},
+    "no-second-order": {"second_order": "none"},
+    "nearest": {"rounding": "nearest"},
+    "trained-weights": {"rounding": "trained"},
+    "own-input-loss": {"own_input_loss": 1.0},
+    "cosine-loss": {"cosine_loss": 0.1},
+    "attention-loss": {"attention_loss": 0.1},
+    "no-end-to-end": {"end_to_end": "none"},
+    "end-to-end-weights": {"end_to_end": "weights"},
+}
+"""One ingredient of the recipe at a time."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every variant of every configuration, print the table, write the measurement."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    cases = [
+        replace(common_case(options, config, Method.ABQ), ingredients=VARIANTS[name])
+        for config in options.configs
+        for name in options.variants
+    ]
+    names = {json.dumps(dict(each)): name for name, each in VARIANTS.items()}
+    schedule = Schedule(
+        jobs=options.jobs or max(1, len(options.devices)),
+        gpus=options.devices,
+        timeout_s=options.timeout,
+        log_dir=options.logs,
+    )
+    rows: list[dict[str, Any]] = []
+    for row in schedule.run(cases):
+        rows.append({"variant": names[json.dumps(row.get("ingredients", {}))], **row})
+        # after every row, so that a run that is killed loses nothing
+        write_measurement(
+            options.name,
+            _in_order(rows, options),
+            options.out,
+            settings=cases[0].settings(),
+        )
+        console.print(json.dumps(rows[-1]), markup=False)
+    console.print(_table(_in_order(rows, options)))
+
+
+def _in_order(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    names = list(VARIANTS)
+    return sorted(
+        rows, key=lambda row: (options.configs.index(row["config"]), names.index(row["variant"]))
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="the default recipe, one ingredient changed")
+    for name in ("config", "variant", "WikiText-2", "second", "KL", "seconds"):
+        table.add_column(name, justify="left" if name in ("config", "variant") else "right")
+    for row in rows:
+        numbers = (
+            (row["error"],)
+            if "error" in row
+            else (
+                f"{row['ppl_wikitext2']:.3f}",
+                f"{row['ppl_second']:.3f}",
+                f"{row['kl_wikitext2']:.4f}",
+                f"{row['seconds']:.1f}",
+            )
+        )
+        table.add_row(row["config"], row["variant"], *numbers)
+    return table
+
+
+def _names(text: str) -> list[str]:
+    return [each for each in text.split(",") if each]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
+    parser.add_argument("--configs", type=_names, default=_names(CONFIGS))
+    parser.add_argument("--variants", type=_names, default=list(VARIANTS), help=", ".join(VARIANTS))
+    add_common_options(parser, name="ablation")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
