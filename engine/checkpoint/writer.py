@@ -106,20 +106,7 @@ def write_checkpoint(
             shutil.copyfile(provenance.source_dir / name, partial / name)
     files = tuple(hash_file(path) for path in sorted(partial.iterdir()))
     bits = tally.total()
-    search = provenance.search
-    manifest = Manifest(
-        engine_version=provenance.engine_version,
-        source={"repo": provenance.repo, "revision": provenance.revision},
-        spec=spec,
-        seed=spec.calibration.seed,
-        bits=bits,
-        layers=tuple(provenance.layers),
-        evaluation=provenance.evaluation,
-        files=files,
-        search=None if search is None else search.achieving(bits.per_weight),
-        tuning=provenance.tuning,
-    )
-    digest = write_manifest(partial, manifest)
+    digest = write_manifest(partial, _manifest(spec, provenance, bits, files))
     _publish(partial, out_dir)
     return CheckpointSummary(manifest_sha256=digest, bits=bits, files=files)
 
@@ -160,6 +147,24 @@ def _write_shards(
     index_record = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
     _write_json(directory / INDEX_NAME, index_record)
     return file_of
+
+
+def _manifest(
+    spec: QuantSpec, provenance: Provenance, bits: StoredBits, files: tuple[FileRecord, ...]
+) -> Manifest:
+    search = provenance.search
+    return Manifest(
+        engine_version=provenance.engine_version,
+        source={"repo": provenance.repo, "revision": provenance.revision},
+        spec=spec,
+        seed=spec.calibration.seed,
+        bits=bits,
+        layers=tuple(provenance.layers),
+        evaluation=provenance.evaluation,
+        files=files,
+        search=None if search is None else search.achieving(bits.per_weight),
+        tuning=provenance.tuning,
+    )
 
 
 def _section(

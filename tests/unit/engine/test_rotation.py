@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -77,11 +78,7 @@ def test_a_full_name_is_cut_behind_its_layer():
 
 @pytest.mark.parametrize("ingredients", [Ingredients(rotation=True), Ingredients()])
 def test_a_spec_is_refused_where_the_family_cannot_be_rotated(monkeypatch, ingredients):
-    class Still:
-        rotates = False
-        norm = FAMILIES["llama"].norm
-
-    monkeypatch.setitem(FAMILIES, "llama", Still)
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], rotates=False))
     spec = QuantSpec(w_bits=4, ingredients=ingredients)
 
     if ingredients.rotation is None:
@@ -157,11 +154,7 @@ def test_a_section_for_a_family_that_cannot_be_rotated_is_refused(monkeypatch, t
     architecture = check_config(read_config(save_tiny_model(tmp_path)))
     section = rotation_section(architecture, BOTH)
 
-    class Still:
-        rotates = False
-        norm = FAMILIES["llama"].norm
-
-    monkeypatch.setitem(FAMILIES, "llama", Still)
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], rotates=False))
 
     with pytest.raises(CheckpointInvalid, match="cannot be rotated"):
         rotation_of_section({"quantization_config": {"rotation": section}}, architecture)
