@@ -1,6 +1,7 @@
 """Whether a quantization fits a model, and what it will take; torch-free, from sizes alone."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -9,6 +10,7 @@ from engine.effort import SearchPlan, plan_search, search_units
 from engine.errors import SpecError
 from engine.footprint import Footprint
 from engine.reach import FP_BYTES, Reach, stored_bits
+from engine.recipe import EndToEnd
 from engine.rotation import Rotation, check_rotation
 from engine.spec import FULL_BITS, GROUP_STEP, PER_CHANNEL, QuantSpec
 
@@ -103,7 +105,7 @@ def estimate_bytes(
         bits_per_weight=promised_bits(architecture, spec),
         source_bytes=parameters * FP_BYTES,
         result_bytes=packed + rest * FP_BYTES,
-        state_bytes=packed,
+        state_bytes=packed + _remainder_bytes(quantized, spec),
         memory_bytes=memory,
         chain_bytes=footprint.chain_bytes,
         host_bytes=memory if device_type == "cpu" else host,
@@ -145,6 +147,12 @@ def _check_attention(architecture: Architecture, spec: QuantSpec) -> None:
         raise SpecError("q_bits", spec.q_bits, f"{advice} {FULL_BITS}")
     if spec.resolved.attention_loss:
         raise SpecError("ingredients.attention_loss", spec.resolved.attention_loss, f"{advice} 0")
+
+
+def _remainder_bytes(quantized: Sequence[LinearShape], spec: QuantSpec) -> int:
+    """What the store keeps of weights that the last stage still trains, in 16 bits each."""
+    trains = spec.resolved.end_to_end is EndToEnd.WEIGHTS
+    return FP_BYTES * sum(each.weights for each in quantized) if trains else 0
 
 
 def _check_group_size(architecture: Architecture, spec: QuantSpec, linear: LinearShape) -> None:

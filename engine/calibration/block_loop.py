@@ -22,7 +22,7 @@ from engine.calibration.block import BlockShape, BlockTask, LearnedBlock, run_wi
 from engine.calibration.capture import BlockCall, capture_inputs
 from engine.calibration.learn import learn_block
 from engine.calibration.placement import ChainMemory, Placement
-from engine.calibration.restore import QUANT_PARTS, restore_block
+from engine.calibration.restore import QUANT_PARTS, REMAINDER, restore_block
 from engine.calibration.resume import BlockStore, SavedBlock
 from engine.calibration.watch import BlockStep, Watch
 from engine.events import CheckpointSaved, LayerFinished, LayerStarted
@@ -217,8 +217,13 @@ def _as_saved(learned: LearnedBlock) -> SavedBlock:
         for name, layer in learned.layers.items()
         for part in QUANT_PARTS
     }
+    remainders = {
+        f"{name}.{REMAINDER}": layer.remainder
+        for name, layer in learned.layers.items()
+        if layer.remainder is not None
+    }
     return SavedBlock(
-        tensors=packed | learned.others,
+        tensors=packed | remainders | learned.others,
         loss_before=learned.loss_before,
         loss_after=learned.loss_after,
         fell_back=learned.fell_back,

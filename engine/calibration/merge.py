@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from engine.calibration.restore import REMAINDER
 from engine.calibration.resume import BlockStore
 from engine.checkpoint.format import PACKED_SUFFIX
 from engine.errors import CheckpointInvalid
@@ -50,6 +51,8 @@ def merged_tensors(
         for name, tensor in plain:
             yield name, tuned.get(name, tensor)
         for name, tensor in saved.tensors.items():
+            if name.endswith(f".{REMAINDER}"):
+                continue
             yield prefix + name, tuned.get(prefix + name, tensor)
     before = (*entry, f"{family.layers}.")
     yield from _stored(source, [name for name in names if not name.startswith(before)])

@@ -11,9 +11,11 @@ from engine.modules.linear import QuantLinear
 from engine.modules.swap import named_linears, swap_modules
 from engine.spec import QuantSpec
 
-__all__ = ["QUANT_PARTS", "restore_block"]
+__all__ = ["QUANT_PARTS", "REMAINDER", "restore_block"]
 
 QUANT_PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+REMAINDER = "weight_remainder"
+"""Kept in the store alone, for the last stage."""
 
 
 def restore_block(
@@ -45,6 +47,8 @@ def restore_block(
         for part in QUANT_PARTS:
             setattr(layer, part, saved.tensors[f"{short}.{part}"].to(device))
         layer.bias = linear.bias
+        remainder = saved.tensors.get(f"{short}.{REMAINDER}")
+        layer.remainder = None if remainder is None else remainder.to(device)
         layers[short] = layer.prepare()
     swap_modules(block, layers)
     block.load_state_dict(_others(saved.tensors, device), strict=False, assign=True)
@@ -55,5 +59,5 @@ def _others(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[s
     return {
         name: tensor.to(device)
         for name, tensor in tensors.items()
-        if name.rpartition(".")[2] not in QUANT_PARTS
+        if name.rpartition(".")[2] not in (*QUANT_PARTS, REMAINDER)
     }

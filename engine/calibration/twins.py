@@ -14,6 +14,7 @@ from engine.modules.attention import round_queries
 from engine.modules.fake_quant import FakeQuantLinear
 from engine.modules.linear import QuantLinear
 from engine.modules.swap import named_linears, swap_modules
+from engine.recipe import EndToEnd
 from engine.spec import QuantSpec
 
 __all__ = ["Student", "make_student"]
@@ -22,8 +23,11 @@ __all__ = ["Student", "make_student"]
 class Student:
     """A block that learns, beside the full-precision one."""
 
-    def __init__(self, block: nn.Module, twins: dict[str, FakeQuantLinear]) -> None:
+    def __init__(
+        self, block: nn.Module, twins: dict[str, FakeQuantLinear], *, keeps_remainders: bool = False
+    ) -> None:
         self.block = block
+        self._keeps_remainders = keeps_remainders
         self.twins = twins
         """By name inside the block."""
 
@@ -35,9 +39,11 @@ class Student:
 
     def pack(self) -> dict[str, QuantLinear]:
         """Round every twin as it is now."""
-        return {
-            name: twin.to_quant_linear().prepare(dense=True) for name, twin in self.twins.items()
+        keeps = self._keeps_remainders
+        layers = {
+            name: twin.to_quant_linear(keeps_remainder=keeps) for name, twin in self.twins.items()
         }
+        return {name: layer.prepare(dense=True) for name, layer in layers.items()}
 
     def changed_parts(self, source: nn.Module) -> dict[str, torch.Tensor]:
         """What else differs from the source by now: norms, and biases of the linears."""
@@ -66,7 +72,9 @@ def make_student(task: BlockTask, spec: QuantSpec) -> Student:
             twins[name] = FakeQuantLinear(linear, grid, a_bits, turned)
     swap_modules(block, twins)
     round_queries(block, spec.q_bits)
-    return Student(block, twins)
+    # the last stage goes on from the weights themselves
+    keeps = spec.resolved.end_to_end is EndToEnd.WEIGHTS
+    return Student(block, twins, keeps_remainders=keeps)
 
 
 def _plain_parts(block: nn.Module, twins: Iterable[str]) -> Mapping[str, torch.Tensor]:

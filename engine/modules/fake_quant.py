@@ -23,6 +23,7 @@ from engine.numerics.affine import (
     AffineParams,
     GroupRange,
     affine_params,
+    dequantize_weight,
     fake_quantize,
     fake_quantize_activations,
     quantize_weight,
@@ -33,6 +34,8 @@ from engine.spec import FULL_BITS, WeightGrid
 
 __all__ = ["FakeQuantLinear", "RangeClip", "WeightChange", "keep_range"]
 
+INSIDE = 0.49
+"""Steps: a weight that is moved no further rounds to the code that it has."""
 RangeClip = Callable[[GroupRange], GroupRange]
 """Narrows the range that a grid covers; a module with parameters where clipping is learned."""
 
@@ -148,15 +151,18 @@ class FakeQuantLinear(nn.Module):
         return self._codes(self.changed()[0], self.params())
 
     @torch.no_grad()
-    def to_quant_linear(self) -> QuantLinear:
-        """Pack the layer as it is now."""
+    def to_quant_linear(self, *, keeps_remainder: bool = False) -> QuantLinear:
+        """Pack the layer as it is now, and keep what rounding took off where asked."""
         weight, bias = self.changed()
         params = affine_params(self.group_range(weight), self.grid)
         codes_NK = self._codes(weight, params)  # noqa: N806  shape suffix
         bias = None if bias is None else bias.detach()
-        return QuantLinear.from_codes(
+        layer = QuantLinear.from_codes(
             codes_NK, params, self.grid, self.a_bits, bias, self.input_hadamard
         )
+        if keeps_remainder:
+            layer.remainder = self._steps_off(weight, codes_NK, params)
+        return layer
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -180,3 +186,18 @@ class FakeQuantLinear(nn.Module):
             steps = params.scale.float().repeat_interleave(group, dim=1)
             weight = weight.float() + self.offset * steps
         return quantize_weight(weight, params, self.grid)
+
+    def _steps_off(
+        self,
+        weight: torch.Tensor,
+        codes_NK: torch.Tensor,  # noqa: N803  shape suffix
+        params: AffineParams,
+    ) -> torch.Tensor:
+        """How far each weight is from its level, in steps: less than half a step, or clamped."""
+        level_NK = dequantize_weight(codes_NK, params)  # noqa: N806  shape suffix
+        group = weight.shape[1] // params.scale.shape[1]
+        scale_NK = params.scale.float().repeat_interleave(group, dim=1)  # noqa: N806  as above
+        off_NK = (weight.float() - level_NK) / scale_NK  # noqa: N806  as above
+        if self.offset is not None:
+            off_NK = off_NK + self.offset  # noqa: N806  as above
+        return off_NK.clamp(-INSIDE, INSIDE).to(torch.float16)

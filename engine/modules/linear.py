@@ -62,6 +62,9 @@ class QuantLinear(nn.Module):
         )
         self.transform = OnlineHadamard(input_hadamard) if input_hadamard else None
         self._operand: Operand | None = None
+        self.remainder: torch.Tensor | None = None
+        """float16 ``[N, K]``: what rounding took off each weight, in steps, where codes shall still
+        be trained; a checkpoint does not have it."""
 
     @classmethod
     def from_weight(

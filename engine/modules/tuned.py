@@ -1,11 +1,12 @@
 """A linear layer whose scales learn, and its codes where asked: the last stage of a calibration.
 
     w = (code - zero_point) * scale * exp(gain)                   gain [N, S] starts at 0
-    code = clamp(round(stored code + offset), 0, max_code)        offset [N, K] starts at 0
+    code = clamp(round(stored code + offset), 0, max_code)        offset [N, K], see below
 
 Codes follow their scale: a weight keeps its code while the scale moves. Trained as a float weight
 on a moving grid, one that lies on its level would give the scale no gradient at all, because what
-the level gains the rounding takes back (LSQ's derivative is code - w / scale, here zero).
+the level gains the rounding takes back (LSQ's derivative is code - w / scale, here zero). Offsets
+start at what rounding took off each weight, so those near the edge of two codes change first.
 
 Shape legend: N outputs, K inputs, G inputs in a group, S = K / G groups.
 """
@@ -47,7 +48,8 @@ class TunedLinear(nn.Module):
         self.gain = nn.Parameter(torch.zeros_like(self.scale))
         self.offset: nn.Parameter | None = None
         if trains_codes:
-            self.offset = nn.Parameter(torch.zeros_like(centred, dtype=torch.float32))
+            start = torch.zeros_like(centred) if layer.remainder is None else layer.remainder
+            self.offset = nn.Parameter(start.float())
         self.bias = layer.bias
         self.a_bits, self.grid = layer.a_bits, layer.grid
         self.transform: nn.Module = layer.transform or nn.Identity()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.calibration import finish as finishing
 from engine.calibration.block import run_windows
@@ -181,6 +182,13 @@ def test_tuning_brings_a_checkpoint_closer_by_what_was_reported(tmp_path, mode):
     assert read_manifest(tmp_path / "plain" / "out").tuning is None
     steps = [each for each in of_type(events, Progress) if each.stage is Stage.TUNING]
     assert (steps[-1].done, steps[-1].total) == (24, 24)
+    codes = [packed_codes(tmp_path / name / "out") for name in ("plain", "tuned")]
+    assert (codes[0] != codes[1]) is (mode is EndToEnd.WEIGHTS)
+
+
+def packed_codes(folder):
+    shard = load_file(folder / "model-00001-of-00001.safetensors")
+    return {name: each.tolist() for name, each in shard.items() if name.endswith("weight_packed")}
 
 
 def calibration_tokens(source):
@@ -250,7 +258,7 @@ def second_step_of_tuning():
 
 def test_too_little_memory_skips_tuning_and_says_so(tmp_path, monkeypatch):
     source = save_tiny_model(tmp_path / "source")
-    monkeypatch.setattr(finishing, "_free_bytes", lambda _: 1000)
+    monkeypatch.setattr(finishing, "free_bytes", lambda _: 1000)
 
     events = quantize(job_of(source, tmp_path, recipe=Recipe.DEFAULT))
 

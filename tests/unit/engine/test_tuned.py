@@ -44,6 +44,40 @@ def test_the_scale_of_a_layer_that_learned_nothing_is_the_stored_one(layer):
     assert torch.equal(TunedLinear(layer).learned_scale(), layer.weight_scale)
 
 
+def test_codes_start_from_the_weights_and_stay_until_they_are_trained(x):
+    spec = SPECS["half step"]
+    torch.manual_seed(4)
+    twin = FakeQuantLinear(nn.Linear(96, 20), spec.weight_grid("any"), spec.a_bits)
+    layer = twin.to_quant_linear(keeps_remainder=True).prepare()
+    tuned = TunedLinear(layer, trains_codes=True)
+
+    moved = (twin.weight - layer.dequantized()) / layer.weight_scale.float().repeat_interleave(
+        32, dim=1
+    )
+
+    # the fp16 scale clips the outermost weights a little
+    torch.testing.assert_close(tuned.offset.detach(), moved.clamp(-0.49, 0.49), atol=1e-3, rtol=0)
+    assert tuned.offset.detach().abs().mean() > 0.1
+    torch.testing.assert_close(tuned(x), layer(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(tuned.learned_parts()["weight_packed"], layer.weight_packed)
+
+
+def test_a_step_changes_the_codes_of_weights_near_an_edge_alone():
+    spec = SPECS["groups"]
+    torch.manual_seed(4)
+    twin = FakeQuantLinear(nn.Linear(96, 20), spec.weight_grid("any"), spec.a_bits)
+    layer = twin.to_quant_linear(keeps_remainder=True)
+    tuned = TunedLinear(layer, trains_codes=True)
+    near = (tuned.offset.detach() > 0.45) & (layer.codes() < layer.grid.max_code)
+
+    tuned.offset.data += 0.05
+
+    layer.weight_packed = tuned.learned_parts()["weight_packed"]
+    changed = layer.codes() != twin.codes()
+    assert near.any()
+    assert torch.equal(changed, near)
+
+
 def test_a_learned_scale_is_what_is_stored_and_run(layer, x):
     tuned = TunedLinear(layer)
     generator = torch.Generator().manual_seed(6)
