@@ -70,7 +70,8 @@ def learn_block(task: BlockTask, spec: QuantSpec, method: Method, watch: Watch) 
             fell_back = True
             watch.say(f"{task.name}: losses were not finite; plain rounding is kept")
     swap_modules(task.block, kept.layers)
-    task.block.load_state_dict(kept.others, strict=False, assign=True)
+    others = {name: each.float() for name, each in kept.others.items()}
+    task.block.load_state_dict(others, strict=False, assign=True)
     round_queries(task.block, spec.q_bits)
     return LearnedBlock(
         layers=kept.layers,

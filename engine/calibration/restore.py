@@ -57,7 +57,7 @@ def restore_block(
 
 def _others(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     return {
-        name: tensor.to(device)
+        name: tensor.to(device).float()
         for name, tensor in tensors.items()
         if name.rpartition(".")[2] not in (*QUANT_PARTS, REMAINDER)
     }

@@ -153,7 +153,7 @@ class _Learned:
                 for part, tensor in layer.learned_parts().items():
                     found[f"{name}.{short}.{part}"] = tensor
             for short, parameter in norms.items():
-                found[f"{name}.{short}"] = parameter.detach().float()
+                found[f"{name}.{short}"] = parameter.detach().to(torch.float16)
         return found
 
     def _grouped(self, rate: float) -> list[ParameterGroup]:
