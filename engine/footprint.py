@@ -90,7 +90,7 @@ class Footprint:
 
     @property
     def _epochs(self) -> int:
-        return self.spec.calibration.epochs
+        return self.spec.trained_epochs
 
     @property
     def _learns(self) -> bool:

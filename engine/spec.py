@@ -1,9 +1,4 @@
-"""What a quantization is: one torch-free vocabulary for request, engine and file.
-
-A weight grid of n bits has the codes 0 .. 2^n - 1. With bit balance (n <= 2) it has one code
-more, 0 .. 2^n (ABQ-LLM section 3.3), and is stored in the planes that those codes need: `w2*`
-takes three. A stored weight costs `planes + (SCALE_BITS + ZERO_POINT_BITS) / group` bits.
-"""
+"""What a quantization is: one torch-free vocabulary for request, engine and file."""
 
 import re
 from collections.abc import Mapping
@@ -14,14 +9,22 @@ from typing import Any, ClassVar, Self
 from engine.datasets import check_text
 from engine.errors import SpecError
 from engine.fields import check_range, known_fields, read_choice
+from engine.grid import PER_CHANNEL, SCALE_BITS, ZERO_POINT_BITS, WeightGrid
 from engine.recipe import FULL_BITS, Ingredients, Recipe, Resolved, resolve
 from engine.target import BitTarget
 
-__all__ = ["FULL_BITS", "CalibrationSpec", "LayerOverride", "QuantSpec", "Recipe", "WeightGrid"]
+__all__ = [
+    "FULL_BITS",
+    "PER_CHANNEL",
+    "SCALE_BITS",
+    "ZERO_POINT_BITS",
+    "CalibrationSpec",
+    "LayerOverride",
+    "QuantSpec",
+    "Recipe",
+    "WeightGrid",
+]
 
-PER_CHANNEL = -1
-SCALE_BITS = 16
-ZERO_POINT_BITS = 8
 GROUP_STEP = 32  # groups are whole words of the stored bit-planes
 MAX_OVERRIDES = 65_536
 """A search writes one for each linear; a request may have fewer (`api.schemas`)."""
@@ -40,7 +43,7 @@ class CalibrationSpec:
     """Windows of tokens."""
     length: int = 512
     """Tokens in a window."""
-    epochs: int = 4
+    epochs: int = 6
     """Passes over the samples for each decoder layer; 0 trains nothing."""
     batch: int = 8
     """Windows of one step."""
@@ -53,36 +56,6 @@ class CalibrationSpec:
         check_range("calibration.batch", self.batch, 1, 4096)
         check_range("calibration.seed", self.seed, 0, 2**31 - 1)
         check_text("calibration.dataset", self.dataset)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightGrid:
-    """How the weights of one linear layer are rounded."""
-
-    bits: int
-    group_size: int
-    symmetric: bool
-    bit_balance: bool
-    half_step: bool = False
-    """The levels lie half a step beside zero, symmetric: for two bits -1.5, -0.5, 0.5, 1.5."""
-
-    @property
-    def max_code(self) -> int:
-        """The largest code; codes start at 0."""
-        return (1 << self.bits) - (0 if self.bit_balance else 1)
-
-    @property
-    def planes(self) -> int:
-        """Bit-planes that store a code."""
-        return self.max_code.bit_length()
-
-    def group_of(self, in_features: int) -> int:
-        """Inputs that share one scale."""
-        return in_features if self.group_size == PER_CHANNEL else self.group_size
-
-    def promised_bits(self, in_features: int) -> float:
-        """Stored bits per weight, scales and zero-points included."""
-        return self.planes + (SCALE_BITS + ZERO_POINT_BITS) / self.group_of(in_features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +179,11 @@ class QuantSpec:
         group = "" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
         kv = "" if self.kv_bits == FULL_BITS else f"kv{self.kv_bits}"
         return f"w{self.w_bits}{star}a{self.a_bits}{group}{kv}"
+
+    @property
+    def trained_epochs(self) -> int:
+        """Passes over the samples for each decoder layer, by recipe and calibration."""
+        return self.calibration.epochs * self.resolved.epochs_factor
 
     @property
     def resolved(self) -> Resolved:

@@ -44,7 +44,7 @@ class Phases:
     @property
     def ranges_epochs(self) -> int:
         """Epochs of the first phase."""
-        epochs = self.spec.calibration.epochs
+        epochs = self.spec.trained_epochs
         if not self.method.trains_rounding:
             return epochs
         return max(1, epochs // RANGES_PART) if self.method.trains_ranges else 0
@@ -76,7 +76,7 @@ class Phases:
             ParameterGroup(parameters=self._clips(), rate=self.method.clipping_rate),
         ]
         done = self.ranges_epochs if self.method.trains_ranges else 0
-        epochs = self.spec.calibration.epochs - done
+        epochs = self.spec.trained_epochs - done
         self._train(groups, done, epochs, lambda: bound_offsets(offsets, rounding))
 
     def _clips(self) -> list[nn.Parameter]:
@@ -99,8 +99,8 @@ class Phases:
             epochs=epochs,
             batch=calibration.batch,
             seed=calibration.seed * SEED_STRIDE + task.index + done * task.total,
-            done=(task.index * calibration.epochs + done) * batches,
-            total=task.total * calibration.epochs * batches,
+            done=(task.index * self.spec.trained_epochs + done) * batches,
+            total=task.total * self.spec.trained_epochs * batches,
             device=task.device,
             can_record=task.shape.can_record,
         )

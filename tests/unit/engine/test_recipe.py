@@ -30,10 +30,12 @@ OTHER_ANSWERS = {
     "attention_loss": (0.0, 0.5),
     "end_to_end": tuple(EndToEnd),
     "end_to_end_epochs": (0, 3),
+    "epochs_factor": (1, 2),
 }
+BITS = {"a_bits": 8, "per_channel": True}
 
-OF_THE_MODEL = ("rotation", "online_hadamard")
-"""Folded into the model before any method sees it."""
+OF_THE_MODEL = ("rotation", "online_hadamard", "epochs_factor")
+"""Folded into the model before any method sees it, or into how long it is applied."""
 
 
 def test_recipes_answer_the_questions_that_ingredients_ask():
@@ -44,10 +46,10 @@ def test_recipes_answer_the_questions_that_ingredients_ask():
 @pytest.mark.parametrize("recipe", Recipe)
 @pytest.mark.parametrize("name", OTHER_ANSWERS)
 def test_an_ingredient_answers_its_question_and_no_other(recipe, name):
-    plain = resolve(recipe, Ingredients(), 8)
+    plain = resolve(recipe, Ingredients(), **BITS)
 
     for answer in OTHER_ANSWERS[name]:
-        found = resolve(recipe, Ingredients(**{name: answer}), 8)
+        found = resolve(recipe, Ingredients(**{name: answer}), **BITS)
 
         assert getattr(found, name) == answer
         others = [each for each in OTHER_ANSWERS if each != name]
@@ -62,6 +64,32 @@ def test_what_is_answered_reaches_the_method(name):
     ]
 
     assert all(methods.count(each) == 1 for each in methods)
+
+
+@pytest.mark.parametrize(
+    ("a_bits", "per_channel", "rotates", "transforms_online"),
+    [
+        (16, True, True, False),
+        (16, False, False, False),
+        (8, True, True, False),
+        (8, False, False, False),
+        (6, True, True, True),
+        (4, False, True, True),
+    ],
+)
+def test_whole_channels_and_coarse_inputs_are_rotated(
+    a_bits, per_channel, rotates, transforms_online
+):
+    for recipe in (Recipe.FAST, Recipe.DEFAULT, Recipe.ACCURATE):
+        found = resolve(recipe, Ingredients(), a_bits=a_bits, per_channel=per_channel)
+
+        assert (found.rotation, found.online_hadamard) == (rotates, transforms_online)
+
+
+def test_the_accurate_recipe_passes_three_times_as_often():
+    spec = QuantSpec(w_bits=4, recipe=Recipe.ACCURATE)
+
+    assert spec.trained_epochs == 3 * spec.calibration.epochs
 
 
 @pytest.mark.parametrize("recipe", Recipe)
