@@ -209,7 +209,7 @@ def _answers(recipe: Recipe, a_bits: int, *, per_channel: bool) -> Resolved:
             default,
             rounding=Rounding.TRAINED,
             end_to_end_epochs=8,
-            # measured: six passes instead of four were worth 2 points of perplexity at two bits
+            # more steps on as much text went on gaining at two bits (docs/calibration.md)
             epochs_factor=3,
         ),
     }

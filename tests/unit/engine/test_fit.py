@@ -119,7 +119,8 @@ def estimate_of(recipe, device_type="cuda", **fields):
 
 
 def test_a_gpu_must_hold_a_block_and_not_the_hidden_states():
-    short = QuantSpec(w_bits=4, group_size=64, recipe=Recipe.FAST)
+    calibration = CalibrationSpec(samples=32, length=512)
+    short = QuantSpec(w_bits=4, group_size=64, recipe=Recipe.FAST, calibration=calibration)
     small, large = estimate_bytes(LLAMA_7B, short, "cuda"), estimate_of(Recipe.FAST)
 
     assert small.memory_bytes == large.memory_bytes
