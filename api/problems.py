@@ -189,13 +189,13 @@ def _spec_item(location: tuple[Any, ...], error: SpecError) -> FieldError:
 
 def _sentence(param: str | None, found: Mapping[str, Any]) -> str:
     subject = param or "the body"
-    if found["type"] in UNKNOWN_FIELD:
-        return f"{subject} is no supported field; remove it or correct its name."
     if found["type"] in MISSING_FIELD:
         return f"{subject} is required."
-    text = str(found["msg"]).removeprefix("Value error, ")
     value = _shown(found.get("input"))
     given = f"{subject} = {value!r}" if value is not None else subject
+    if found["type"] in UNKNOWN_FIELD:
+        return f"{given} is no supported field; remove it or correct its name."
+    text = str(found["msg"]).removeprefix("Value error, ")
     return f"{given} is not valid: {text[:1].lower()}{text[1:]}."
 
 

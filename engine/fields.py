@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.errors import SpecError
 
-__all__ = ["check_number", "check_range", "known_fields", "read_choice"]
+__all__ = ["check_flag", "check_number", "check_range", "known_fields", "read_choice"]
 
 
 def known_fields(cls: type, record: object, prefix: str) -> dict[str, Any]:
@@ -22,6 +22,16 @@ def known_fields(cls: type, record: object, prefix: str) -> dict[str, Any]:
         if name not in names:
             raise SpecError(f"{prefix}{name}", record[name], f"use one of {', '.join(names)}")
     return dict(record)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false; a text such as "no" would count as true.
+
+    Raises:
+        SpecError: naming the field and the value.
+    """
+    if not isinstance(value, bool):
+        raise SpecError(name, value, "use true or false")
 
 
 def check_range(name: str, value: Any, low: int, high: int, also: int | None = None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
-from engine.fields import check_number, check_range, known_fields, read_choice
+from engine.fields import check_flag, check_number, check_range, known_fields, read_choice
 
 __all__ = [
     "Clipping",
@@ -122,6 +122,9 @@ class Ingredients:
     """Times that a layer's passes over the samples are multiplied."""
 
     def __post_init__(self) -> None:
+        for name in ("rotation", "online_hadamard", "equivalent_transform", "compensation"):
+            if getattr(self, name) is not None:
+                check_flag(f"ingredients.{name}", getattr(self, name))
         for name in ("own_input_loss", "cosine_loss", "attention_loss"):
             if getattr(self, name) is not None:
                 check_number(f"ingredients.{name}", getattr(self, name), 0, 100)

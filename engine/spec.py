@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from engine.datasets import check_text
 from engine.errors import SpecError
-from engine.fields import check_range, known_fields, read_choice
+from engine.fields import check_flag, check_range, known_fields, read_choice
 from engine.grid import PER_CHANNEL, SCALE_BITS, ZERO_POINT_BITS, WeightGrid
 from engine.recipe import FULL_BITS, Ingredients, Recipe, Resolved, resolve
 from engine.target import BitTarget
@@ -113,6 +113,8 @@ class QuantSpec:
         check_range("q_bits", self.q_bits, 2, 8, also=FULL_BITS)
         check_range("kv_bits", self.kv_bits, 2, 8, also=FULL_BITS)
         _check_group("group_size", self.group_size)
+        for name in ("symmetric", "bit_balance", "half_step"):
+            check_flag(name, getattr(self, name))
         if self.bit_balance and self.w_bits > 2:
             raise SpecError("bit_balance", self.bit_balance, "use w_bits 1 or 2 with it")
         if self.half_step and (self.w_bits > 2 or self.bit_balance):

@@ -1,6 +1,5 @@
 """What a client asks of a quantization, and what it is told about one."""
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -8,6 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_v
 
 from api.db.tables.jobs import Job, JobEvent, JobLayer, JobStatus
 from api.schemas.base import Schema
+from api.schemas.spec_input import read_spec
 from engine.datasets import TEXT_PATTERN, TaskFamily
 from engine.errors import SpecError
 from engine.events import Stage
@@ -27,24 +27,9 @@ LABELS_MAX = 16
 OVERRIDES_MAX = 256
 """In a request; a bit search writes one for every layer."""
 TEXTS_MAX = 8
-FLAGS = (
-    "symmetric", "bit_balance", "half_step",
-    "rotation", "online_hadamard", "equivalent_transform", "compensation",
-)  # fmt: skip
-"""The fields of a spec that are true or false; every other one that is given so is refused."""
 
 LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,63}$")]
 LabelValue = Annotated[str, Field(max_length=200)]
-
-
-def read_spec(value: object) -> object:
-    """Turn the paper's notation into a spec; pydantic reads the JSON form."""
-    if isinstance(value, str):
-        return QuantSpec.from_notation(value)
-    if isinstance(value, Mapping):
-        _refuse_flags_for_numbers(value)
-        return value
-    raise SpecError("spec", value, "write w4a8 or the like, or a JSON object with w_bits")
 
 
 def _limit_overrides(spec: QuantSpec) -> QuantSpec:
@@ -221,12 +206,3 @@ class JobLayerOut(Schema):
         """Show a layer."""
         names = [each for each in cls.model_fields if each not in {"object", "id"}]
         return cls(id=layer.name, **{name: getattr(layer, name) for name in names})
-
-
-def _refuse_flags_for_numbers(record: Mapping[Any, Any], prefix: str = "") -> None:
-    # pydantic would read true as 1, and a width of one bit is not what was meant
-    for name, value in record.items():
-        if isinstance(value, bool) and name not in FLAGS:
-            raise SpecError(f"{prefix}{name}", value, "write a number or a text")
-        if isinstance(value, Mapping):
-            _refuse_flags_for_numbers(value, f"{prefix}{name}.")

@@ -50,6 +50,12 @@ def test_a_spec_survives_json_with_every_field_set():
         ({"w_bits": 4, "kv_bits": 9}, "kv_bits", "use 2 to 8 or 16"),
         ({"w_bits": 4, "group_size": 48}, "group_size", "multiple of 32"),
         ({"w_bits": 4, "group_size": 0}, "group_size", "multiple of 32"),
+        ({"w_bits": 4, "symmetric": "no"}, "symmetric", "use true or false"),
+        (
+            {"w_bits": 4, "ingredients": {"rotation": "yes"}},
+            "ingredients.rotation",
+            "use true or false",
+        ),
         ({"w_bits": 3, "bit_balance": True}, "bit_balance", "use w_bits 1 or 2"),
         ({"w_bits": 1, "symmetric": True}, "symmetric", "add bit_balance"),
         (
