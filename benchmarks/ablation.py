@@ -1,4 +1,4 @@
-"""What every ingredient of our default recipe is worth: each one changed alone, all else the same.
+"""What every ingredient of a recipe is worth: each one changed alone, all else the same.
 
 python -m benchmarks.ablation --model DIR --eval-text wikitext2-test.txt --configs w4a16,w4a4
 """
@@ -21,7 +21,7 @@ __all__ = ["VARIANTS", "main"]
 
 CONFIGS = "w4a16,w3a16,w2a16g64,w4a8,w4a4,w2a8g64"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "default": {},
+    "as-it-is": {},
     "rotation": {"rotation": True},
     "no-rotation": {"rotation": False, "online_hadamard": False},
     "online-hadamard": {"online_hadamard": True},
@@ -38,7 +38,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "no-end-to-end": {"end_to_end": "none"},
     "end-to-end-weights": {"end_to_end": "weights"},
 }
-"""One ingredient of the recipe at a time."""
+"""One ingredient of the recipe at a time; `as-it-is` changes none."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     console = Console()
     cases = [
-        replace(common_case(options, config, Method.ABQ), ingredients=VARIANTS[name])
+        replace(common_case(options, config, options.method), ingredients=VARIANTS[name])
         for config in options.configs
         for name in options.variants
     ]
@@ -79,7 +79,7 @@ def _in_order(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> li
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="the default recipe, one ingredient changed")
+    table = Table(title="a recipe, and one ingredient of it changed")
     for name in ("config", "variant", "WikiText-2", "second", "KL", "seconds"):
         table.add_column(name, justify="left" if name in ("config", "variant") else "right")
     for row in rows:
@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
     parser.add_argument("--configs", type=_names, default=_names(CONFIGS))
     parser.add_argument("--variants", type=_names, default=list(VARIANTS), help=", ".join(VARIANTS))
+    parser.add_argument(
+        "--method", type=Method, choices=list(RECIPES), default=Method.ABQ, help="of ours"
+    )
     add_common_options(parser, name="ablation")
     return parser
 

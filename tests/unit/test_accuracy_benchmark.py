@@ -63,11 +63,11 @@ def test_an_ablation_changes_one_ingredient_of_the_recipe_at_a_time(folder, tmp_
         "--model", str(folder / "tiny"), "--eval-text", str(folder / "eval.txt"),
         "--samples", "3", "--length", "32", "--epochs", "1", "--eval-windows", "2",
         "--eval-length", "64", "--device", "cpu", "--jobs", "2", "--out", str(tmp_path),
-        "--configs", "w2a16g32", "--variants", "default,no-second-order",
+        "--configs", "w2a16g32", "--variants", "as-it-is,no-second-order",
     ])  # fmt: skip
 
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
-    assert [row["variant"] for row in rows] == ["default", "no-second-order"]
+    assert [row["variant"] for row in rows] == ["as-it-is", "no-second-order"]
     assert rows[0]["kl_wikitext2"] != rows[1]["kl_wikitext2"]
     assert "no-second-order" in capsys.readouterr().out
 
