@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.accuracy import add_common_options, common_case
-from benchmarks.case import Method
+from benchmarks.case import RECIPES, Method
 from benchmarks.measurement import write_measurement
 from benchmarks.schedule import Schedule
 
