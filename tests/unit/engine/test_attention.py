@@ -167,7 +167,9 @@ def test_calibration_measures_with_rounded_queries_and_the_teacher_without(tmp_p
 
     assert coarse.loss_after > 2 * exact.loss_after
     # the block that is left behind runs as its checkpoint will
-    assert torch.equal(run_windows(first.block, first.call, first.inputs, 16), coarse.outputs)
+    outputs = run_windows(first.block, first.call, first.inputs, 16)
+    error = float(((outputs - first.wanted).square() * first.token_weight).mean())
+    assert error == pytest.approx(coarse.loss_after, rel=1e-5)
 
 
 @torch.no_grad()
