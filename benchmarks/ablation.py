@@ -12,10 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.accuracy import add_common_options, common_case
+from benchmarks.accuracy import (
+    add_common_options,
+    common_case,
+    make_schedule,
+    read_names,
+)
 from benchmarks.case import RECIPES, Method
 from benchmarks.measurement import write_measurement
-from benchmarks.schedule import Schedule
 
 __all__ = ["VARIANTS", "main"]
 
@@ -51,14 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.variants
     ]
     names = {json.dumps(dict(each)): name for name, each in VARIANTS.items()}
-    schedule = Schedule(
-        jobs=options.jobs or max(1, len(options.devices)),
-        gpus=options.devices,
-        timeout_s=options.timeout,
-        log_dir=options.logs,
-    )
     rows: list[dict[str, Any]] = []
-    for row in schedule.run(cases):
+    for row in make_schedule(options).run(cases):
         rows.append({"variant": names[json.dumps(row.get("ingredients", {}))], **row})
         # after every row, so that a run that is killed loses nothing
         write_measurement(
@@ -97,14 +95,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _names(text: str) -> list[str]:
-    return [each for each in text.split(",") if each]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
-    parser.add_argument("--configs", type=_names, default=_names(CONFIGS))
-    parser.add_argument("--variants", type=_names, default=list(VARIANTS), help=", ".join(VARIANTS))
+    parser.add_argument("--configs", type=read_names, default=read_names(CONFIGS))
+    parser.add_argument(
+        "--variants", type=read_names, default=list(VARIANTS), help=", ".join(VARIANTS)
+    )
     parser.add_argument(
         "--method", type=Method, choices=list(RECIPES), default=Method.ABQ, help="of ours"
     )

@@ -19,7 +19,7 @@ from benchmarks.schedule import Schedule
 from engine.pipeline import best_device
 from engine.spec import CalibrationSpec, QuantSpec
 
-__all__ = ["add_common_options", "common_case", "main"]
+__all__ = ["add_common_options", "common_case", "main", "make_schedule", "read_names"]
 
 CONFIGS = "w4a16,w4a16g64,w3a16g64,w2a16g64,w4a8,w6a6,w4a4,w2a8g64"
 METHODS = "rtn,abq-fast,abq,omniquant,autoround,gptq"
@@ -35,18 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [common_case(options, config, method) for config, method in wanted]
     settings = cases[0].settings()
     rows = _earlier_rows(options, cases, settings)
-    schedule = Schedule(
-        jobs=options.jobs or max(1, len(options.devices)),
-        gpus=options.devices,
-        timeout_s=options.timeout,
-        log_dir=options.logs,
-    )
-    for row in schedule.run(cases):
+    for row in make_schedule(options).run(cases):
         rows = _in_order([*rows, row])
         # after every row, so that a run that is killed loses nothing
         path = write_measurement(options.name, rows, options.out, settings=settings)
         console.print(f"{len(rows)} rows in {path}: {json.dumps(row)}", markup=False)
     console.print(_table(options.model.name, rows))
+
+
+def make_schedule(options: argparse.Namespace) -> Schedule:
+    """Spread rows as the common options say."""
+    return Schedule(
+        jobs=options.jobs or max(1, len(options.devices)),
+        gpus=options.devices,
+        timeout_s=options.timeout,
+        log_dir=options.logs,
+    )
 
 
 def common_case(options: argparse.Namespace, config: str, method: Method) -> Case:
@@ -83,7 +87,7 @@ def _earlier_rows(options: argparse.Namespace, cases: Sequence[Case], settings: 
 
 
 def _in_order(rows: Sequence[Row]) -> list[Row]:
-    configs, methods = _names(CONFIGS), list(Method)
+    configs, methods = read_names(CONFIGS), list(Method)
     configs += sorted({row["config"] for row in rows} - set(configs))
     return sorted(
         rows, key=lambda row: (configs.index(row["config"]), methods.index(row["method"]))
@@ -116,22 +120,23 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.resolve()
 
 
-def _names(text: str) -> list[str]:
+def read_names(text: str) -> list[str]:
+    """Read names between commas."""
     return [each for each in text.split(",") if each]
 
 
 def _rows(text: str) -> list[tuple[str, Method]]:
-    pairs = [each.partition(":") for each in _names(text)]
+    pairs = [each.partition(":") for each in read_names(text)]
     return [(config, Method(method)) for config, _, method in pairs]
 
 
 def _methods(text: str) -> list[Method]:
-    return [Method(each) for each in _names(text)]
+    return [Method(each) for each in read_names(text)]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    parser.add_argument("--configs", type=_names, default=_names(CONFIGS))
+    parser.add_argument("--configs", type=read_names, default=read_names(CONFIGS))
     parser.add_argument(
         "--methods", type=_methods, default=_methods(METHODS), help=", ".join(Method)
     )
@@ -158,7 +163,9 @@ def add_common_options(parser: argparse.ArgumentParser, *, name: str) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--peer-steps", type=int, default=None, help="a block; the peer's default")
     parser.add_argument("--device", default=best_device())
-    parser.add_argument("--devices", type=_names, default=[], help="GPU indices, one row on each")
+    parser.add_argument(
+        "--devices", type=read_names, default=[], help="GPU indices, one row on each"
+    )
     parser.add_argument("--jobs", type=int, default=0, help="rows at a time; one a GPU if 0")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a row may take")
     parser.add_argument("--logs", type=Path, default=None, help="keep the output of every row here")

@@ -16,7 +16,14 @@ from engine.calibration.placement import Placement
 from engine.families.base import ChannelPair, NormKind, QueryKeyPair
 from engine.modules.linear import QuantLinear
 
-__all__ = ["BlockShape", "BlockTask", "LearnedBlock", "run_windows", "stream_windows"]
+__all__ = [
+    "TOKENS_PER_CALL",
+    "BlockShape",
+    "BlockTask",
+    "LearnedBlock",
+    "run_windows",
+    "stream_windows",
+]
 
 TOKENS_PER_CALL = 8192
 """On a GPU; a CPU takes window by window."""

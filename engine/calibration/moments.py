@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.calibration.block import BlockTask
+from engine.calibration.block import TOKENS_PER_CALL, BlockTask
 from engine.calibration.precision import training_precision
 from engine.calibration.twins import Student
 from engine.calibration.watch import Watch
@@ -25,7 +25,6 @@ from engine.spec import FULL_BITS
 
 __all__ = ["round_by_moments"]
 
-TOKENS_PER_CALL = 8192
 TOKENS, TOKENS_PER_INPUT = 65_536, 16
 """Moments of K inputs are taken over the first windows: this many tokens, or so many an input."""
 
