@@ -6,7 +6,7 @@ python -m benchmarks.accuracy --model DIR --eval-text wikitext2-test.txt \
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from benchmarks.schedule import Schedule
 from engine.pipeline import best_device
 from engine.spec import CalibrationSpec, QuantSpec
 
-__all__ = ["add_common_options", "common_case", "main", "make_schedule", "read_names"]
+__all__ = [
+    "add_common_options",
+    "common_case",
+    "earlier_rows",
+    "identity",
+    "main",
+    "make_schedule",
+    "read_names",
+]
 
 CONFIGS = "w4a16,w4a16g64,w3a16g64,w2a16g64,w4a8,w6a6,w4a4,w2a8g64"
 METHODS = "rtn,abq-fast,abq,omniquant,autoround,gptq"
@@ -34,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = options.rows or [(c, m) for c in options.configs for m in options.methods]
     cases = [common_case(options, config, method) for config, method in wanted]
     settings = cases[0].settings()
-    rows = _earlier_rows(options, cases, settings)
+    again = {(case.config, case.method.value) for case in cases}
+    rows = earlier_rows(options, settings, identity, again)
     for row in make_schedule(options).run(cases):
         rows = _in_order([*rows, row])
         # after every row, so that a run that is killed loses nothing
@@ -74,16 +83,29 @@ def common_case(options: argparse.Namespace, config: str, method: Method) -> Cas
     )
 
 
-def _earlier_rows(options: argparse.Namespace, cases: Sequence[Case], settings: Row) -> list[Row]:
-    """Rows of the file that this run does not measure again."""
+def earlier_rows(
+    options: argparse.Namespace,
+    settings: Row,
+    identity: Callable[[Row], tuple[str, str]],
+    again: Container[tuple[str, str]],
+) -> list[Row]:
+    """Rows of the file that this run does not measure again; none unless told to append.
+
+    Raises:
+        SystemExit: if the file was measured with other settings.
+    """
     path = options.out / f"{options.name}.json"
     if not options.append or not path.is_file():
         return []
     record = json.loads(path.read_bytes())
     if record.get("settings") != settings:
         raise SystemExit(f"{path} was measured with {record.get('settings')}, not {settings}")
-    again = {(case.config, case.method.value) for case in cases}
-    return [row for row in record["rows"] if (row["config"], row["method"]) not in again]
+    return [row for row in record["rows"] if identity(row) not in again]
+
+
+def identity(row: Row) -> tuple[str, str]:
+    """Configuration and method of a row."""
+    return row["config"], row["method"]
 
 
 def _in_order(rows: Sequence[Row]) -> list[Row]:
@@ -143,7 +165,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rows", type=_rows, default=[], help="CONFIG:METHOD,...: these rows alone, in this order"
     )
-    parser.add_argument("--append", action="store_true", help="keep the file's other rows")
     add_common_options(parser, name="accuracy")
     return parser
 
@@ -169,6 +190,7 @@ def add_common_options(parser: argparse.ArgumentParser, *, name: str) -> None:
     parser.add_argument("--jobs", type=int, default=0, help="rows at a time; one a GPU if 0")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a row may take")
     parser.add_argument("--logs", type=Path, default=None, help="keep the output of every row here")
+    parser.add_argument("--append", action="store_true", help="keep the file's other rows")
     parser.add_argument("--name", default=name)
     parser.add_argument("--out", type=Path, default=MEASUREMENTS)
 

@@ -31,7 +31,7 @@ from engine.checkpoint.evaluation import Divergence
 from engine.evaluation.chain import Chain
 from engine.evaluation.divergence import compare_chains
 from engine.evaluation.plan import EvaluationPlan, EvaluationText
-from engine.events import Event, Stage, StageStarted
+from engine.events import EvaluationResult, Event, LayerFinished, Stage, StageStarted
 from engine.models.loading import SourceModel
 from engine.pipeline import QuantJob, quantize_model
 
@@ -151,15 +151,20 @@ def _columns(name: str, fp: float, quant: float, divergence: Divergence) -> dict
 
 
 class _Clock:
-    """Stops when quantizing ends and measuring begins."""
+    """Stops when quantizing ends and measuring begins; says when every stage and layer ended."""
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
         self.quantized_s = 0.0
 
     def __call__(self, event: Event, /) -> None:
+        if not isinstance(event, StageStarted | LayerFinished | EvaluationResult):
+            return
+        elapsed_s = time.monotonic() - self._started_s
+        # the log of a row that was killed says how far it came
+        print(f"{elapsed_s:8.2f} s  {event}", flush=True)
         if isinstance(event, StageStarted) and event.stage is Stage.EVALUATING:
-            self.quantized_s = time.monotonic() - self._started_s
+            self.quantized_s = elapsed_s
 
 
 if __name__ == "__main__":

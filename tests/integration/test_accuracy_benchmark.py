@@ -58,18 +58,34 @@ def test_a_run_writes_a_row_for_every_configuration_and_method(folder, tmp_path,
     assert "w2a16g32" in capsys.readouterr().out
 
 
-def test_an_ablation_changes_one_ingredient_of_the_recipe_at_a_time(folder, tmp_path, capsys):
+def run_ablation(folder, out, *options):
     ablation.main([
         "--model", str(folder / "tiny"), "--eval-text", str(folder / "eval.txt"),
         "--samples", "3", "--length", "32", "--epochs", "1", "--eval-windows", "2",
-        "--eval-length", "64", "--device", "cpu", "--jobs", "2", "--out", str(tmp_path),
-        "--configs", "w2a16g32", "--variants", "as-it-is,no-second-order",
+        "--eval-length", "64", "--device", "cpu", "--jobs", "2", "--out", str(out), *options,
     ])  # fmt: skip
+    return json.loads((out / "ablation.json").read_text())["rows"]
 
-    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+
+def test_an_ablation_changes_one_ingredient_of_the_recipe_at_a_time(folder, tmp_path, capsys):
+    rows = run_ablation(
+        folder, tmp_path, "--configs", "w2a16g32", "--variants", "as-it-is,no-second-order"
+    )
+
     assert [row["variant"] for row in rows] == ["as-it-is", "no-second-order"]
     assert rows[0]["kl_wikitext2"] != rows[1]["kl_wikitext2"]
     assert "no-second-order" in capsys.readouterr().out
+
+
+def test_an_ablation_adds_single_rows_to_those_it_has(folder, tmp_path):
+    short = ("--timeout", "0.2")
+    run_ablation(folder, tmp_path, "--rows", "w4a16:nearest,w4a4:gptq", *short)
+
+    rows = run_ablation(folder, tmp_path, "--rows", "w4a4:as-it-is", "--append", *short)
+
+    assert [(row["config"], row["variant"]) for row in rows] == [
+        ("w4a16", "nearest"), ("w4a4", "as-it-is"), ("w4a4", "gptq"),
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(
