@@ -1,26 +1,31 @@
 """What a Triton or Gluon kernel becomes on a GPU that need not be here: compile and count.
 
-The compiler and the disassembler come with Triton; only a launch needs the GPU.
+The compiler and the disassembler come with Triton; only a launch needs the GPU. Compiling happens
+in a process of its own: where `TRITON_INTERPRET` is set, Triton's own library (`tl.sum`,
+`tl.zeros`) was imported for the interpreter and can no longer be compiled.
 """
 
+import importlib
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-# the compiler imports gluon with its first kernel, and gluon looks at TRITON_INTERPRET then, which
-# a fixture may have changed by that time
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-__all__ = ["HOPPER", "MachineCode", "compile_kernel"]
+__all__ = ["MachineCode", "compile_kernel"]
 
-HOPPER = GPUTarget("cuda", 90, 32)
+HOPPER = 90
 ALIGNMENT = 16
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 LABEL = re.compile(r"(\.L_x_\d+)")
@@ -59,42 +64,58 @@ class MachineCode:
         return self.count("LDL", "STL")
 
 
-def compile_kernel(kernel, *, types, constants=None, unaligned=(), target=HOPPER, **options):
+def compile_kernel(
+    module, kernel, *, types, constants=None, unaligned=(), capability=HOPPER, **options
+):
     """Compile a jitted kernel and read its machine code.
 
     Args:
-        kernel: what `triton.jit` or `gluon.jit` made; not the interpreter's copy.
+        module: where the kernel is, "kernels.int_linear".
+        kernel: its name there.
         types: run-time arguments, "*i8" for a pointer, "i32" for a number.
         constants: values of the constexpr arguments.
         unaligned: run-time arguments that are no multiples of 16; a launcher takes every tensor
             that torch allocated, and every size that divides by 16, as one.
-        target: the GPU.
+        capability: 90 for sm_90.
         options: `num_warps`, `num_stages`, `maxnreg`, ...; products are rounded before sums
             unless `enable_fp_fusion` says otherwise.
     """
     options = {"enable_fp_fusion": False} | options
-    constants = constants or {}
+    aligned = [
+        name
+        for name, kind in types.items()
+        if name not in unaligned and kind.startswith(("*", "i", "u"))
+    ]
+    target = GPUTarget("cuda", capability, 32)
+    job = ((module, kernel), types, constants or {}, aligned, target, options)
+    text, shared_bytes = _compiler().submit(_compile, *job).result()
+    return _read(text, shared_bytes)
+
+
+@cache
+def _compiler():
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+        pool.submit(int).result()  # the process starts with its first job
+    return pool
+
+
+def _compile(place, types, constants, aligned, target, options):
+    module, name = place
+    kernel = getattr(importlib.import_module(module), name)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {
-        (names.index(name),): [["tt.divisibility", ALIGNMENT]]
-        for name, kind in types.items()
-        if name not in unaligned and not kind.startswith(("fp", "bf"))
-    }
-    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
-    compiled = triton.compile(
-        source(kernel, signature, values, aligned), target=target, options=options
-    )
-    return _read(_disassemble(compiled.asm["cubin"]), compiled.metadata.shared)
-
-
-def _disassemble(cubin):
+    attributes = {(names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in aligned}
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=target, options=options)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
+        file.write_bytes(compiled.asm["cubin"])
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(file)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return text, compiled.metadata.shared
 
 
 def _read(text, shared_bytes):

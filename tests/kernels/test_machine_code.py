@@ -8,6 +8,7 @@ from tests.kernels.machine_code import compile_kernel
 FLOATS = {"x_ptr": "*fp32", "out_ptr": "*fp32", "N": "i32"}
 
 
+@triton.jit
 def _sum_rows(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -16,18 +17,20 @@ def _sum_rows(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, acc)
 
 
+@gluon.jit
 def _copy(x_ptr, out_ptr, N, BLOCK: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     offs = gl.arange(0, BLOCK, layout)
     gl.store(out_ptr + offs, gl.load(x_ptr + offs))
 
 
-def test_a_triton_kernel_shows_the_opcodes_of_its_loop(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def compiled(kernel, **options):
+    block = {"BLOCK": 512}
+    return compile_kernel(__name__, kernel, types=FLOATS, constants=block, num_warps=4, **options)
 
-    code = compile_kernel(
-        triton.jit(_sum_rows), types=FLOATS, constants={"BLOCK": 512}, num_warps=4
-    )
+
+def test_a_triton_kernel_shows_the_opcodes_of_its_loop():
+    code = compiled("_sum_rows")
 
     assert code.count_in_loop("LDG.E.128") > 0
     assert code.count_in_loop("STG") == 0
@@ -36,21 +39,15 @@ def test_a_triton_kernel_shows_the_opcodes_of_its_loop(monkeypatch):
     assert code.spills == 0
 
 
-def test_a_gluon_kernel_without_a_loop_has_none(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-
-    code = compile_kernel(gluon.jit(_copy), types=FLOATS, constants={"BLOCK": 512}, num_warps=4)
+def test_a_gluon_kernel_without_a_loop_has_none():
+    code = compiled("_copy")
 
     assert (code.count("LDG.E.128"), code.count("STG.E.128")) == (1, 1)
     assert code.count_in_loop() == 0
 
 
-def test_an_unaligned_pointer_costs_wide_loads(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-
-    code = compile_kernel(
-        gluon.jit(_copy), types=FLOATS, constants={"BLOCK": 512}, unaligned=("x_ptr",), num_warps=4
-    )
+def test_an_unaligned_pointer_costs_wide_loads():
+    code = compiled("_copy", unaligned=("x_ptr",))
 
     assert code.count("LDG.E.128") == 0
     assert code.count("LDG.E") == 4
