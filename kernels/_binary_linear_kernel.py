@@ -64,9 +64,9 @@ def bmma_decode_kernel(
     mask_t = gl.expand_dims(tile < T, 1)
     mask_j = gl.expand_dims(j < J, 1)
 
-    # what scales a row comes from memory as its weights do: asked for first, it costs no time
-    rows = _load_rows(w_scale_ptr, w_zero_ptr, w_sums_ptr, n, N)
     zero = gl.full([COLUMN_TILES, SLOTS, ROW_TILES, 32, 4], 0, gl.int32, FULL)
+    # what scales a row comes from memory as its weights do: asked for first, it costs no time
+    rows = zero if GROUPED else _load_rows(w_scale_ptr, w_zero_ptr, w_sums_ptr, n, N)
     acc0 = zero.to(gl.float32) if GROUPED else zero
     acc1 = acc0
     for turn in range(TURNS):
@@ -75,7 +75,7 @@ def bmma_decode_kernel(
         planes = ()
         for a in gl.static_range(P):
             ptrs = w_ptrs + k * stride_wk + a * stride_wp
-            planes += (
+            planes += (  # type: ignore[assignment]  # Triton's tuples grow
                 gl.load(ptrs, mask=mask_t & (k < B), other=0, eviction_policy="evict_first"),
             )
         for half in gl.static_range(HALVES):
@@ -216,7 +216,7 @@ def _add_groups(
     # corrections go to one column of a token, before its columns are summed
     first = (bit == 0) & (m < M)
     z_x = gl.load(x_zero_ptr + m, mask=first, other=-SHIFT) + SHIFT
-    ones = gl.full_like(zero, -1)
+    ones = zero - 1
     for h in gl.static_range(2):
         g = 2 * k + h
         inside = mask_t & (g < S)

@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 SMS = 132
+COLUMN_TILES = 8
+FRAGMENT_BYTES = 512
 SHARED_BYTES = 227 << 10
 """Of an H100; one CTA may use them all."""
 
@@ -119,6 +121,7 @@ def binary_configs(shape: ProductShape) -> list[LaunchConfig]:
             )
             for row_tiles, ctas in ((16, 1), (8, 1), (8, 2))
             for steps in (1, 2)
+            if 2 * ctas * _chunk_bytes(shape, row_tiles, steps) <= SHARED_BYTES
         ]
         return list(dict.fromkeys(tried))
     return [
@@ -235,16 +238,20 @@ def _prefill_config(
     shape: ProductShape, *, row_tiles: int, warps_n: int, steps: int, ctas: int = 1
 ) -> LaunchConfig:
     """Fill shared memory with as many chunks as `ctas` CTAs of an SM leave room for."""
-    column_tiles = 8
-    chunk = steps * 512 * (row_tiles * shape.weight_bits + column_tiles * shape.token_bits)
+    chunks = SHARED_BYTES // ctas // _chunk_bytes(shape, row_tiles, steps)
     return LaunchConfig(
         row_tiles=row_tiles,
-        column_tiles=column_tiles,
+        column_tiles=COLUMN_TILES,
         warps_n=warps_n,
         warps_other=2,
         steps=steps,
-        stages=max(2, min(4, SHARED_BYTES // ctas // chunk)),
+        stages=max(2, min(4, chunks)),
     )
+
+
+def _chunk_bytes(shape: ProductShape, row_tiles: int, steps: int) -> int:
+    tiles = row_tiles * shape.weight_bits + COLUMN_TILES * shape.token_bits
+    return steps * tiles * FRAGMENT_BYTES
 
 
 def _check_operands(
