@@ -261,15 +261,16 @@ def _fetch(
     P: gl.constexpr, Q: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Start the copy of one chunk of K; what the masks leave out becomes zero."""
-    first = chunk % STAGES * STEPS
-    for step in gl.static_range(STEPS):
-        k = chunk * STEPS + step
-        for a in gl.static_range(P):
-            ptrs = w_ptrs + k * stride_wk + a * stride_wp
-            _copy_async(w_shared.index((first + step) * P + a), ptrs, mask=mask_w & (k < B))
-        for b in gl.static_range(Q):
-            ptrs = x_ptrs + k * stride_xk + b * 128
-            _copy_async(x_shared.index((first + step) * Q + b), ptrs, mask=mask_x & (k < B))
+    w_first = chunk % STAGES * (STEPS * P)
+    x_first = chunk % STAGES * (STEPS * Q)
+    for i in gl.static_range(STEPS * P):
+        k = chunk * STEPS + i // P
+        ptrs = w_ptrs + k * stride_wk + i % P * stride_wp
+        _copy_async(w_shared.index(w_first + i), ptrs, mask=mask_w & (k < B))
+    for i in gl.static_range(STEPS * Q):
+        k = chunk * STEPS + i // Q
+        ptrs = x_ptrs + k * stride_xk + i % Q * 128
+        _copy_async(x_shared.index(x_first + i), ptrs, mask=mask_x & (k < B))
     async_copy.commit_group()
 
 
