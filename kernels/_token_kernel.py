@@ -51,6 +51,7 @@ def token_kernel(
     dtype = x_ptr.dtype.element_ty
     if PDL:
         gdc_launch_dependents()
+    weight, bias = mask, mask
     if NORM:
         # parameters do not depend on the kernel before
         weight, bias = _load_parameters(weight_ptr, bias_ptr, cols, mask, PROLOGUE)

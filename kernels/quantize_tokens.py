@@ -22,9 +22,12 @@ from kernels.layer_math import Gate, Norm, add_and_normalize, apply_gate, apply_
 from kernels.tokens import TokenCodes
 
 __all__ = [
+    "Launch",
     "LaunchConfig",
     "NormedTokens",
     "TokenForm",
+    "halves",
+    "launch_tokens",
     "quantize_gated",
     "quantize_gated_reference",
     "quantize_normed",
@@ -178,7 +181,7 @@ def quantize_gated(
     Raises:
         ValueError: if the form or a layout does not fit I.
     """
-    features = _half(gate_up)
+    features = halves(gate_up)
     tokens = _tokens(gate_up, features, form, out)
     launch_tokens(Launch(x=gate_up, features=features, tokens=tokens, step=gate), config)
     return tokens
@@ -290,7 +293,12 @@ def _tokens(x: torch.Tensor, features: int, form: TokenForm, out: TokenCodes | N
     return out
 
 
-def _half(gate_up: torch.Tensor) -> int:
+def halves(gate_up: torch.Tensor) -> int:
+    """Features I of packed rows ``[M, 2 I]``.
+
+    Raises:
+        ValueError: if their number is odd.
+    """
     half, odd = divmod(gate_up.shape[-1], 2)
     if odd:
         raise ValueError(f"a packed gate-up row of {gate_up.shape[-1]} features has no halves")
