@@ -67,8 +67,8 @@ class LaunchConfig:
     """Slices of the vocabulary, a power of two."""
     digit_bits: int = 4
     """Bits of a threshold that one launch finds: 1 to 5."""
-    block: int = 512
-    """Logits that a search program weighs at a time, a power of two up to 1024."""
+    block: int = 256
+    """Logits a search program weighs at a time, a power of two; above 512 four warps spill."""
     num_warps: int = 4
     launch_pdl: bool = False
     """Start while the kernel before still runs (programmatic dependent launch)."""
