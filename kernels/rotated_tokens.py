@@ -4,9 +4,9 @@
     out = codes of round(y)               `round` to the dtype of x
 
 Two small products on tensor cores. The first reads values of the model's dtype and entries +1 and
--1, so its products are exact; the second takes float32 in three parts of which none is dropped but
-the last bits. Sums are float32 in the order of the tensor core: a code may be one off the reference
-where a value lies at the border of two.
+-1, so its products are exact; so are those of the second, which takes float32 in three parts. Sums
+are float32 in the order of the tensor core: a code may be one off the reference where a value lies
+at the border of two.
 
 Shape legend: M tokens, K features, P and Q orders of the factors, B = K / (P Q) blocks.
 """
@@ -193,7 +193,7 @@ def _rotated_kernel(
             mixed = tl.dot(x, right.to(dtype), mixed, input_precision="tf32x3")
     turned = tl.permute(tl.reshape(mixed, (BLOCK_B, BLOCK_P, BLOCK_Q)), (0, 2, 1))
     turned = tl.reshape(turned, (BLOCK_B * BLOCK_Q, BLOCK_P))
-    turned = tl.dot(turned, left, input_precision="tf32x3")
+    turned = _dot_signs(turned, left, INTERP)
     turned = tl.reshape(turned, (BLOCK_B, BLOCK_Q, BLOCK_P))
     y = tl.reshape(tl.permute(turned, (0, 2, 1)), (ROWS, BLOCK_Q))
     y = rounded(y * factor, dtype, INTERP).to(tl.float32)
@@ -217,3 +217,19 @@ def _rotated_kernel(
         own = tl.load(codes_ptr + row * stride_cm + slots, mask=slots < K, other=0)
         group_sums = tl.sum(own.to(tl.int32), 1)
         tl.store(sums_ptr + row * GROUPS + offs_g, group_sums, mask=offs_g < GROUPS)
+
+
+@triton.jit
+def _dot_signs(x, signs, INTERP: tl.constexpr):
+    """float32 times +1 and -1: three bfloat16 hold all 24 bits, the smallest are added first."""
+    if INTERP:
+        return tl.dot(x, signs)
+    else:
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        signs = signs.to(tl.bfloat16)
+        total = tl.dot(low, signs)
+        total = tl.dot(middle, signs, total)
+        return tl.dot(high, signs, total)

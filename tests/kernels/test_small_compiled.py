@@ -3,6 +3,7 @@
 import collections
 import re
 import subprocess
+import sys
 
 import pytest
 import triton
@@ -18,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from tests.kernels.conftest import load_kernel_module
 
 HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY = 227 * 1024
 SCALARS = {"M": "i32", "V": "i32", "HEADS": "i32", "eps": "fp32"}
 POINTERS = {
     "scale_ptr": "*fp32", "zero_ptr": "*i32", "sums_ptr": "*i32", "cos_ptr": "*fp32",
@@ -36,6 +38,9 @@ def compiled(monkeypatch, tmp_path):
         for name, member in vars(library).copy().items():
             if isinstance(member, InterpretedFunction):
                 monkeypatch.setattr(library, name, JITFunction(member.fn))
+
+    shared = load_kernel_module("_token_kernel", interpreted=False, monkeypatch=monkeypatch)
+    monkeypatch.setitem(sys.modules, "kernels._token_kernel", shared)
 
     def count(file, kernel, *, num_warps, pointers=None, **constants):
         module = load_kernel_module(file, interpreted=False, monkeypatch=monkeypatch)
@@ -56,6 +61,7 @@ def compiled(monkeypatch, tmp_path):
         kernel = triton.compile(
             ASTSource(fn, types, values, aligned), target=HOPPER, options=options
         )
+        assert kernel.metadata.shared <= SHARED_MEMORY
         cubin = tmp_path / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
@@ -103,6 +109,25 @@ def test_a_gate_stays_in_registers_for_the_widest_models(compiled, k, groups):
     assert not total(opcodes, "STL")
     values = triton.next_power_of_2(k) / 512
     assert sum(opcodes.values()) / values <= 60
+
+
+@pytest.mark.parametrize(
+    ("k", "p", "q"), [(11008, 16, 16), (14336, 112, 128)], ids=["llama-7b", "llama-3-8b"]
+)
+def test_an_online_transform_uses_tensor_cores_without_spills(compiled, k, p, q):
+    opcodes = compiled(
+        "rotated_tokens", "_rotated_kernel", num_warps=16,
+        pointers={
+            "codes_ptr": "*i8", "left_ptr": "*fp32", "right_ptr": "*fp32", "factor": "fp32",
+        },
+        K=k, L=k, P=p, Q=q, GROUPS=1, BITS=8, PROLOGUE="silu",
+        BLOCK_B=triton.next_power_of_2(k // (p * q)), BLOCK_P=triton.next_power_of_2(p),
+        BLOCK_Q=q, CHUNK=min(q, 32), BLOCK=16384, NATIVE_EXP=False, PDL=True, INTERP=False,
+    )  # fmt: skip
+
+    assert total(opcodes, "HGMMA")
+    assert not total(opcodes, "LDL")
+    assert not total(opcodes, "STL")
 
 
 def test_rotation_does_not_spill(compiled):
