@@ -10,7 +10,7 @@ denominator see the same rounded w. At 16 bits keys and values are read as they 
 
 A program takes one chunk of one sequence and up to BLOCK_G query heads of one key-value head, which
 share its loads; words of packed codes go from shared memory into operand registers and are unpacked
-there, one product for each field (`kernels.kv_unpack`). Chunks depend on the length of the sequence
+there, one product for each field (`kernels.kv_tiles`). Chunks depend on the length of the sequence
 alone: a result is the same in every batch. A second kernel combines the chunks in order.
 
 Shape legend: B sequences, Q query heads, H key-value heads, G = Q / H, D dims of a head, S splits.
@@ -24,11 +24,24 @@ import triton.language as tl
 
 from kernels.attention import PagedContext, Scoring, attention_reference, check_attention
 from kernels.kv_pages import RAW_BITS, KvPages, field_bits
-from kernels.kv_unpack import dot, field_dims, unpack_field
+from kernels.kv_tiles import (
+    cap,
+    dot,
+    exp2,
+    field_dims,
+    load_affine,
+    load_words,
+    log2,
+    reciprocal,
+    round_weights,
+    unpack_field,
+    wait_for_predecessor,
+)
 
 __all__ = ["LaunchConfig", "paged_attention", "select_config"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# float16 holds twice that many powers of two below 1 than above
 HEADROOM = tl.constexpr(12.0)
 MIN_DOT = 16
 
@@ -236,9 +249,7 @@ def _decode_kernel(
     mask_g = offs_g < GROUP
     mask_w = offs_w < WIDTH
     heads = kv_head * GROUP + offs_g
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_predecessor(PDL)
     length = tl.load(lengths_ptr + b)
     first, begin, chunk = _chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
     begin += split * chunk
@@ -250,7 +261,7 @@ def _decode_kernel(
     q_rows = q_ptr + b * stride_qb + heads[:, None] * stride_qh
     mask_q = mask_g[:, None] & mask_w[None, :]
     q_fields, q_sum, unit = _load_query(q_rows, mask_q, offs_w, FIELD, WIDTH)
-    q_scale = softmax_scale * unit
+    q_scale = unit * softmax_scale * LOG2_E
     acc = (tl.full((BLOCK_G, BLOCK_W), 0.0, dtype=tl.float32),) * FIELDS
     top = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
     total = tl.full((BLOCK_G,), 0.0, dtype=tl.float32)
@@ -258,34 +269,33 @@ def _decode_kernel(
     for start in range(begin, end, BLOCK_T):
         t = start + offs_t
         inside = t < end
+        # tokens beyond the end read page 0 and weigh nothing
         page = tl.load(table_ptr + b * stride_tb + t // PAGE, mask=inside, other=0).to(tl.int64)
         row = (page * KV_HEADS + kv_head) * (2 * PAGE) + t % PAGE
-        mask = inside[:, None] & mask_w[None, :]
-        words = tl.load(codes_ptr + row[:, None] * WIDTH + offs_w[None, :], mask=mask, other=0)
-        scale, zero = _load_affine(scale_ptr, zero_ptr, row, inside, BITS)
+        words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
+        scale, zero = load_affine(scale_ptr, zero_ptr, row, inside, BITS)
         x = tl.full((BLOCK_G, BLOCK_T), 0.0, dtype=tl.float32)
         for i in tl.static_range(FIELDS):
-            k = words if FIELD == 16 else unpack_field(words, i, FIELD, BITS, INTERP)
+            k = unpack_field(words, i, FIELD, BITS, INTERP)
             x = dot(q_fields[i], tl.trans(k), x, INTERP)
-        x = (x - zero[None, :] * q_sum[:, None]) * scale[None, :] * q_scale[:, None]
-        if HAS_CAP:
-            x = soft_cap * (1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E / soft_cap)) + 1.0))
+        x = (x - zero[None, :] * q_sum[:, None]) * scale[None, :]
 
         row += PAGE
-        words = tl.load(codes_ptr + row[:, None] * WIDTH + offs_w[None, :], mask=mask, other=0)
-        scale, zero = _load_affine(scale_ptr, zero_ptr, row, inside, BITS)
-        seen = inside & (t >= first)
-        x = tl.where(seen[None, :], x * LOG2_E + tl.log2(scale)[None, :], float("-inf"))
+        words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
+        scale, zero = load_affine(scale_ptr, zero_ptr, row, inside, BITS)
+        # infinity goes to tokens once, not to every head
+        lift = tl.where(inside & (t >= first), log2(scale, INTERP), float("-inf"))
+        x = cap(x * q_scale[:, None], soft_cap, HAS_CAP, INTERP) + lift[None, :]
         above = top
         top = tl.maximum(top, tl.max(x, axis=1) - HEADROOM)
-        fade = tl.exp2(above - top)
-        w_half = tl.exp2(x - top[:, None]).to(words.dtype if FIELD == 16 else tl.float16)
+        fade = exp2(above - top, INTERP)
+        w_half = round_weights(exp2(x - top[:, None], INTERP), words, FIELD)
         w = w_half.to(tl.float32)
         shift = shift * fade + tl.sum(w * zero[None, :], axis=1)
-        total = total * fade + tl.sum(w * (1.0 / scale)[None, :], axis=1)
+        total = total * fade + tl.sum(w * reciprocal(scale, INTERP)[None, :], axis=1)
         faded = ()
         for i in tl.static_range(FIELDS):
-            v = words if FIELD == 16 else unpack_field(words, i, FIELD, BITS, INTERP)
+            v = unpack_field(words, i, FIELD, BITS, INTERP)
             faded += (dot(w_half, v, acc[i] * fade[:, None], INTERP),)  # type: ignore[assignment]
         acc = faded
 
@@ -329,21 +339,6 @@ def _load_query(q_rows, mask, offs_w, FIELD: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _load_affine(scale_ptr, zero_ptr, row, mask, BITS: tl.constexpr):
-    """Load scales and zero-points from the middle code; those of 16 bits change nothing."""
-    if BITS == 16:
-        scale = tl.full(row.shape, 1.0, dtype=tl.float32)
-        zero = tl.full(row.shape, 0.0, dtype=tl.float32)
-    else:
-        scale = tl.load(scale_ptr + row, mask=mask, other=1.0)
-        # words of four, as asynchronous copies move no single bytes
-        words = tl.load(zero_ptr + row // 4, mask=mask, other=0)
-        zero = (words >> (row % 4 * 8).to(tl.int32)) & 255
-        zero = (zero - (1 << (BITS - 1))).to(tl.float32)
-    return scale, zero
-
-
-@triton.jit
 def _combine_kernel(
     parts_ptr, sums_ptr, lengths_ptr,
     out_ptr, stride_ob, stride_oh,
@@ -362,9 +357,7 @@ def _combine_kernel(
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     offs_s = tl.arange(0, BLOCK_S)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_predecessor(PDL)
     length = tl.load(lengths_ptr + b)
     _, begin, chunk = _chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
     filled = offs_s < tl.cdiv(length - begin, chunk)

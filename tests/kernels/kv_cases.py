@@ -12,7 +12,7 @@ from kernels.kv_pages import KvPages
 def fresh_module(name, *, interpreted, monkeypatch):
     """Import a module of `kernels` anew; `triton.jit` decides at import whether it interprets."""
     monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
-    names = [f"kernels.{name}", *(n for n in ("kernels.kv_unpack",) if n in sys.modules)]
+    names = [f"kernels.{name}", *(n for n in ("kernels.kv_tiles",) if n in sys.modules)]
     for stale in names:
         # remembered, so that the module of before comes back
         monkeypatch.setitem(sys.modules, stale, None)
