@@ -181,7 +181,7 @@ def append_kv_reference(
     pages.codes[page, :, :, offset] = packed.view(*rows.shape[:3], -1)
     pages.scale[page, :, :, offset] = quantized.scale.view(rows.shape[:3])
     zero_point = quantized.zero_point.view(rows.shape[:3])
-    pages.zero_point[page, :, :, offset] = zero_point.to(torch.uint8)
+    pages.zero_point[page, :, offset] = zero_point.to(torch.uint8)
     return query
 
 
@@ -228,8 +228,8 @@ def _append_kv_kernel(
         head = (block * BLOCK_H + tl.arange(0, BLOCK_H))[:, None, None]
         mask = (head < query_heads) & mask_d
         rows = query_ptr + m * stride_qm + head * stride_qh
-        x = _load_rotated(rows, dims, mask, cos_ptr + angle, sin_ptr + angle, ROTATED, INTERP)
-        tl.store(out_ptr + m * stride_om + head * stride_oh + dims, x, mask=mask)
+        q = _load_rotated(rows, dims, mask, cos_ptr + angle, sin_ptr + angle, ROTATED, INTERP)
+        tl.store(out_ptr + m * stride_om + head * stride_oh + dims, q, mask=mask)
     else:
         block -= query_blocks
         slot = tl.load(slots_ptr + m).to(tl.int64)
@@ -243,8 +243,9 @@ def _append_kv_kernel(
         else:
             rows = key_ptr + m * stride_km + head * stride_kh
             x = _load_rotated(rows, dims, mask, cos_ptr + angle, sin_ptr + angle, ROTATED, INTERP)
-        side = tl.where(is_value, PAGE, 0)
-        row = (slot // PAGE * KV_HEADS + heads) * (2 * PAGE) + side + slot % PAGE
+        side = tl.where(is_value, 1, 0)
+        base = (slot // PAGE * KV_HEADS + heads) * PAGE
+        row = 2 * base + side * PAGE + slot % PAGE
         # a vector, as the interpreter makes no mask of a scalar
         slots = tl.full((BLOCK_H,), 0, dtype=tl.int64) + slot
         kept = (heads < KV_HEADS) & (slots >= 0)
@@ -269,7 +270,8 @@ def _append_kv_kernel(
             out_ptrs = codes_ptr + row[:, None] * WIDTH + offs_c[None, :]
             tl.store(out_ptrs, packed, mask=kept[:, None] & (offs_c < WIDTH)[None, :])
             tl.store(scale_ptr + row, scale, mask=kept)
-            tl.store(zero_ptr + row, zero.to(tl.uint8), mask=kept)
+            pair = base + slot % PAGE
+            tl.store(zero_ptr + 2 * pair + side, zero.to(tl.uint8), mask=kept)
 
 
 @triton.jit

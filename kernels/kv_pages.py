@@ -5,6 +5,8 @@
 Layout: a code takes a field of F = 2, 4 or 8 bits, the narrowest that holds it. Byte j of a row
 holds in its bits [F i, F i + F) the code of dim j + i C, for i = 0 .. 8/F - 1. A slot is
 page * T + offset; the T keys of a page and a head lie next to each other, its T values behind them.
+The two zero-points of a token share a half word, for the smallest copy that is asynchronous takes
+four bytes: it brings those of two tokens.
 
 Shape legend: H key-value heads, D dims of a head, P pages of T tokens, C = D F / 8 bytes of a row.
 """
@@ -32,7 +34,7 @@ class KvPages:
     scale: torch.Tensor
     """float32 ``[P, H, 2, T]``; empty at 16 bits."""
     zero_point: torch.Tensor
-    """uint8 ``[P, H, 2, T]``, itself a code; empty at 16 bits."""
+    """uint8 ``[P, H, T, 2]``, itself a code; empty at 16 bits."""
     bits: int
     """2..8, or 16."""
     head_dim: int
@@ -58,11 +60,12 @@ class KvPages:
         rows = (pages, kv_heads, 2, page_size)
         raw = bits == RAW_BITS
         width = head_dim if raw else head_dim * field_bits(bits) // 8
-        per_row = (0,) if raw else rows
         return cls(
             codes=torch.zeros((*rows, width), dtype=dtype if raw else torch.uint8, device=device),
-            scale=torch.zeros(per_row, dtype=torch.float32, device=device),
-            zero_point=torch.zeros(per_row, dtype=torch.uint8, device=device),
+            scale=torch.zeros((0,) if raw else rows, dtype=torch.float32, device=device),
+            zero_point=torch.zeros(
+                (0,) if raw else (pages, kv_heads, page_size, 2), dtype=torch.uint8, device=device
+            ),
             bits=bits,
             head_dim=head_dim,
         )
@@ -99,7 +102,7 @@ class KvPages:
             QuantizedActivations(
                 codes=unpack_fields(rows, field_bits(self.bits)),
                 scale=self.scale[page, :, :, offset].unsqueeze(-1),
-                zero_point=self.zero_point[page, :, :, offset].int().unsqueeze(-1),
+                zero_point=self.zero_point[page, :, offset].int().unsqueeze(-1),
                 bits=self.bits,
             )
         )

@@ -15,8 +15,9 @@ __all__ = [
     "dot",
     "exp2",
     "field_dims",
-    "load_affine",
+    "load_scale",
     "load_words",
+    "load_zeros",
     "log2",
     "reciprocal",
     "round_weights",
@@ -118,18 +119,25 @@ def load_words(codes_ptr, row, inside, offs_w, WIDTH: tl.constexpr, FIELD: tl.co
 
 
 @triton.jit
-def load_affine(scale_ptr, zero_ptr, row, mask, BITS: tl.constexpr):
-    """Load scales and zero-points from the middle code; those of 16 bits change nothing."""
+def load_scale(scale_ptr, row, mask, BITS: tl.constexpr):
+    """Load the scales of some rows, float32; those of 16 bits are 1."""
     if BITS == 16:
-        scale = tl.full(row.shape, 1.0, dtype=tl.float32)
-        zero = tl.full(row.shape, 0.0, dtype=tl.float32)
+        return tl.full(row.shape, 1.0, dtype=tl.float32)
     else:
-        scale = tl.load(scale_ptr + row, mask=mask, other=1.0)
-        # words of four, as asynchronous copies move no single bytes
-        words = tl.load(zero_ptr + row // 4, mask=mask, other=0)
-        zero = (words >> (row % 4 * 8).to(tl.int32)) & 255
-        zero = (zero - (1 << (BITS - 1))).to(tl.float32)
-    return scale, zero
+        return tl.load(scale_ptr + row, mask=mask, other=1.0)
+
+
+@triton.jit
+def load_zeros(zero_ptr, pair, t, mask, BITS: tl.constexpr):
+    """Load zero-points of keys and values, float32 from the middle code; at 16 bits they are 0."""
+    if BITS == 16:
+        key = tl.full(pair.shape, 0.0, dtype=tl.float32)
+        value = key
+    else:
+        words = tl.load(zero_ptr + pair // 2, mask=mask, other=0) >> (t % 2 * 16)
+        key = ((words & 255) - (1 << (BITS - 1))).to(tl.float32)
+        value = (((words >> 8) & 255) - (1 << (BITS - 1))).to(tl.float32)
+    return key, value
 
 
 @triton.jit

@@ -29,8 +29,9 @@ from kernels.kv_tiles import (
     dot,
     exp2,
     field_dims,
-    load_affine,
+    load_scale,
     load_words,
+    load_zeros,
     log2,
     reciprocal,
     round_weights,
@@ -154,7 +155,7 @@ def launch_paged_attention(
     _decode_kernel[(config.splits, pages.kv_heads * head_blocks, batch)](
         query, query.stride(0), query.stride(1),
         pages.codes if raw else pages.codes.view(torch.int16),
-        pages.scale, pages.zero_point if raw else pages.zero_point.view(torch.int32),
+        pages.scale, pages.zero_point if raw else pages.zero_point.flatten().view(torch.int32),
         table, table.stride(0),
         context.lengths,
         out, out.stride(0), out.stride(1),
@@ -271,18 +272,20 @@ def _decode_kernel(
         inside = t < end
         # tokens beyond the end read page 0 and weigh nothing
         page = tl.load(table_ptr + b * stride_tb + t // PAGE, mask=inside, other=0).to(tl.int64)
-        row = (page * KV_HEADS + kv_head) * (2 * PAGE) + t % PAGE
+        base = (page * KV_HEADS + kv_head) * PAGE
+        row = 2 * base + t % PAGE
+        k_zero, v_zero = load_zeros(zero_ptr, base + t % PAGE, t, inside, BITS)
         words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
-        scale, zero = load_affine(scale_ptr, zero_ptr, row, inside, BITS)
+        scale = load_scale(scale_ptr, row, inside, BITS)
         x = tl.full((BLOCK_G, BLOCK_T), 0.0, dtype=tl.float32)
         for i in tl.static_range(FIELDS):
             k = unpack_field(words, i, FIELD, BITS, INTERP)
             x = dot(q_fields[i], tl.trans(k), x, INTERP)
-        x = (x - zero[None, :] * q_sum[:, None]) * scale[None, :]
+        x = (x - k_zero[None, :] * q_sum[:, None]) * scale[None, :]
 
         row += PAGE
         words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
-        scale, zero = load_affine(scale_ptr, zero_ptr, row, inside, BITS)
+        scale = load_scale(scale_ptr, row, inside, BITS)
         # infinity goes to tokens once, not to every head
         lift = tl.where(inside & (t >= first), log2(scale, INTERP), float("-inf"))
         x = cap(x * q_scale[:, None], soft_cap, HAS_CAP, INTERP) + lift[None, :]
@@ -291,7 +294,7 @@ def _decode_kernel(
         fade = exp2(above - top, INTERP)
         w_half = round_weights(exp2(x - top[:, None], INTERP), words, FIELD)
         w = w_half.to(tl.float32)
-        shift = shift * fade + tl.sum(w * zero[None, :], axis=1)
+        shift = shift * fade + tl.sum(w * v_zero[None, :], axis=1)
         total = total * fade + tl.sum(w * reciprocal(scale, INTERP)[None, :], axis=1)
         faded = ()
         for i in tl.static_range(FIELDS):

@@ -27,8 +27,9 @@ from kernels.kv_tiles import (
     cap,
     dot,
     exp2,
-    load_affine,
+    load_scale,
     load_words,
+    load_zeros,
     log2,
     reciprocal,
     round_weights,
@@ -143,7 +144,7 @@ def launch_paged_prefill(
     _prefill_kernel[(tiles, pages.kv_heads)](
         query, query.stride(0), query.stride(1),
         pages.codes if raw else pages.codes.view(torch.int16),
-        pages.scale, pages.zero_point if raw else pages.zero_point.view(torch.int32),
+        pages.scale, pages.zero_point if raw else pages.zero_point.flatten().view(torch.int32),
         context.block_table, context.block_table.stride(0),
         context.lengths, cu_seqlens,
         out, out.stride(0), out.stride(1),
@@ -232,17 +233,19 @@ def _prefill_kernel(
         inside = t < end
         # tokens beyond the end read page 0 and weigh nothing
         page = tl.load(table_ptr + b * stride_tb + t // PAGE, mask=inside, other=0).to(tl.int64)
-        row = (page * KV_HEADS + kv_head) * (2 * PAGE) + t % PAGE
+        base = (page * KV_HEADS + kv_head) * PAGE
+        row = 2 * base + t % PAGE
+        k_zero, v_zero = load_zeros(zero_ptr, base + t % PAGE, t, inside, BITS)
         words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
-        scale, zero = load_affine(scale_ptr, zero_ptr, row, inside, BITS)
+        scale = load_scale(scale_ptr, row, inside, BITS)
         k = unpack_tile(words, FIELD, BITS, INTERP)
         x = tl.full((BLOCK_M, BLOCK_T), 0.0, dtype=tl.float32)
         x = dot(q, tl.trans(k), x, INTERP)
-        x = (x - zero[None, :] * q_sum[:, None]) * scale[None, :]
+        x = (x - k_zero[None, :] * q_sum[:, None]) * scale[None, :]
 
         row += PAGE
         words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
-        scale, zero = load_affine(scale_ptr, zero_ptr, row, inside, BITS)
+        scale = load_scale(scale_ptr, row, inside, BITS)
         x = cap(x * q_scale[:, None], soft_cap, HAS_CAP, INTERP) + log2(scale, INTERP)[None, :]
         seen = (t[None, :] <= position[:, None]) & (t[None, :] > seen_from[:, None])
         x = tl.where(seen, x, float("-inf"))
@@ -251,7 +254,7 @@ def _prefill_kernel(
         fade = exp2(above - top, INTERP)
         w_half = round_weights(exp2(x - top[:, None], INTERP), words, FIELD)
         w = w_half.to(tl.float32)
-        shift = shift * fade + tl.sum(w * zero[None, :], axis=1)
+        shift = shift * fade + tl.sum(w * v_zero[None, :], axis=1)
         total = total * fade + tl.sum(w * reciprocal(scale, INTERP)[None, :], axis=1)
         acc = dot(w_half, unpack_tile(words, FIELD, BITS, INTERP), acc * fade[:, None], INTERP)
 
