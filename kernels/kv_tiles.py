@@ -19,6 +19,7 @@ __all__ = [
     "load_words",
     "load_zeros",
     "log2",
+    "power_below",
     "reciprocal",
     "round_weights",
     "tile_dims",
@@ -148,6 +149,17 @@ def cap(x, soft_cap, HAS_CAP: tl.constexpr, INTERP: tl.constexpr):
         doubled = tl.minimum(x * (2.0 / soft_cap), 64.0)
         x = (soft_cap * 1.4426950408889634) * (1.0 - 2.0 / (exp2(doubled, INTERP) + 1.0))
     return x
+
+
+@triton.jit
+def power_below(largest):
+    """Give the power of two that is at most as large, and its inverse; 1 for what is not normal."""
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    # the inverse of the largest powers is not normal either
+    usual = (exponent > 0) & (exponent < 0x7E800000)
+    exponent = tl.where(usual, exponent, 0x3F800000)
+    inverse = 0x7F000000 - exponent
+    return exponent.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
 
 
 @triton.jit

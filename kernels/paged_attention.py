@@ -33,6 +33,7 @@ from kernels.kv_tiles import (
     load_words,
     load_zeros,
     log2,
+    power_below,
     reciprocal,
     round_weights,
     unpack_field,
@@ -304,6 +305,7 @@ def _decode_kernel(
 
     # only a sequence without tokens has nothing to divide by
     divisor = tl.where(total == 0.0, 1.0, total)
+    share = 1.0 / divisor
     if SPLITS > 1:
         offs_p = (b * KV_HEADS * GROUP + heads) * SPLITS + split
         tl.store(sums_ptr + offs_p, top + tl.log2(divisor), mask=mask_g)
@@ -312,7 +314,7 @@ def _decode_kernel(
         rows = out_ptr + b * stride_ob + heads[:, None] * stride_oh
     for i in tl.static_range(FIELDS):
         dims = field_dims(offs_w, i, FIELD, WIDTH)
-        o = (acc[i] - shift[:, None]) / divisor[:, None]
+        o = (acc[i] - shift[:, None]) * share[:, None]
         tl.store(rows + dims[None, :], o.to(rows.dtype.element_ty), mask=mask_q)
 
 
@@ -321,24 +323,25 @@ def _load_query(q_rows, mask, offs_w, FIELD: tl.constexpr, WIDTH: tl.constexpr):
     """Load queries as the fields lie; over packed codes in float16, scaled by a power of two."""
     FIELDS: tl.constexpr = 16 // FIELD
     unit = tl.full((mask.shape[0],), 1.0, dtype=tl.float32)
-    total = tl.full((mask.shape[0],), 0.0, dtype=tl.float32)
+    inverse = unit
+    # whole tiles, so that only one of each is reduced
+    total = tl.full(mask.shape, 0.0, dtype=tl.float32)
     if FIELD < 16:
         largest = total
         for i in tl.static_range(FIELDS):
             dims = field_dims(offs_w, i, FIELD, WIDTH)
             q = tl.load(q_rows + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(q), axis=1))
-        exponent = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        unit = tl.where(exponent == 0.0, 1.0, exponent)
+            largest = tl.maximum(largest, tl.abs(q))
+        unit, inverse = power_below(tl.max(largest, axis=1))
     fields = ()
     for i in tl.static_range(FIELDS):
         dims = field_dims(offs_w, i, FIELD, WIDTH)
         q = tl.load(q_rows + dims[None, :], mask=mask, other=0.0)
         if FIELD < 16:
-            q = (q.to(tl.float32) / unit[:, None]).to(tl.float16)
-            total += tl.sum(q.to(tl.float32), axis=1)
+            q = (q.to(tl.float32) * inverse[:, None]).to(tl.float16)
+            total += q.to(tl.float32)
         fields += (q,)  # type: ignore[assignment]
-    return fields, total, unit
+    return fields, tl.sum(total, axis=1), unit
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from kernels.kv_tiles import (
     load_words,
     load_zeros,
     log2,
+    power_below,
     reciprocal,
     round_weights,
     tile_dims,
@@ -258,7 +259,7 @@ def _prefill_kernel(
         total = total * fade + tl.sum(w * reciprocal(scale, INTERP)[None, :], axis=1)
         acc = dot(w_half, unpack_tile(words, FIELD, BITS, INTERP), acc * fade[:, None], INTERP)
 
-    o = (acc - shift[:, None]) / tl.where(total == 0.0, 1.0, total)[:, None]
+    o = (acc - shift[:, None]) * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     out_ptrs = out_ptr + (token * stride_om + head * stride_oh)[:, None] + dims[None, :]
     tl.store(out_ptrs, o.to(out_ptr.dtype.element_ty), mask=mask_q)
 
@@ -288,8 +289,7 @@ def _scale_query(q, FIELD: tl.constexpr):
     if FIELD < 16:
         wide = q.to(tl.float32)
         largest = tl.max(tl.abs(wide), axis=1)
-        exponent = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        unit = tl.where(exponent == 0.0, 1.0, exponent)
-        q = (wide / unit[:, None]).to(tl.float16)
+        unit, inverse = power_below(largest)
+        q = (wide * inverse[:, None]).to(tl.float16)
         total = tl.sum(q.to(tl.float32), axis=1)
     return q, total, unit

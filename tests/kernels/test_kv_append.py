@@ -42,15 +42,16 @@ def assert_same_pages(a, b):
     assert torch.equal(a.zero_point, b.zero_point)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 16])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("head_dim", "rotated"), [(64, 64), (80, 32), (128, 128)])
+@pytest.mark.parametrize("bits", [2, 3, 8, 16])
+@pytest.mark.parametrize(
+    ("head_dim", "rotated", "dtype"), [(80, 32, torch.float16), (64, 64, torch.bfloat16)]
+)
 def test_the_kernel_writes_the_bits_of_the_reference(
     kernel, device, bits, dtype, head_dim, rotated
 ):
-    states = states_of(5, 6, 3, head_dim, dtype, device)
-    rotary = rotary_of(5, rotated, device)
-    slots = torch.tensor([17, 3, -1, 63, 40], dtype=torch.int32, device=device)
+    states = states_of(3, 4, 3, head_dim, dtype, device)
+    rotary = rotary_of(3, rotated, device)
+    slots = torch.tensor([17, -1, 63], dtype=torch.int32, device=device)
     actual, expected = (poisoned_pages(bits, 3, head_dim, dtype, device) for _ in range(2))
 
     query = kernel.launch_append_kv(actual, states, slots, rotary)

@@ -17,7 +17,7 @@ def config_of(kernel, splits=1, **changed):
     return kernel.LaunchConfig(**(values | changed))
 
 
-def case(device, *, bits, lengths=(37, 0, 5), group=2, kv_heads=2, head_dim=64, dtype=None):
+def case(device, *, bits, lengths=(37, 0, 5), group=2, kv_heads=1, head_dim=64, dtype=None):
     dtype = dtype or torch.float16
     pages, table, lengths = filled_pages(
         lengths, kv_heads, head_dim, bits=bits, dtype=dtype, device=device
@@ -41,9 +41,10 @@ def assert_near(actual, query, pages, context, scoring):
     assert bool(((actual - expected).abs() <= 2 * step * size).all())
 
 
-@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8, 16])
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "splits"), [(64, torch.float16, 2), (128, torch.bfloat16, 1)]
+)
 def test_decode_attention_is_that_of_float64(kernel, device, bits, splits, head_dim, dtype):
     query, pages, context = case(device, bits=bits, head_dim=head_dim, dtype=dtype)
     scoring = Scoring(softmax_scale=head_dim**-0.5)
@@ -53,10 +54,9 @@ def test_decode_attention_is_that_of_float64(kernel, device, bits, splits, head_
     assert_near(out, query, pages, context, scoring)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 16])
-@pytest.mark.parametrize("head_dim", [80, 96, 256])
+@pytest.mark.parametrize(("head_dim", "bits"), [(80, 2), (80, 16), (96, 4), (256, 2), (256, 4)])
 def test_heads_of_any_size(kernel, device, bits, head_dim):
-    query, pages, context = case(device, bits=bits, head_dim=head_dim, kv_heads=1)
+    query, pages, context = case(device, bits=bits, head_dim=head_dim, kv_heads=2, lengths=(20,))
     scoring = Scoring(softmax_scale=head_dim**-0.5)
 
     out = attend(kernel, query, pages, context, scoring, config_of(kernel, 2))
@@ -64,9 +64,9 @@ def test_heads_of_any_size(kernel, device, bits, head_dim):
     assert_near(out, query, pages, context, scoring)
 
 
-@pytest.mark.parametrize("group", [1, 3, 7, 20, 71])
+@pytest.mark.parametrize("group", [1, 7, 71])
 def test_groups_of_any_size(kernel, device, group):
-    query, pages, context = case(device, bits=4, group=group, kv_heads=1, lengths=(20,))
+    query, pages, context = case(device, bits=4, group=group, lengths=(20,))
     scoring = Scoring(softmax_scale=0.2)
 
     out = attend(kernel, query, pages, context, scoring, config_of(kernel))
@@ -74,9 +74,9 @@ def test_groups_of_any_size(kernel, device, group):
     assert_near(out, query, pages, context, scoring)
 
 
-@pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize("window", [1, 16, 23, 4096])
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    ("window", "bits", "splits"), [(1, 4, 2), (16, 16, 2), (23, 4, 1), (23, 4, 2), (4096, 16, 1)]
+)
 def test_a_window_hides_what_lies_behind(kernel, device, bits, window, splits):
     query, pages, context = case(device, bits=bits, lengths=(50, 7))
     scoring = Scoring(softmax_scale=0.1, window=window)
@@ -108,7 +108,7 @@ def test_queries_of_any_size_lose_nothing_in_half_precision(kernel, device, fact
 
 
 def test_a_sequence_gives_the_same_bits_in_every_batch(kernel, device):
-    query, pages, context = case(device, bits=4, lengths=(37, 90, 5))
+    query, pages, context = case(device, bits=4, lengths=(37, 60, 5))
     scoring = Scoring(softmax_scale=0.125)
     config = config_of(kernel, 3)
 
@@ -127,7 +127,7 @@ def test_larger_pages_change_nothing(kernel, device):
     pages, table, lengths = filled_pages(
         (70,), 2, 64, bits=4, page_size=64, dtype=torch.float16, device=device
     )
-    query = torch.randn(1, 2, 64, device=device).half()
+    query = torch.randn(1, 4, 64, device=device).half()
     context = PagedContext(block_table=table, lengths=lengths)
     scoring = Scoring(softmax_scale=0.125)
 
@@ -154,7 +154,7 @@ def test_splits_depend_on_the_model_and_not_on_the_batch(kernel):
     ],
 )
 def test_queries_that_do_not_fit_are_refused(change, message):
-    query, pages, context = case("cpu", bits=16)
+    query, pages, context = case("cpu", bits=16, kv_heads=2)
 
     with pytest.raises(ValueError, match=message):
         paged_attention(change(query), pages, context, Scoring(softmax_scale=1.0))
