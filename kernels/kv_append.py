@@ -317,6 +317,8 @@ def _check_states(
         )
     if key.stride(-1) != 1 or value.stride(-1) != 1:
         raise ValueError("the dims of a head must be adjacent")
+    if rotary is not None and not (rotary.cos.is_contiguous() and rotary.sin.is_contiguous()):
+        raise ValueError("the rows of cos and sin must be adjacent")
     if rotary is not None and 2 * rotary.cos.shape[1] > pages.head_dim:
         raise ValueError(f"{2 * rotary.cos.shape[1]} rotated dims do not fit {pages.head_dim}")
     if key.device != pages.codes.device or slots.device != key.device:

@@ -65,32 +65,34 @@ class LaunchConfig:
 
 
 def select_config(
-    kv_heads: int,
-    bits: int,
-    max_context: int,
-    table: dict[tuple[int, int], LaunchConfig] | None = None,
+    pages: KvPages, max_context: int, table: dict[tuple[int, int, int], LaunchConfig] | None = None
 ) -> LaunchConfig:
-    """Pick the launch; from compiled code and arithmetic, not measured.
+    """Pick the launch; from the compiled code, where none of these spills, not measured.
 
     The batch is no argument, so that a sequence gives the same bits in every batch.
 
     Args:
-        kv_heads: H.
-        bits: of the pages.
+        pages: heads, dims and bits count.
         max_context: tokens that the block table can hold.
-        table: measured configs by heads and bits.
+        table: measured configs by key-value heads, dims and bits.
     """
-    if table and (kv_heads, bits) in table:
-        return table[kv_heads, bits]
-    block_t = 64
-    # some 512 programs keep an H100 busy with one sequence
-    wanted = max(1, 512 // kv_heads)
-    splits = min(64, wanted, triton.next_power_of_2(triton.cdiv(max_context, 2 * block_t)))
+    key = (pages.kv_heads, pages.head_dim, pages.bits)
+    if table and key in table:
+        return table[key]
+    is_large = pages.head_dim > 128
+    block_t, num_warps = (64 if is_large or pages.bits == RAW_BITS else 128), 4
+    if pages.bits == 2:
+        # a field of two bits has too few dims for more warps to share
+        block_t, num_warps = 32, 2 if is_large else 1
+    # two programs of four warps for each of an H100's 132 processors, with one sequence
+    wanted = max(1, 1056 // num_warps // pages.kv_heads)
+    min_chunk = max(64, block_t)
+    longest = triton.next_power_of_2(triton.cdiv(max_context, min_chunk))
     return LaunchConfig(
-        splits=splits,
-        min_chunk=2 * block_t,
+        splits=min(64, wanted, longest),
+        min_chunk=min_chunk,
         block_t=block_t,
-        num_warps=2 if bits == RAW_BITS else 1,
+        num_warps=num_warps,
         num_stages=3,
     )
 
@@ -139,7 +141,7 @@ def launch_paged_attention(
     """Run the Triton kernels, on a GPU or in the interpreter; see `paged_attention`."""
     batch, heads, head_dim = query.shape
     table = context.block_table
-    config = config or select_config(pages.kv_heads, pages.bits, table.shape[1] * pages.page_size)
+    config = config or select_config(pages, table.shape[1] * pages.page_size)
     out = query.new_empty(query.shape) if out is None else out
     if not batch:
         return out

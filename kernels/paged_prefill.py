@@ -75,9 +75,13 @@ def select_config(
         return table[group, head_dim]
     if rows < 64:
         return LaunchConfig(block_m=16, block_t=64, num_warps=4, num_stages=2)
-    if rows < 512 or head_dim > 128:
-        return LaunchConfig(block_m=64, block_t=64, num_warps=4, num_stages=2)
-    return LaunchConfig(block_m=128, block_t=64, num_warps=8, num_stages=2)
+    is_small, is_large_head = rows < 512, head_dim > 128
+    return LaunchConfig(
+        block_m=64 if is_small or is_large_head else 128,
+        block_t=64,
+        num_warps=4 if is_small and not is_large_head else 8,
+        num_stages=2,
+    )
 
 
 def paged_prefill(
@@ -223,7 +227,7 @@ def _prefill_kernel(
     q_scale = unit * softmax_scale * LOG2_E
 
     end = tl.minimum(length - count + (tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1, length)
-    begin = length - count + tile * BLOCK_M // GROUP + 1 - window if HAS_WINDOW else 0
+    begin = length - count + tile * BLOCK_M // GROUP + 1 - window if HAS_WINDOW else length * 0
     begin = tl.maximum(begin, 0) // BLOCK_T * BLOCK_T
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, dtype=tl.float32)
     top = tl.full((BLOCK_M,), LOWEST, dtype=tl.float32)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kernels.attention import PagedContext, Scoring, attention_reference
+from kernels.kv_pages import KvPages
 from kernels.paged_attention import paged_attention
 from tests.kernels.kv_cases import filled_pages, fresh_module
 
@@ -137,11 +138,12 @@ def test_larger_pages_change_nothing(kernel, device):
 
 
 def test_splits_depend_on_the_model_and_not_on_the_batch(kernel):
-    short, long = (kernel.select_config(8, 4, context) for context in (128, 32768))
+    pages = KvPages.allocate(1, 8, 128, bits=4)
+    short, long = (kernel.select_config(pages, context) for context in (128, 32768))
 
     assert short.splits == 1
-    assert long.splits > 16
-    assert kernel.select_config(8, 4, 128, {(8, 4): long}) == long
+    assert long.splits == 33
+    assert kernel.select_config(pages, 128, {(8, 128, 4): long}) == long
 
 
 @pytest.mark.parametrize(
