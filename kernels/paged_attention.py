@@ -1,0 +1,381 @@
+"""Decode attention: one query a sequence against packed keys and values.
+
+    x[t] = scale s_k[t] (q . c_k[t] - z_k[t] sum q)                zero-points folded in
+    w[t] = exp2(x[t] log2 e + log2 s_v[t] - m)                     kept up to 2^12 in float16
+    out  = (sum_t w[t] c_v[t] - sum_t w[t] z_v[t]) / sum_t w[t] / s_v[t]
+
+Codes and zero-points are counted from the middle code, and q is scaled by a power of two into the
+range of float16, so all products are of exact operands; only w is rounded, and numerator and
+denominator see the same rounded w. At 16 bits keys and values are read as they are, s = 1, z = 0.
+
+A program takes one chunk of one sequence and up to BLOCK_G query heads of one key-value head, which
+share its loads; words of packed codes go from shared memory into operand registers and are unpacked
+there, one product for each field (`kernels.kv_tiles`). Chunks depend on the length of the sequence
+alone: a result is the same in every batch. A second kernel combines the chunks in order.
+
+Shape legend: B sequences, Q query heads, H key-value heads, G = Q / H, D dims of a head, S splits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention import PagedContext, Scoring, attention_reference, check_attention
+from kernels.kv_pages import RAW_BITS, KvPages, field_bits
+from kernels.kv_tiles import (
+    cap,
+    dot,
+    exp2,
+    field_dims,
+    load_scale,
+    load_words,
+    load_zeros,
+    log2,
+    power_below,
+    reciprocal,
+    round_weights,
+    unpack_field,
+    wait_for_predecessor,
+)
+
+__all__ = ["LaunchConfig", "paged_attention", "select_config"]
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# float16 holds twice that many powers of two below 1 than above
+HEADROOM = tl.constexpr(12.0)
+MIN_DOT = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """How a sequence is split, and the tile of a program."""
+
+    splits: int
+    """Chunks at most; 1 needs no second kernel."""
+    min_chunk: int
+    """Tokens of a chunk at least."""
+    block_t: int
+    num_warps: int
+    num_stages: int
+    combine_block_d: int = 32
+    pdl: bool = False
+    """Programmatic dependent launch: only where all kernels of the stream wait for each other."""
+
+
+def select_config(
+    pages: KvPages, max_context: int, table: dict[tuple[int, int, int], LaunchConfig] | None = None
+) -> LaunchConfig:
+    """Pick the launch; from the compiled code, where none of these spills, not measured.
+
+    The batch is no argument, so that a sequence gives the same bits in every batch.
+
+    Args:
+        pages: heads, dims and bits count.
+        max_context: tokens that the block table can hold.
+        table: measured configs by key-value heads, dims and bits.
+    """
+    key = (pages.kv_heads, pages.head_dim, pages.bits)
+    if table and key in table:
+        return table[key]
+    is_large = pages.head_dim > 128
+    block_t, num_warps = (64 if is_large or pages.bits == RAW_BITS else 128), 4
+    if pages.bits == 2:
+        # a field of two bits has too few dims for more warps to share
+        block_t, num_warps = 32, 2 if is_large else 1
+    # two programs of four warps for each of an H100's 132 processors, with one sequence
+    wanted = max(1, 1056 // num_warps // pages.kv_heads)
+    min_chunk = max(64, block_t)
+    longest = triton.next_power_of_2(triton.cdiv(max_context, min_chunk))
+    return LaunchConfig(
+        splits=min(64, wanted, longest),
+        min_chunk=min_chunk,
+        block_t=block_t,
+        num_warps=num_warps,
+        num_stages=3,
+    )
+
+
+def paged_attention(
+    query: torch.Tensor,
+    pages: KvPages,
+    context: PagedContext,
+    scoring: Scoring,
+    *,
+    out: torch.Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """Attend with one query a sequence.
+
+    Args:
+        query: float16 or bfloat16 ``[B, Q, D]``, dims adjacent.
+        pages: of one layer, the present token appended.
+        context: of B sequences.
+        scoring: scale, window and cap.
+        out: ``[B, Q, D]`` to write to, dims adjacent.
+        config: None for `select_config`.
+
+    Returns:
+        ``[B, Q, D]`` of the dtype of the queries; zeros for a sequence of length 0.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    check_attention(query, pages, context)
+    if query.device.type == "cpu":
+        result = attention_reference(query, pages, context, scoring).to(query.dtype)
+        return result if out is None else out.copy_(result)
+    return launch_paged_attention(query, pages, context, scoring, out=out, config=config)
+
+
+def launch_paged_attention(
+    query: torch.Tensor,
+    pages: KvPages,
+    context: PagedContext,
+    scoring: Scoring,
+    *,
+    out: torch.Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """Run the Triton kernels, on a GPU or in the interpreter; see `paged_attention`."""
+    batch, heads, head_dim = query.shape
+    table = context.block_table
+    config = config or select_config(pages, table.shape[1] * pages.page_size)
+    out = query.new_empty(query.shape) if out is None else out
+    if not batch:
+        return out
+    group = heads // pages.kv_heads
+    block_g = max(MIN_DOT, min(64, triton.next_power_of_2(group)))
+    head_blocks = triton.cdiv(group, block_g)
+    parts, sums = out, out
+    if config.splits > 1:
+        parts = query.new_empty((batch, heads, config.splits, head_dim), dtype=torch.float32)
+        sums = query.new_empty((batch, heads, config.splits), dtype=torch.float32)
+    raw = pages.bits == RAW_BITS
+    width = head_dim if raw else pages.codes.shape[-1] // 2
+    launch = {"launch_pdl": True} if config.pdl else {}
+    _decode_kernel[(config.splits, pages.kv_heads * head_blocks, batch)](
+        query, query.stride(0), query.stride(1),
+        pages.codes if raw else pages.codes.view(torch.int16),
+        pages.scale, pages.zero_point if raw else pages.zero_point.flatten().view(torch.int32),
+        table, table.stride(0),
+        context.lengths,
+        out, out.stride(0), out.stride(1),
+        parts, sums,
+        scoring.softmax_scale, scoring.window or 0, scoring.soft_cap or 1.0,
+        group, head_blocks,
+        KV_HEADS=pages.kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE=pages.page_size,
+        BITS=pages.bits,
+        FIELD=RAW_BITS if raw else field_bits(pages.bits),
+        WIDTH=width,
+        HAS_WINDOW=scoring.window is not None,
+        HAS_CAP=scoring.soft_cap is not None,
+        SPLITS=config.splits,
+        MIN_CHUNK=config.min_chunk,
+        BLOCK_G=block_g,
+        BLOCK_T=config.block_t,
+        BLOCK_W=max(MIN_DOT, triton.next_power_of_2(width)),
+        PDL=config.pdl,
+        INTERP=query.device.type == "cpu",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch,
+    )  # fmt: skip
+    if config.splits > 1:
+        blocks = triton.cdiv(head_dim, config.combine_block_d)
+        _combine_kernel[(blocks, heads, batch)](
+            parts, sums, context.lengths,
+            out, out.stride(0), out.stride(1),
+            heads, scoring.window or 0,
+            HEAD_DIM=head_dim,
+            HAS_WINDOW=scoring.window is not None,
+            SPLITS=config.splits,
+            MIN_CHUNK=config.min_chunk,
+            BLOCK_S=triton.next_power_of_2(config.splits),
+            BLOCK_T=config.block_t,
+            BLOCK_D=config.combine_block_d,
+            PDL=config.pdl,
+            num_warps=4,
+            **launch,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _chunking(
+    length, window, HAS_WINDOW: tl.constexpr, SPLITS: tl.constexpr, MIN_CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Give the first token seen, where the first chunk begins and the tokens of a chunk."""
+    first = tl.maximum(length - window, 0) if HAS_WINDOW else length * 0
+    begin = first // BLOCK_T * BLOCK_T
+    chunk = tl.maximum(tl.cdiv(length - begin, SPLITS), MIN_CHUNK)
+    return first, begin, tl.cdiv(chunk, BLOCK_T) * BLOCK_T
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, stride_qb, stride_qh,
+    codes_ptr, scale_ptr, zero_ptr,
+    table_ptr, stride_tb,
+    lengths_ptr,
+    out_ptr, stride_ob, stride_oh,
+    parts_ptr, sums_ptr,
+    softmax_scale, window, soft_cap,
+    GROUP, head_blocks,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    FIELD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PDL: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """One program attends BLOCK_G heads to one chunk, BLOCK_T tokens of packed words at a time."""
+    FIELDS: tl.constexpr = 16 // FIELD
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1) // head_blocks
+    b = tl.program_id(2).to(tl.int64)
+    offs_g = tl.program_id(1) % head_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    offs_w = tl.arange(0, BLOCK_W)
+    offs_t = tl.arange(0, BLOCK_T)
+    mask_g = offs_g < GROUP
+    mask_w = offs_w < WIDTH
+    heads = kv_head * GROUP + offs_g
+    wait_for_predecessor(PDL)
+    length = tl.load(lengths_ptr + b)
+    first, begin, chunk = _chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
+    begin += split * chunk
+    end = tl.minimum(begin + chunk, length)
+    if SPLITS > 1:  # noqa: SIM102  a constant cannot be joined to a comparison on the device
+        if begin >= length:
+            return
+
+    q_rows = q_ptr + b * stride_qb + heads[:, None] * stride_qh
+    mask_q = mask_g[:, None] & mask_w[None, :]
+    q_fields, q_sum, unit = _load_query(q_rows, mask_q, offs_w, FIELD, WIDTH)
+    q_scale = unit * softmax_scale * LOG2_E
+    acc = (tl.full((BLOCK_G, BLOCK_W), 0.0, dtype=tl.float32),) * FIELDS
+    top = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
+    total = tl.full((BLOCK_G,), 0.0, dtype=tl.float32)
+    shift = tl.full((BLOCK_G,), 0.0, dtype=tl.float32)
+    for start in range(begin, end, BLOCK_T):
+        t = start + offs_t
+        inside = t < end
+        # tokens beyond the end read page 0 and weigh nothing
+        page = tl.load(table_ptr + b * stride_tb + t // PAGE, mask=inside, other=0).to(tl.int64)
+        base = (page * KV_HEADS + kv_head) * PAGE
+        row = 2 * base + t % PAGE
+        k_zero, v_zero = load_zeros(zero_ptr, base + t % PAGE, t, inside, BITS)
+        words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
+        scale = load_scale(scale_ptr, row, inside, BITS)
+        x = tl.full((BLOCK_G, BLOCK_T), 0.0, dtype=tl.float32)
+        for i in tl.static_range(FIELDS):
+            k = unpack_field(words, i, FIELD, BITS, INTERP)
+            x = dot(q_fields[i], tl.trans(k), x, INTERP)
+        x = (x - k_zero[None, :] * q_sum[:, None]) * scale[None, :]
+
+        row += PAGE
+        words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
+        scale = load_scale(scale_ptr, row, inside, BITS)
+        # infinity goes to tokens once, not to every head
+        lift = tl.where(inside & (t >= first), log2(scale, INTERP), float("-inf"))
+        x = cap(x * q_scale[:, None], soft_cap, HAS_CAP, INTERP) + lift[None, :]
+        above = top
+        top = tl.maximum(top, tl.max(x, axis=1) - HEADROOM)
+        fade = exp2(above - top, INTERP)
+        w_half = round_weights(exp2(x - top[:, None], INTERP), words, FIELD)
+        w = w_half.to(tl.float32)
+        shift = shift * fade + tl.sum(w * v_zero[None, :], axis=1)
+        total = total * fade + tl.sum(w * reciprocal(scale, INTERP)[None, :], axis=1)
+        faded = ()
+        for i in tl.static_range(FIELDS):
+            v = unpack_field(words, i, FIELD, BITS, INTERP)
+            faded += (dot(w_half, v, acc[i] * fade[:, None], INTERP),)  # type: ignore[assignment]
+        acc = faded
+
+    # only a sequence without tokens has nothing to divide by
+    divisor = tl.where(total == 0.0, 1.0, total)
+    share = 1.0 / divisor
+    if SPLITS > 1:
+        offs_p = (b * KV_HEADS * GROUP + heads) * SPLITS + split
+        tl.store(sums_ptr + offs_p, top + tl.log2(divisor), mask=mask_g)
+        rows = parts_ptr + offs_p[:, None] * HEAD_DIM
+    else:
+        rows = out_ptr + b * stride_ob + heads[:, None] * stride_oh
+    for i in tl.static_range(FIELDS):
+        dims = field_dims(offs_w, i, FIELD, WIDTH)
+        o = (acc[i] - shift[:, None]) * share[:, None]
+        tl.store(rows + dims[None, :], o.to(rows.dtype.element_ty), mask=mask_q)
+
+
+@triton.jit
+def _load_query(q_rows, mask, offs_w, FIELD: tl.constexpr, WIDTH: tl.constexpr):
+    """Load queries as the fields lie; over packed codes in float16, scaled by a power of two."""
+    FIELDS: tl.constexpr = 16 // FIELD
+    unit = tl.full((mask.shape[0],), 1.0, dtype=tl.float32)
+    inverse = unit
+    # whole tiles, so that only one of each is reduced
+    total = tl.full(mask.shape, 0.0, dtype=tl.float32)
+    if FIELD < 16:
+        largest = total
+        for i in tl.static_range(FIELDS):
+            dims = field_dims(offs_w, i, FIELD, WIDTH)
+            q = tl.load(q_rows + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(q))
+        unit, inverse = power_below(tl.max(largest, axis=1))
+    fields = ()
+    for i in tl.static_range(FIELDS):
+        dims = field_dims(offs_w, i, FIELD, WIDTH)
+        q = tl.load(q_rows + dims[None, :], mask=mask, other=0.0)
+        if FIELD < 16:
+            q = (q.to(tl.float32) * inverse[:, None]).to(tl.float16)
+            total += q.to(tl.float32)
+        fields += (q,)  # type: ignore[assignment]
+    return fields, tl.sum(total, axis=1), unit
+
+
+@triton.jit
+def _combine_kernel(
+    parts_ptr, sums_ptr, lengths_ptr,
+    out_ptr, stride_ob, stride_oh,
+    heads, window,
+    HEAD_DIM: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program weighs the chunks of BLOCK_D dims of one head: tile ``[BLOCK_S, BLOCK_D]``."""
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    offs_s = tl.arange(0, BLOCK_S)
+    wait_for_predecessor(PDL)
+    length = tl.load(lengths_ptr + b)
+    _, begin, chunk = _chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
+    filled = offs_s < tl.cdiv(length - begin, chunk)
+    row = (b * heads + head) * SPLITS + offs_s
+    x = tl.load(sums_ptr + row, mask=filled, other=float("-inf"))
+    mask = filled[:, None] & (offs_d < HEAD_DIM)[None, :]
+    parts = tl.load(parts_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+    top = tl.max(x, axis=0)
+    w = tl.exp2(x - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(w, axis=0)
+    o = tl.sum(parts * w[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    out_ptrs = out_ptr + b * stride_ob + head * stride_oh + offs_d
+    tl.store(out_ptrs, o.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
