@@ -25,6 +25,7 @@ from typing import Any, Self
 __all__ = [
     "BUCKETS",
     "CONFIGS",
+    "WHOLE_ROW",
     "ConfigTable",
     "InvalidTableError",
     "Route",
