@@ -30,7 +30,8 @@ class Budget:
 
     def allows(self, kind: str, guess_s: float = 1.0) -> bool:
         """Whether work of a kind fits, by the dearest of its kind so far, else by a guess."""
-        return self._costs.get(kind, guess_s) <= self.remaining_s()
+        remaining = self.remaining_s()
+        return remaining > 0 and self._costs.get(kind, guess_s) <= remaining
 
     @contextmanager
     def spend(self, kind: str) -> Iterator[None]:

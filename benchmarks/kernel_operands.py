@@ -50,6 +50,12 @@ class Operands:
     x: torch.Tensor | None
     """bfloat16 ``[M, K]``, None with quantized activations."""
 
+    def dequantized(self, rows: slice = slice(None)) -> torch.Tensor:
+        """The float64 ``[N, K]`` that rows of the weight stand for."""
+        codes_NK = unpack_codes(self.planes[:, rows], self.case.k).double()
+        zero_NK = _per_column(self.zero_point[rows].double(), codes_NK)
+        return (codes_NK - zero_NK) * _per_column(self.scale[rows].double(), codes_NK)
+
 
 def draw_operands(case: KernelCase, device: torch.device) -> Operands:
     """Draw codes, scales and zero-points anew, none of them special."""
@@ -141,14 +147,12 @@ def _half_bounds(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert operands.x is not None
     x_MK = operands.x.double()
-    codes_NK = unpack_codes(operands.planes[:, rows], operands.case.k).double()
-    scale_NK = _per_column(operands.scale[rows].double(), codes_NK)
-    zero_NK = _per_column(operands.zero_point[rows].double(), codes_NK)
-    w_NK = (codes_NK - zero_NK) * scale_NK
+    w_NK = operands.dequantized(rows)
     rounding = torch.finfo(operands.x.dtype).eps / 2 / math.sqrt(3)
     slack = (x_MK.square() @ w_NK.square().t()).sqrt() * (DEVIATIONS * rounding)
     # a zero-point may be subtracted from the sum instead of from every code
-    slack += x_MK.abs() @ ((codes_NK + zero_NK) * scale_NK).t() * FLOAT32_SUM
+    largest_NS = operands.scale[rows].double() * (1 << operands.case.w_bits)
+    slack += x_MK.abs() @ _per_column(largest_NS, w_NK).t() * FLOAT32_SUM
     return _round_outwards(x_MK @ w_NK.t(), slack, dtype)
 
 

@@ -33,6 +33,8 @@ CHUNK = 24
 """Products compiled at a time, before they are measured on a quiet GPU."""
 JUST_IN_TIME = ("humming", "gemlite")
 """Rivals that compile."""
+WIDTH = 132
+"""Of the table, also where the output is no terminal."""
 TOY_METHOD = Method(rotate_bytes=0, replays=2)
 Row = dict[str, Any]
 
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         budget=Budget(options.budget),
         rivals=options.rivals,
         workers=options.workers if options.device.startswith("cuda") else 0,
-        console=Console(),
+        console=Console(width=WIDTH),
     )
     cases = TOY if options.toy else GOALS if options.goals else all_cases()
     torch.manual_seed(options.seed)
@@ -104,7 +106,7 @@ def _compile_ahead(cases: Sequence[KernelCase], run: Run) -> None:
 def _measure_case(case: KernelCase, run: Run) -> Row:
     with run.budget.spend("product"):
         product = prepare_product(case, run.device, run.method)
-        timing = _time(product.launch, OURS, case, run)
+        timing = _time(product, OURS, case, run)
     rivals = {name: _measure_rival(name, case, run) for name in run.rivals}
     us = None if timing is None else round(timing.us, 3)
     row = {

@@ -1,0 +1,161 @@
+"""Our products, ready to be timed: rotating weights, a plan to launch them, a check to hold to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.kernel_case import KernelCase
+from benchmarks.kernel_operands import (
+    Operands,
+    copy_tensors,
+    draw_operands,
+    make_check,
+    tensor_bytes,
+)
+from benchmarks.kernel_rivals import RIVALS, Prepared
+from benchmarks.timing import Check, Method, copies_to_rotate
+from kernels.float_linear import float_linear
+from kernels.linear import Plan, launch_plan, make_counters, plan_linear
+from kernels.sliced import SlicedWeight
+from kernels.sliced_reference import sliced_linear_reference
+from kernels.tables import load_table
+
+__all__ = [
+    "OURS", "PlanTask", "Product", "Rotation", "compile_launch", "compile_plans", "plan_product",
+    "prepare_product", "rotate_operands",
+]  # fmt: skip
+
+OURS = "ours"
+OUT_DTYPE = torch.bfloat16
+ONCE = Method(rotate_bytes=0)
+"""For compiling: the fewest copies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product(Prepared):
+    """A product of ours."""
+
+    op: str
+    """The kernel that answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """Operands with copies of the weight, and what every plan must compute from them."""
+
+    operands: Operands
+    weights: Sequence[SlicedWeight]
+    check: Check
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanTask:
+    """Plans of one case, for another process to compile."""
+
+    case: KernelCase
+    plans: Sequence[Plan]
+
+
+def prepare_product(case: KernelCase, device: torch.device, method: Method) -> Product:
+    """Draw operands, and launch them as the table of the GPU says, or as a CPU answers."""
+    rotation = rotate_operands(draw_operands(case, device), method)
+    if device.type == "cuda":
+        table = load_table(torch.cuda.get_device_name(device))
+        return plan_product(rotation, plan_linear(case.key, table))
+    return Product(
+        op="reference",
+        copies=len(rotation.weights),
+        launch=lambda index: _answer_on_cpu(rotation.operands, rotation.weights[index]),
+        check=rotation.check,
+    )
+
+
+def rotate_operands(operands: Operands, method: Method) -> Rotation:
+    """Copy the weight until no cache holds all copies."""
+    copies = copies_to_rotate(tensor_bytes(operands.weight), method)
+    bounds: list[Check] = []
+
+    def check(output: torch.Tensor) -> bool:
+        # whoever only compiles never computes the right answer
+        if not bounds:
+            bounds.append(make_check(operands, OUT_DTYPE))
+        return bounds[0](output)
+
+    return Rotation(
+        operands=operands,
+        weights=[operands.weight, *(copy_tensors(operands.weight) for _ in range(copies - 1))],
+        check=check,
+    )
+
+
+def plan_product(rotation: Rotation, plan: Plan) -> Product:
+    """Launch operands as a plan says, on a GPU or in the interpreter."""
+    tokens = rotation.operands.tokens
+    assert tokens is not None
+    counters = make_counters(tokens.codes.device)
+
+    def launch(index: int) -> torch.Tensor:
+        weight = rotation.weights[index]
+        return launch_plan(plan, tokens, weight, out_dtype=OUT_DTYPE, counters=counters)
+
+    return Product(
+        op=f"{plan.route}_linear",
+        copies=len(rotation.weights),
+        launch=launch,
+        check=rotation.check,
+    )
+
+
+def compile_launch(task: tuple[str, KernelCase]) -> str | None:
+    """Launch ours or a rival once, in a process of its own; returns what went wrong."""
+    name, case = task
+    device = torch.device("cuda")
+    try:
+        prepare = prepare_product if name == OURS else RIVALS[name]
+        prepared = prepare(case, device, ONCE)
+        if prepared is not None:
+            prepared.launch(0)
+            torch.cuda.synchronize(device)
+    except Exception as error:  # noqa: BLE001  whatever it is, the parent hears of it
+        return _describe(error)
+    return None
+
+
+def compile_plans(task: PlanTask) -> list[str | None]:
+    """Launch a case by several plans; what went wrong with each, None where nothing did."""
+    device = torch.device("cuda")
+    rotation = rotate_operands(draw_operands(task.case, device), ONCE)
+    answers: list[str | None] = []
+    for plan in task.plans:
+        try:
+            plan_product(rotation, plan).launch(0)
+            torch.cuda.synchronize(device)
+        except Exception as error:  # noqa: BLE001  a candidate may fail in any way
+            answers.append(_describe(error))
+            if not _is_alive(device):
+                # an illegal access ends the context: the others were not tried
+                untried = len(task.plans) - len(answers)
+                return [*answers, *["not tried after an illegal access"] * untried]
+        else:
+            answers.append(None)
+    return answers
+
+
+def _answer_on_cpu(operands: Operands, weight: SlicedWeight) -> torch.Tensor:
+    if operands.tokens is not None:
+        return sliced_linear_reference(operands.tokens, weight, out_dtype=OUT_DTYPE)
+    assert operands.x is not None
+    return float_linear(operands.x, operands.dequantized())
+
+
+def _is_alive(device: torch.device) -> bool:
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
