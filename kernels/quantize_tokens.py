@@ -1,0 +1,305 @@
+"""Quantized tokens on a GPU, fused with what precedes them: a norm, a gate or nothing.
+
+    plain     codes of x
+    normed    codes of norm(x), or of norm(residual + x), which also gives the sum
+    gated     codes of gate(x[:, :I]) * x[:, I:]
+
+One launch, one program a token (`kernels._token_kernel`). Norms and gates are those of
+`kernels.layer_math`, rounded to the dtype of x, and codes those of `kernels.activation_quant` in
+the form of `kernels.tokens`; the references below compose them, and the kernel gives their bits.
+
+Shape legend: M tokens, K features, S groups, L columns, I features of a gate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from kernels._token_kernel import token_kernel
+from kernels.activation_quant import MAX_BITS, MIN_BITS, quantize_activations
+from kernels.layer_math import Gate, Norm, add_and_normalize, apply_gate, apply_norm
+from kernels.tokens import TokenCodes
+
+__all__ = [
+    "Launch",
+    "LaunchConfig",
+    "NormedTokens",
+    "TokenForm",
+    "halves",
+    "launch_tokens",
+    "quantize_gated",
+    "quantize_gated_reference",
+    "quantize_normed",
+    "quantize_normed_reference",
+    "quantize_tokens",
+    "quantize_tokens_reference",
+    "select_config",
+]
+
+MAX_FEATURES = 32768
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenForm:
+    """The form in which the next product reads its tokens."""
+
+    bits: int
+    """2..8."""
+    groups: int = 1
+    """S; where above 1, a group is a power of two features."""
+    columns: int | None = None
+    """L, at least K; None takes K."""
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits = {self.bits}, need {MIN_BITS} to {MAX_BITS}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormedTokens:
+    """What a norm in front of a quantized layer gives."""
+
+    tokens: TokenCodes
+    residual: torch.Tensor
+    """``[M, K]``: the sum that was normalized; x itself where there was nothing to add."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """How one program a token is launched; every choice but `native_exp` gives the same bits."""
+
+    num_warps: int
+    rapid_division: bool = True
+    """Divide by corrected reciprocals instead of the division of the instruction set."""
+    native_exp: bool = False
+    """Take the hardware's exponential for gates: faster, a few float32 units from the reference."""
+    launch_pdl: bool = False
+    """Start while the kernel before still runs (programmatic dependent launch)."""
+
+
+def select_config(columns: int, table: dict[int, LaunchConfig] | None = None) -> LaunchConfig:
+    """Pick the launch for rows of `columns`, a power of two: 8 values a thread, 4 to 16 warps.
+
+    Not measured. A table of measured choices, by columns, comes first.
+    """
+    if table is not None and columns in table:
+        return table[columns]
+    return LaunchConfig(num_warps=min(16, max(4, columns // 256)))
+
+
+def quantize_tokens(
+    x_MK: torch.Tensor,
+    form: TokenForm,
+    *,
+    out: TokenCodes | None = None,
+    config: LaunchConfig | None = None,
+) -> TokenCodes:
+    """Quantize tokens as they are.
+
+    Args:
+        x_MK: float16, bfloat16 or float32 ``[M, K]``, K <= 32768, features contiguous.
+        form: what to write.
+        out: written to and returned; None allocates.
+        config: None takes `select_config`.
+
+    Raises:
+        ValueError: if the form or a layout does not fit K.
+    """
+    tokens = _tokens(x_MK, x_MK.shape[1], form, out)
+    launch_tokens(Launch(x=x_MK, features=x_MK.shape[1], tokens=tokens), config)
+    return tokens
+
+
+def quantize_tokens_reference(x_MK: torch.Tensor, form: TokenForm) -> TokenCodes:
+    """Compute `quantize_tokens` in plain torch on any device."""
+    return TokenCodes.from_activations(
+        quantize_activations(x_MK, form.bits), groups=form.groups, columns=form.columns
+    )
+
+
+def quantize_normed(
+    x_MK: torch.Tensor,
+    norm: Norm,
+    form: TokenForm,
+    *,
+    residual: torch.Tensor | None = None,
+    out: NormedTokens | None = None,
+    config: LaunchConfig | None = None,
+) -> NormedTokens:
+    """Add to the residual stream, normalize and quantize.
+
+    Args:
+        x_MK: float16, bfloat16 or float32 ``[M, K]``, K <= 32768, features contiguous.
+        norm: of K features.
+        form: what to write.
+        residual: like `x_MK`, or None where x is the stream itself.
+        out: written to and returned; its residual may be `residual`. None allocates.
+        config: None takes `select_config`.
+
+    Raises:
+        ValueError: if the form, the norm or a layout does not fit K.
+    """
+    total = x_MK if residual is None else torch.empty_like(x_MK) if out is None else out.residual
+    tokens = _tokens(x_MK, x_MK.shape[1], form, None if out is None else out.tokens)
+    launch = Launch(
+        x=x_MK, features=x_MK.shape[1], tokens=tokens, step=norm, residual=residual, total=total
+    )
+    launch_tokens(launch, config)
+    return NormedTokens(tokens=tokens, residual=total)
+
+
+def quantize_normed_reference(
+    x_MK: torch.Tensor, norm: Norm, form: TokenForm, *, residual: torch.Tensor | None = None
+) -> NormedTokens:
+    """Compute `quantize_normed` in plain torch on any device."""
+    if residual is None:
+        normed, total = apply_norm(x_MK, norm), x_MK
+    else:
+        normed, total = add_and_normalize(x_MK, residual, norm)
+    return NormedTokens(tokens=quantize_tokens_reference(normed, form), residual=total)
+
+
+def quantize_gated(
+    gate_up: torch.Tensor,
+    gate: Gate,
+    form: TokenForm,
+    *,
+    out: TokenCodes | None = None,
+    config: LaunchConfig | None = None,
+) -> TokenCodes:
+    """Gate and quantize the input of a down projection.
+
+    Args:
+        gate_up: float16, bfloat16 or float32 ``[M, 2 I]``, gates first, I <= 32768, contiguous
+            along features.
+        gate: the gate.
+        form: what to write, with K = I.
+        out: written to and returned; None allocates.
+        config: None takes `select_config`.
+
+    Raises:
+        ValueError: if the form or a layout does not fit I.
+    """
+    features = halves(gate_up)
+    tokens = _tokens(gate_up, features, form, out)
+    launch_tokens(Launch(x=gate_up, features=features, tokens=tokens, step=gate), config)
+    return tokens
+
+
+def quantize_gated_reference(gate_up: torch.Tensor, gate: Gate, form: TokenForm) -> TokenCodes:
+    """Compute `quantize_gated` in plain torch on any device."""
+    return quantize_tokens_reference(apply_gate(gate_up, gate), form)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One launch of the kernel; either `tokens` or `values` is written."""
+
+    x: torch.Tensor
+    features: int
+    step: Norm | Gate | None = None
+    residual: torch.Tensor | None = None
+    total: torch.Tensor | None = None
+    tokens: TokenCodes | None = None
+    values: torch.Tensor | None = None
+
+    @property
+    def prologue(self) -> str:
+        """The kernel's name of the step."""
+        if self.step is None:
+            return "plain"
+        return str(self.step.kind if isinstance(self.step, Norm) else self.step)
+
+    def __post_init__(self) -> None:
+        sides = [each for each in (self.residual, self.total) if each is not None]
+        for each in (self.x, *sides):
+            if each.dim() != 2 or each.stride(1) != 1 or each.dtype != self.x.dtype:
+                raise ValueError(
+                    f"need rows of contiguous {self.x.dtype} features, got {each.dtype}"
+                    f" {tuple(each.shape)} with strides {each.stride()}"
+                )
+        if any(each.shape != self.x.shape for each in sides):
+            raise ValueError(f"x is {tuple(self.x.shape)}, residual {tuple(sides[0].shape)}")
+        if not 1 <= self.features <= MAX_FEATURES:
+            raise ValueError(f"{self.features} features, need 1 to {MAX_FEATURES}")
+        if isinstance(self.step, Norm) and self.step.weight.shape != (self.features,):
+            raise ValueError(
+                f"a norm of {tuple(self.step.weight.shape)} on {self.features} features"
+            )
+
+
+def launch_tokens(launch: Launch, config: LaunchConfig | None = None) -> None:
+    """Run the kernel on a GPU or in the interpreter."""
+    x, tokens, step = launch.x, launch.tokens, launch.step
+    out = tokens.codes if tokens is not None else launch.values
+    assert out is not None, "a launch writes codes or values"
+    if not len(x):
+        return
+    norm = step if isinstance(step, Norm) else None
+    columns = out.shape[1]
+    block = max(16, triton.next_power_of_2(max(launch.features, columns)))
+    config = config or select_config(block)
+    interpreted = not x.is_cuda
+    total = x if launch.total is None else launch.total
+    residual = x if launch.residual is None else launch.residual
+    token_kernel[(len(x),)](
+        x, x.stride(0),
+        residual, residual.stride(0),
+        x if norm is None else norm.weight, x if norm is None or norm.bias is None else norm.bias,
+        out, out.stride(0),
+        total, total.stride(0),
+        x if tokens is None else tokens.scale,
+        x if tokens is None else tokens.zero_point,
+        x if tokens is None else tokens.sums,
+        0.0 if norm is None else norm.eps,
+        K=launch.features,
+        L=columns,
+        GROUPS=1 if tokens is None else tokens.sums.shape[1],
+        BITS=0 if tokens is None else tokens.bits,
+        PROLOGUE=launch.prologue,
+        NORM=norm is not None,
+        HAS_RESIDUAL=launch.residual is not None,
+        BLOCK=block,
+        RAPID=config.rapid_division and not interpreted,
+        NATIVE_EXP=config.native_exp,
+        PDL=config.launch_pdl and not interpreted,
+        INTERP=interpreted,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+        **({"launch_pdl": True} if config.launch_pdl else {}),
+    )  # fmt: skip
+
+
+def _tokens(x: torch.Tensor, features: int, form: TokenForm, out: TokenCodes | None) -> TokenCodes:
+    columns = features if form.columns is None else form.columns
+    m, size = len(x), features // form.groups
+    ragged = features % form.groups or (form.groups > 1 and size & (size - 1))
+    if ragged or columns < features:
+        raise ValueError(f"{form.groups} groups and {columns} columns do not fit K = {features}")
+    if out is None:
+        return TokenCodes(
+            codes=x.new_empty((m, columns), dtype=torch.int8),
+            scale=x.new_empty(m, dtype=torch.float32),
+            zero_point=x.new_empty(m, dtype=torch.int32),
+            sums=x.new_empty((m, form.groups), dtype=torch.int32),
+            bits=form.bits,
+        )
+    if out.codes.shape != (m, columns) or out.sums.shape != (m, form.groups):
+        raise ValueError(
+            f"out has codes {tuple(out.codes.shape)} and sums {tuple(out.sums.shape)},"
+            f" need ({m}, {columns}) and ({m}, {form.groups})"
+        )
+    return out
+
+
+def halves(gate_up: torch.Tensor) -> int:
+    """Features I of packed rows ``[M, 2 I]``.
+
+    Raises:
+        ValueError: if their number is odd.
+    """
+    half, odd = divmod(gate_up.shape[-1], 2)
+    if odd:
+        raise ValueError(f"a packed gate-up row of {gate_up.shape[-1]} features has no halves")
+    return half
