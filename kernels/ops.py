@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 
 from kernels import linear
-from kernels.activation_quant import quantize_activations
+from kernels import quantize_tokens as token_kernels
+from kernels.quantize_tokens import TokenForm
 from kernels.sliced import SlicedWeight
 from kernels.tokens import TokenCodes
 
@@ -150,9 +151,10 @@ def _(
 
 
 def _quantize(x_MK: torch.Tensor, bits: int, groups: int, columns: int) -> TokenCodes:
-    return TokenCodes.from_activations(
-        quantize_activations(x_MK, bits), groups=groups, columns=columns
-    )
+    form = TokenForm(bits=bits, groups=groups, columns=columns)
+    if x_MK.device.type == "cpu":
+        return token_kernels.quantize_tokens_reference(x_MK, form)
+    return token_kernels.quantize_tokens(x_MK, form)
 
 
 def _tokens_of(parts: Tensors, bits: int) -> TokenCodes:
