@@ -15,6 +15,7 @@ from benchmarks.kernel_operands import (
 )
 from benchmarks.kernel_rivals import RIVALS, Prepared
 from benchmarks.timing import Check, Method, copies_to_rotate
+from benchmarks.token_products import TokenCase, prepare_tokens
 from kernels.float_linear import float_linear
 from kernels.linear import Plan, launch_plan, make_counters, plan_linear
 from kernels.sliced import SlicedWeight
@@ -22,12 +23,11 @@ from kernels.sliced_reference import sliced_linear_reference
 from kernels.tables import load_table
 
 __all__ = [
-    "OURS", "PlanTask", "Product", "Rotation", "compile_launch", "compile_plans", "plan_product",
-    "prepare_product", "rotate_operands",
+    "OURS", "PlanTask", "Product", "Rotation", "compile_launch", "compile_plans", "out_dtype",
+    "plan_product", "prepare_product", "rotate_operands",
 ]  # fmt: skip
 
 OURS = "ours"
-OUT_DTYPE = torch.bfloat16
 ONCE = Method(rotate_bytes=0)
 """For compiling: the fewest copies."""
 
@@ -79,7 +79,7 @@ def rotate_operands(operands: Operands, method: Method) -> Rotation:
     def check(output: torch.Tensor) -> bool:
         # whoever only compiles never computes the right answer
         if not bounds:
-            bounds.append(make_check(operands, OUT_DTYPE))
+            bounds.append(make_check(operands, out_dtype(operands.planes.device)))
         return bounds[0](output)
 
     return Rotation(
@@ -93,11 +93,12 @@ def plan_product(rotation: Rotation, plan: Plan) -> Product:
     """Launch operands as a plan says, on a GPU or in the interpreter."""
     tokens = rotation.operands.tokens
     assert tokens is not None
-    counters = make_counters(tokens.codes.device)
+    device = tokens.codes.device
+    counters, dtype = make_counters(device), out_dtype(device)
 
     def launch(index: int) -> torch.Tensor:
         weight = rotation.weights[index]
-        return launch_plan(plan, tokens, weight, out_dtype=OUT_DTYPE, counters=counters)
+        return launch_plan(plan, tokens, weight, out_dtype=dtype, counters=counters)
 
     return Product(
         op=f"{plan.route}_linear",
@@ -107,13 +108,17 @@ def plan_product(rotation: Rotation, plan: Plan) -> Product:
     )
 
 
-def compile_launch(task: tuple[str, KernelCase]) -> str | None:
+def compile_launch(task: tuple[str, KernelCase | TokenCase]) -> str | None:
     """Launch ours or a rival once, in a process of its own; returns what went wrong."""
     name, case = task
     device = torch.device("cuda")
     try:
-        prepare = prepare_product if name == OURS else RIVALS[name]
-        prepared = prepare(case, device, ONCE)
+        prepared: Prepared | None
+        if isinstance(case, TokenCase):
+            prepared = prepare_tokens(case, device)
+        else:
+            prepare = prepare_product if name == OURS else RIVALS[name]
+            prepared = prepare(case, device, ONCE)
         if prepared is not None:
             prepared.launch(0)
             torch.cuda.synchronize(device)
@@ -142,11 +147,16 @@ def compile_plans(task: PlanTask) -> list[str | None]:
     return answers
 
 
+def out_dtype(device: torch.device) -> torch.dtype:
+    """As models have it on a GPU; Triton's interpreter cuts bfloat16 where a GPU rounds."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def _answer_on_cpu(operands: Operands, weight: SlicedWeight) -> torch.Tensor:
     if operands.tokens is not None:
-        return sliced_linear_reference(operands.tokens, weight, out_dtype=OUT_DTYPE)
+        return sliced_linear_reference(operands.tokens, weight, out_dtype=torch.float32)
     assert operands.x is not None
-    return float_linear(operands.x, operands.dequantized())
+    return float_linear(operands.x.float(), operands.dequantized())
 
 
 def _is_alive(device: torch.device) -> bool:

@@ -24,7 +24,13 @@ from benchmarks.kernel_case import GOALS, TOY, KernelCase, all_cases
 from benchmarks.kernel_products import OURS, compile_launch, prepare_product
 from benchmarks.kernel_rivals import RIVALS, Prepared, cache_key
 from benchmarks.measurement import MEASUREMENTS, write_measurement
-from benchmarks.timing import Method, Timing, WrongResultError, time_launches
+from benchmarks.timing import Method, WrongResultError, time_launches
+from benchmarks.token_products import (
+    TOKEN_CASES,
+    TOY_TOKEN_CASES,
+    TokenCase,
+    prepare_tokens,
+)
 from benchmarks.warming import run_ahead
 
 __all__ = ["Run", "main", "measure_cases"]
@@ -37,6 +43,7 @@ WIDTH = 132
 """Of the table, also where the output is no terminal."""
 TOY_METHOD = Method(rotate_bytes=0, replays=2)
 Row = dict[str, Any]
+Case = KernelCase | TokenCase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workers=options.workers if options.device.startswith("cuda") else 0,
         console=Console(width=WIDTH),
     )
-    cases = TOY if options.toy else GOALS if options.goals else all_cases()
+    cases = _cases(options)
     torch.manual_seed(options.seed)
     rows: list[Row] = []
     for row in measure_cases(cases, run):
@@ -78,7 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{wrong} of {len(rows)} products are wrong and have no time")
 
 
-def measure_cases(cases: Sequence[KernelCase], run: Run) -> Iterator[Row]:
+def _cases(options: argparse.Namespace) -> Sequence[Case]:
+    if options.toy:
+        return (*TOY, *TOY_TOKEN_CASES)
+    others = () if options.goals else all_cases()[len(GOALS) :]
+    return (*GOALS, *TOKEN_CASES, *others)
+
+
+def measure_cases(cases: Sequence[Case], run: Run) -> Iterator[Row]:
     """Rows in the order of the cases, as many as the budget allows."""
     for start in range(0, len(cases), CHUNK):
         chunk = cases[start : start + CHUNK]
@@ -89,12 +103,19 @@ def measure_cases(cases: Sequence[KernelCase], run: Run) -> Iterator[Row]:
         for case in chunk:
             if not run.budget.allows("product"):
                 return
-            yield _measure_case(case, run)
+            if isinstance(case, TokenCase):
+                yield _measure_tokens(case, run)
+            else:
+                yield _measure_product(case, run)
 
 
-def _compile_ahead(cases: Sequence[KernelCase], run: Run) -> None:
-    names = (OURS, *(name for name in JUST_IN_TIME if name in run.rivals))
-    tasks = [(name, case) for case in cases for name in names]
+def _compile_ahead(cases: Sequence[Case], run: Run) -> None:
+    rivals = [name for name in JUST_IN_TIME if name in run.rivals]
+    tasks = [
+        (name, case)
+        for case in cases
+        for name in (OURS, *(() if isinstance(case, TokenCase) else rivals))
+    ]
     answers = run_ahead(
         compile_launch, tasks, workers=run.workers, seconds=run.budget.remaining_s() / 2
     )
@@ -103,35 +124,50 @@ def _compile_ahead(cases: Sequence[KernelCase], run: Run) -> None:
             run.console.print(f"{name} {case.label}: {answer}", markup=False)
 
 
-def _measure_case(case: KernelCase, run: Run) -> Row:
+def _measure_product(case: KernelCase, run: Run) -> Row:
     with run.budget.spend("product"):
         product = prepare_product(case, run.device, run.method)
-        timing = _time(product, OURS, case, run)
+        us = _time(product, OURS, case, run)
     rivals = {name: _measure_rival(name, case, run) for name in run.rivals}
-    us = None if timing is None else round(timing.us, 3)
+    sizes = {"n": case.n, "k": case.k, "m": case.m, "w_bits": case.w_bits}
     row = {
-        "op": product.op, "n": case.n, "k": case.k, "m": case.m, "w_bits": case.w_bits,
-        "a_bits": case.a_bits, "group_size": case.group_size, "us": us,
-        "gbps": None if us is None else round(case.moved_bytes / us / 1e3, 1),
-        "tops": None if us is None else round(case.operations / us / 1e6, 1),
+        "op": product.op, **sizes, "a_bits": case.a_bits, "group_size": case.group_size,
+        **_rates(us, case.moved_bytes, case.operations),
         "roofline_us": round(case.roofline_us, 3),
         "cublas_bf16_us": rivals.pop("cublas_bf16", None),
-        "rivals": rivals, "exact": timing is not None,
+        "rivals": rivals, "exact": us is not None,
     }  # fmt: skip
     run.console.print(f"{product.op} {case.label}: {us} us, {row['rivals']}", markup=False)
     return row
+
+
+def _measure_tokens(case: TokenCase, run: Run) -> Row:
+    with run.budget.spend("product"):
+        us = _time(prepare_tokens(case, run.device), OURS, case, run)
+    run.console.print(f"{case.label}: {us} us", markup=False)
+    return {
+        "op": case.op.value, "n": None, "k": case.k, "m": case.m, "w_bits": None,
+        "a_bits": case.a_bits, "group_size": None, **_rates(us, case.moved_bytes, None),
+        "roofline_us": round(case.roofline_us, 3), "cublas_bf16_us": None, "rivals": {},
+        "exact": us is not None,
+    }  # fmt: skip
+
+
+def _rates(us: float | None, moved_bytes: int, operations: int | None) -> Row:
+    tops = None if us is None or operations is None else round(operations / us / 1e6, 1)
+    gbps = None if us is None else round(moved_bytes / us / 1e3, 1)
+    return {"us": us, "gbps": gbps, "tops": tops}
 
 
 def _measure_rival(name: str, case: KernelCase, run: Run) -> float | None:
     key = cache_key(name, case)
     if key not in run.rival_us and run.budget.allows(name, guess_s=2):
         with run.budget.spend(name):
-            timing = _try_rival(name, case, run)
-        run.rival_us[key] = None if timing is None else round(timing.us, 3)
+            run.rival_us[key] = _try_rival(name, case, run)
     return run.rival_us.get(key)
 
 
-def _try_rival(name: str, case: KernelCase, run: Run) -> Timing | None:
+def _try_rival(name: str, case: KernelCase, run: Run) -> float | None:
     try:
         prepared = RIVALS[name](case, run.device, run.method)
         return None if prepared is None else _time(prepared, name, case, run)
@@ -141,12 +177,13 @@ def _try_rival(name: str, case: KernelCase, run: Run) -> Timing | None:
         return None
 
 
-def _time(prepared: Prepared, name: str, case: KernelCase, run: Run) -> Timing | None:
+def _time(prepared: Prepared, name: str, case: Case, run: Run) -> float | None:
     try:
-        return time_launches(prepared.launch, prepared.copies, prepared.check, run.method)
+        timing = time_launches(prepared.launch, prepared.copies, prepared.check, run.method)
     except WrongResultError as error:
         run.console.print(f"{name} {case.label}: {error}", markup=False)
         return None
+    return round(timing.us, 3)
 
 
 def _table(rows: Sequence[Row]) -> Table:
@@ -170,7 +207,8 @@ def _table(rows: Sequence[Row]) -> Table:
     for row in rows:
         us = row["us"]
         percent = "wrong" if us is None else f"{100 * row['roofline_us'] / us:.0f}"
-        cells = (row["op"], f"{row['n']}x{row['k']}", row["m"], row["w_bits"], row["a_bits"])
+        shape = str(row["k"]) if row["n"] is None else f"{row['n']}x{row['k']}"
+        cells = (row["op"], shape, row["m"], row["w_bits"], row["a_bits"])
         numbers = (row["group_size"], us, row["gbps"], row["tops"], percent, row["cublas_bf16_us"])
         rivals = [row["rivals"].get(name) for name in others]
         table.add_row(*("-" if each is None else str(each) for each in (*cells, *numbers, *rivals)))

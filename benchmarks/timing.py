@@ -13,15 +13,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 __all__ = ["Method", "Timing", "WrongResultError", "copies_to_rotate", "time_launches"]
 
-Launch = Callable[[int], torch.Tensor]
-"""Runs copy i of the operands and returns the output, allocated by the launch or its own."""
-Check = Callable[[torch.Tensor], bool]
-"""Whether an output is right."""
+Output = torch.Tensor | tuple[torch.Tensor, ...]
+Launch = Callable[[int], Any]
+"""Runs copy i of the operands and returns the `Output`, allocated by the launch or its own."""
+Check = Callable[[Any], bool]
+"""Whether an `Output` is right."""
 
 
 class WrongResultError(Exception):
@@ -70,7 +72,7 @@ def time_launches(launch: Launch, copies: int, check: Check, method: Method) -> 
         WrongResultError: if an output is wrong or was not written.
     """
     # compilation, lazy initialization
-    device = launch(0).device
+    device = _tensors(launch(0))[0].device
     if device.type != "cuda":
         return _time_eagerly(launch, copies, check, method)
     torch.cuda.synchronize(device)
@@ -90,7 +92,7 @@ def time_launches(launch: Launch, copies: int, check: Check, method: Method) -> 
 
 def _capture(
     launch: Launch, copies: int, launches: int
-) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+) -> tuple[torch.cuda.CUDAGraph, list[Output]]:
     graph = torch.cuda.CUDAGraph()
     # outputs that stay alive have memory of their own, and each can be checked
     with torch.cuda.graph(graph):
@@ -124,12 +126,17 @@ def _time_eagerly(launch: Launch, copies: int, check: Check, method: Method) -> 
     return _summarize(times, 1)
 
 
-def _poison(outputs: Sequence[torch.Tensor]) -> None:
-    for output in outputs:
-        output.fill_(float("nan") if output.is_floating_point() else -(2**31) + 1)
+def _poison(outputs: Sequence[Output]) -> None:
+    for tensor in (each for output in outputs for each in _tensors(output)):
+        poison = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
+        tensor.fill_(poison)
 
 
-def _check_all(outputs: Sequence[torch.Tensor], check: Check) -> None:
+def _tensors(output: Output) -> tuple[torch.Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _check_all(outputs: Sequence[Output], check: Check) -> None:
     wrong = sum(not check(output) for output in outputs)
     if wrong:
         raise WrongResultError(f"{wrong} of {len(outputs)} outputs are wrong")

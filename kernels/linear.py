@@ -73,7 +73,10 @@ def integer_linear(
     device = tokens.codes.device
     if device.type == "cpu":
         return sliced_linear_reference(tokens, weight, bias, out_dtype=out_dtype)
-    key = key_of(weight, m=tokens.codes.shape[0], a_bits=tokens.bits)
+    m = tokens.codes.shape[0]
+    if not m:
+        return tokens.codes.new_empty((0, weight.out_features), dtype=out_dtype)
+    key = key_of(weight, m=m, a_bits=tokens.bits)
     plan = plan_linear(key, _table_of(device.index or 0))
     return launch_plan(plan, tokens, weight, bias, out_dtype=out_dtype, counters=counters)
 
@@ -124,7 +127,7 @@ def launch_plan(
     """Run the kernel of a plan, on a GPU or in the interpreter; see `integer_linear`."""
     match plan.route:
         case Route.DECODE:
-            return decode_linear.launch_decode_linear(
+            return decode_linear.decode_linear(
                 tokens, weight, bias, out_dtype=out_dtype, config=plan.config, counters=counters
             )
         case Route.TILE:

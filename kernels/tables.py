@@ -126,7 +126,7 @@ class TableEntry:
     route: Route
     us: float
     """Median microseconds; also tells a later run of the tuner what it has."""
-    config: Mapping[str, int | bool | str]
+    config: Mapping[str, int | bool | str | None]
     """Fields of the route's launch configuration."""
 
 
@@ -234,7 +234,7 @@ def _read_entry(text: str, value: object) -> TableEntry:
         raise InvalidTableError(f"{text}: us {value['us']!r} is no time")
     config = value["config"]
     if not isinstance(config, dict) or not all(
-        isinstance(each, int | bool | str) for each in config.values()
+        isinstance(each, int | bool | str | None) for each in config.values()
     ):
         raise InvalidTableError(f"{text}: config {config!r} is no set of whole numbers and names")
     return TableEntry(key=key, route=Route(value["route"]), us=float(value["us"]), config=config)

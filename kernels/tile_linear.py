@@ -327,9 +327,7 @@ def _tile_of(pid, M, NP, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: 
 
 
 @triton.jit
-def _share_of(
-    split, turns, TURN: tl.constexpr, GROUP_SLICES: tl.constexpr, SPLITS: tl.constexpr
-):
+def _share_of(split, turns, TURN: tl.constexpr, GROUP_SLICES: tl.constexpr, SPLITS: tl.constexpr):
     """First turn of a split and the one after its last; a group is never cut."""
     if SPLITS == 1:
         return 0, turns

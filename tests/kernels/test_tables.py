@@ -42,7 +42,7 @@ def test_tokens_fall_into_the_bucket_that_holds_them(m, bucket):
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
     path = table_path(GPU, tmp_path)
-    written = replace(table(entry(key(), rows=8, pdl=True), entry(key(m=64), Route.TILE)),
+    written = replace(table(entry(key(), rows=8, pdl=True, max_registers=None), entry(key(m=64), Route.TILE)),
                       source={"commit": "abc"})  # fmt: skip
 
     write_table(path, written)

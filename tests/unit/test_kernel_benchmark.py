@@ -14,6 +14,7 @@ from benchmarks.kernel_case import GOALS, LAYERS, TOY, KernelCase, all_cases
 from benchmarks.kernel_operands import copy_tensors, draw_operands, make_check, tensor_bytes
 from benchmarks.kernel_rivals import RIVALS
 from benchmarks.timing import Method, WrongResultError, copies_to_rotate, time_launches
+from benchmarks.token_products import TOY_TOKEN_CASES, TokenOp, prepare_tokens
 from kernels.linear import Plan
 from kernels.sliced_reference import sliced_linear_reference
 from kernels.tables import Route, read_table
@@ -21,6 +22,7 @@ from kernels.tile_config import LaunchConfig
 
 CPU = torch.device("cpu")
 TOY_METHOD = Method(rotate_bytes=0, replays=2)
+CASES = len(TOY) + len(TOY_TOKEN_CASES)
 ROW = {
     "op", "n", "k", "m", "w_bits", "a_bits", "group_size", "us", "gbps", "tops", "roofline_us",
     "cublas_bf16_us", "rivals", "exact",
@@ -53,10 +55,11 @@ def test_the_toy_run_measures_every_case_exactly(tmp_path, capsys):
     record = run_toy(tmp_path)
 
     assert {"hardware", "versions", "commit", "rows"} <= record.keys()
-    assert [set(row) for row in record["rows"]] == [ROW] * len(TOY)
+    assert [set(row) for row in record["rows"]] == [ROW] * CASES
     assert all(row["exact"] and row["us"] > 0 for row in record["rows"])
-    assert all(row["cublas_bf16_us"] > 0 for row in record["rows"])
-    assert f"{len(TOY)} of {len(TOY)} products" in capsys.readouterr().out
+    assert all(row["cublas_bf16_us"] > 0 for row in record["rows"][: len(TOY)])
+    assert [row["op"] for row in record["rows"][len(TOY) :]] == list(TokenOp)
+    assert f"{CASES} of {CASES} products" in capsys.readouterr().out
 
 
 def test_a_rival_that_is_not_installed_has_no_time(tmp_path):
@@ -64,7 +67,7 @@ def test_a_rival_that_is_not_installed_has_no_time(tmp_path):
 
     assert all(
         row["rivals"] == {"humming": None, "gemlite": None} and row["cublas_bf16_us"] is None
-        for row in record["rows"]
+        for row in record["rows"][: len(TOY)]
     )
 
 
@@ -76,19 +79,19 @@ def test_a_rival_that_fails_ends_nothing(tmp_path, monkeypatch, capsys):
 
     record = run_toy(tmp_path, "--rivals", "int_mm")
 
-    assert [row["rivals"] for row in record["rows"]] == [{"int_mm": None}] * len(TOY)
+    assert [row["rivals"] for row in record["rows"][: len(TOY)]] == [{"int_mm": None}] * len(TOY)
     assert "no such kernel" in capsys.readouterr().out
 
 
 def test_a_wrong_kernel_is_not_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_products, "sliced_linear_reference", wrong_reference)
 
-    with pytest.raises(SystemExit, match="3 of 4 products are wrong"):
+    with pytest.raises(SystemExit, match=f"2 of {CASES} products are wrong"):
         run_toy(tmp_path, "--rivals")
 
     rows = json.loads((tmp_path / "kernels-h100.json").read_text())["rows"]
     wrong = [row for row in rows if not row["exact"]]
-    assert [(row["us"], row["gbps"], row["tops"]) for row in wrong] == [(None, None, None)] * 3
+    assert [(row["us"], row["gbps"], row["tops"]) for row in wrong] == [(None, None, None)] * 2
 
 
 def test_no_budget_measures_nothing(tmp_path):
@@ -237,6 +240,18 @@ def test_a_copy_shares_nothing():
     assert tensor_bytes(copied) == tensor_bytes(weight)
     assert all(torch.equal(a, b) for a, b in zip(copied.fields, weight.fields, strict=True))
     assert copied.fields[0].data_ptr() != weight.fields[0].data_ptr()
+
+
+@pytest.mark.parametrize("case", TOY_TOKEN_CASES)
+def test_tokens_are_held_to_every_bit_that_is_written(case):
+    prepared = prepare_tokens(case, CPU)
+    output = prepared.launch(1)
+
+    assert prepared.check(output)
+    for index, part in enumerate(output):
+        changed = [each.clone() for each in output]
+        changed[index].view(-1)[-1] = part.view(-1)[-1] + 1
+        assert not prepared.check(tuple(changed))
 
 
 # the tuner
