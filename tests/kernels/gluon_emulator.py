@@ -1,0 +1,192 @@
+"""Run the Gluon kernels of binary products on NumPy, as Gluon has no interpreter.
+
+The kernel's file is executed as Python with stand-ins for `gluon` and `gl`: a tensor is an array
+of all its elements, and an instruction in inline assembly acts on its last two axes, lane and
+word, register by register as the PTX manual lays them out. Reads outside of an array fail, shared
+memory holds garbage until a copy lands, and copies land as late or as early as they may.
+"""
+
+import itertools
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import numpy as np
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+LANE = np.arange(32)
+G, T = LANE // 4, LANE % 4
+
+
+class Tensor(np.ndarray):
+    def __iadd__(self, other):
+        # a name is bound anew; what else holds the old value keeps it
+        return self + other
+
+    def to(self, dtype, bitcast=False):
+        return self.view(dtype) if bitcast else self.astype(dtype)
+
+
+class Pointer:
+    def __init__(self, array, offsets=0):
+        self.array, self.offsets = array, offsets
+        self.dtype = SimpleNamespace(element_ty=array.dtype)
+
+    def __add__(self, offsets):
+        return Pointer(self.array, self.offsets + offsets)
+
+    def places(self, mask):
+        offsets, mask = np.broadcast_arrays(self.offsets, True if mask is None else mask)
+        reached = offsets[mask]
+        assert not reached.size or (reached.min() >= 0 and reached.max() < self.array.size)
+        return np.where(mask, offsets, 0), mask
+
+
+class Shared:
+    def __init__(self, array):
+        self.array = array
+
+    def index(self, position):
+        return Shared(self.array[position])
+
+    def load(self, layout):
+        return self.array.copy().view(Tensor)
+
+
+class Copies:
+    """`async_copy`: groups land when they are waited for, or when they start."""
+
+    def __init__(self, early):
+        self.early, self.open, self.groups = early, [], []
+
+    def async_load(self, shared, pointer, mask=None):
+        self.open.append((shared, pointer, mask))
+        if self.early:
+            self.land(self.open)
+
+    def async_copy_global_to_shared(self, *args):
+        raise RuntimeError("renamed")
+
+    def commit_group(self):
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait_group(self, outstanding):
+        while len(self.groups) > outstanding:
+            self.land(self.groups.pop(0))
+
+    def land(self, copies):
+        for shared, pointer, mask in copies:
+            shared.array[...] = load(pointer, mask, 0)
+
+
+def load(pointer, mask=None, other=0, eviction_policy=None):
+    places, mask = pointer.places(mask)
+    loaded = np.where(mask, pointer.array.ravel()[places], pointer.array.dtype.type(other))
+    return loaded.view(Tensor)
+
+
+def store(pointer, value, mask=None):
+    places, mask = pointer.places(mask)
+    value = np.broadcast_to(value, places.shape)
+    assert value.dtype == pointer.array.dtype
+    pointer.array.reshape(-1)[places[mask]] = value[mask]
+
+
+def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
+    assert not is_pure
+    assert pack == 4
+    words = [*np.broadcast_arrays(*args)]
+    registers = dict(enumerate(np.moveaxis(np.concatenate(words, -1), -1, 0), start=4))
+    if "shfl" in asm or "mma" not in asm:
+        return _sum_over_lanes(asm, registers)
+    lists = [[int(r) for r in re.findall(r"\d+", group)] for group in re.findall(r"{(.*?)}", asm)]
+    a, b, c = ([registers[r] for r in group] for group in lists[1:])
+    assert len(b) == {"m16n8k256": 2, "m16n8k128": 1}[re.search(r"m\d+n\d+k\d+", asm)[0]]
+    return _mma(a, b, c)
+
+
+def _mma(a, b, c):
+    columns = 4 * len(b)
+    A = np.zeros((*a[0].shape[:-1], 16, columns), np.uint32)
+    B = np.zeros((*a[0].shape[:-1], 8, columns), np.uint32)
+    for register, (half, row) in enumerate(itertools.product(range(len(b)), range(2))):
+        A[..., G + 8 * row, T + 4 * half] = a[register].view(np.uint32)
+    for register in range(len(b)):
+        B[..., G, T + 4 * register] = b[register].view(np.uint32)
+    both = A[..., :, None, :] & B[..., None, :, :]
+    counts = np.bitwise_count(both).sum(-1, dtype=np.int32)
+    places = [(G, 2 * T), (G, 2 * T + 1), (G + 8, 2 * T), (G + 8, 2 * T + 1)]
+    result = [c[i] + counts[..., row, column] for i, (row, column) in enumerate(places)]
+    return np.stack(result, -1).view(Tensor)
+
+
+def _sum_over_lanes(asm, registers):
+    pairs = [registers[4] + registers[5], registers[6] + registers[7]]
+    for distance in re.findall(r"bfly\.b32 t, a, (\d),", asm):
+        pairs = [pair + pair[..., LANE ^ int(distance)] for pair in pairs]
+    return np.stack([pairs[0], pairs[0], pairs[1], pairs[1]], -1).view(Tensor)
+
+
+def allocate_shared_memory(dtype, shape, layout):
+    return Shared(np.full(shape, 0x55555555, dtype))
+
+
+def _language(program):
+    def full(shape, value, dtype, layout=None):
+        return np.full(shape, value, dtype).view(Tensor)
+
+    return SimpleNamespace(
+        constexpr=object, int32=np.int32, int64=np.int64, uint32=np.uint32, float32=np.float32,
+        BlockedLayout=lambda *parts: None, SliceLayout=lambda *parts: None,
+        SwizzledSharedLayout=lambda *parts: None, static_range=range, load=load, store=store,
+        allocate_shared_memory=allocate_shared_memory, full=full,
+        full_like=np.full_like,
+        arange=lambda start, end, layout: np.arange(start, end, dtype=np.int32).view(Tensor),
+        expand_dims=np.expand_dims, reshape=np.reshape, permute=np.transpose,
+        convert_layout=lambda x, layout: x,
+        sum=lambda x, axis: np.sum(x, axis, dtype=x.dtype),
+        program_id=lambda axis: program[axis], inline_asm_elementwise=inline_asm_elementwise,
+    )  # fmt: skip
+
+
+class EmulatedKernel:
+    """Launched as a jitted kernel is; runs every program in turn."""
+
+    def __init__(self, name, *, early=False):
+        self.name, self.early = name, early
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, maxnreg, enable_fp_fusion, **constants):
+            arrays = [_argument(value) for value in args]
+            for program in itertools.product(*map(range, grid)):
+                _kernel(self.name, program, self.early)(*arrays, **constants)
+
+        return launch
+
+
+def _argument(value):
+    return Pointer(value.numpy()) if hasattr(value, "numpy") else value
+
+
+def _kernel(name, program, early):
+    copies = Copies(early)
+    package = ModuleType("triton.experimental.gluon")
+    package.jit = lambda function: function
+    package.language = _language(program)
+    ampere = ModuleType("triton.experimental.gluon.language.nvidia.ampere")
+    ampere.async_copy = copies
+    experimental = ModuleType("triton.experimental")
+    experimental.gluon = package
+    modules = {
+        experimental.__name__: experimental,
+        package.__name__: package,
+        ampere.__name__: ampere,
+    }
+    file = KERNELS / "_binary_linear_kernel.py"
+    namespace = {"__name__": "emulated"}
+    with mock.patch.dict(sys.modules, modules):
+        exec(compile(file.read_text(), str(file), "exec"), namespace)  # noqa: S102  our own file
+    return namespace[name]
