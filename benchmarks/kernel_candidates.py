@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 
 from benchmarks.kernel_case import HALF_BITS, KernelCase
+from kernels import binary_linear
+from kernels.binary_linear import ProductShape, binary_configs
 from kernels.decode_config import MAX_TOKENS, decode_configs
+from kernels.fragments import ColumnOrder, columns_a_token
 from kernels.linear import Plan
 from kernels.sliced import choose_slice_bytes
 from kernels.tables import Route
@@ -11,15 +14,27 @@ from kernels.tile_config import tile_configs
 
 __all__ = ["candidate_plans"]
 
+# calculated: int8 passes the binary tensor core at 6 to 8 products of planes, and at 64 columns
+MOST_PRODUCTS = 8
+MOST_BIT_COLUMNS = 64
+LEAST_PREFILL = 64
+MOST_BINARY = 14
 SLICES = 8
 BLOCK_ROWS = 64
 
 
-def candidate_plans(case: KernelCase) -> list[Plan]:
-    """All of them, the best guess of each kernel first, kernels in turn."""
+def candidate_plans(case: KernelCase, *, interpreted: bool = False) -> list[Plan]:
+    """All of them, the best guess of each kernel first, kernels in turn.
+
+    Args:
+        case: what to multiply.
+        interpreted: leave out what Triton's interpreter cannot run.
+    """
     if case.a_bits == HALF_BITS:
         return []
     routes = [list(_decode_plans(case)), list(_tile_plans(case))]
+    if not interpreted:
+        routes.append(list(_binary_plans(case)))
     longest = max(len(each) for each in routes)
     return [each[rank] for rank in range(longest) for each in routes if rank < len(each)]
 
@@ -43,6 +58,26 @@ def _tile_plans(case: KernelCase) -> Iterator[Plan]:
         m=case.m, grouped=case.groups > 1,
     ):  # fmt: skip
         yield Plan(route=Route.TILE, config=config)
+
+
+def _binary_plans(case: KernelCase) -> Iterator[Plan]:
+    order = _column_order(case)
+    if order is None:
+        return
+    shape = ProductShape(
+        order=order, m=case.m, n=case.n, k=case.k, weight_bits=case.w_bits, token_bits=case.a_bits
+    )
+    configs = dict.fromkeys((binary_linear.select_config(shape), *binary_configs(shape)))
+    for config in list(configs)[:MOST_BINARY]:
+        yield Plan(route=Route.BINARY, config=config)
+
+
+def _column_order(case: KernelCase) -> ColumnOrder | None:
+    """How tokens would be cut; None where int8 is known to be faster."""
+    if case.m * columns_a_token(case.a_bits) <= MOST_BIT_COLUMNS:
+        return ColumnOrder.BITS if case.group_size in {-1, 128} else None
+    few_products = case.w_bits * case.a_bits <= MOST_PRODUCTS and case.group_size == -1
+    return ColumnOrder.TOKENS if few_products and case.m >= LEAST_PREFILL else None
 
 
 def _columns(case: KernelCase) -> int:

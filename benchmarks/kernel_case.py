@@ -38,6 +38,8 @@ class KernelCase:
     w_bits: int
     a_bits: int = 8
     group_size: int = -1
+    cut: bool = False
+    """Tokens are given as bits for the binary tensor core, which alone may answer then."""
 
     @property
     def groups(self) -> int:
@@ -56,7 +58,8 @@ class KernelCase:
     def label(self) -> str:
         """For a person: ``W2A8 22016x4096 m1``."""
         group = "" if self.group_size == -1 else f"g{self.group_size}"
-        return f"W{self.w_bits}A{self.a_bits}{group} {self.n}x{self.k} m{self.m}"
+        cut = " cut" if self.cut else ""
+        return f"W{self.w_bits}A{self.a_bits}{group} {self.n}x{self.k} m{self.m}{cut}"
 
     @property
     def moved_bytes(self) -> int:
@@ -86,7 +89,9 @@ def _goals() -> Iterator[KernelCase]:
         yield from (KernelCase(n=n, k=k, m=1, w_bits=w_bits) for w_bits in (2, 4))
     for m, shape in ((16, gate_up), (64, gate_up), (2048, small), (2048, large)):
         yield from (KernelCase(n=shape[0], k=shape[1], m=m, w_bits=w_bits) for w_bits in (2, 4))
-    yield KernelCase(n=4096, k=4096, m=2048, w_bits=2, a_bits=2)
+    for w_bits, a_bits in ((2, 2), (1, 2), (1, 4)):
+        for cut in (True, False):
+            yield KernelCase(n=4096, k=4096, m=2048, w_bits=w_bits, a_bits=a_bits, cut=cut)
     yield from (KernelCase(n=22016, k=4096, m=1, w_bits=w_bits) for w_bits in (3, 5, 6, 7, 1, 8))
     for m in (1, 2048):
         yield from (

@@ -1,5 +1,6 @@
 """Our products, ready to be timed: rotating weights, a plan to launch them, a check to hold to."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,15 +17,26 @@ from benchmarks.kernel_operands import (
 from benchmarks.kernel_rivals import RIVALS, Prepared
 from benchmarks.timing import Check, Method, copies_to_rotate
 from benchmarks.token_products import TokenCase, prepare_tokens
+from kernels.binary_linear import ProductShape, select_config
 from kernels.float_linear import float_linear
-from kernels.linear import Plan, launch_plan, make_counters, plan_linear
+from kernels.fragments import ColumnOrder, FragmentTokens, FragmentWeight
+from kernels.linear import (
+    Plan,
+    column_order,
+    launch_binary,
+    launch_plan,
+    make_counters,
+    plan_linear,
+)
 from kernels.sliced import SlicedWeight
 from kernels.sliced_reference import sliced_linear_reference
-from kernels.tables import load_table
+from kernels.tables import Route, load_table
+from kernels.token_fragments import pack_token_fragments
+from kernels.tokens import TokenCodes
 
 __all__ = [
     "OURS", "PlanTask", "Product", "Rotation", "compile_launch", "compile_plans", "out_dtype",
-    "plan_product", "prepare_product", "rotate_operands",
+    "plan_product", "prepare_product", "release_memory", "rotate_operands",
 ]  # fmt: skip
 
 OURS = "ours"
@@ -62,7 +74,8 @@ def prepare_product(case: KernelCase, device: torch.device, method: Method) -> P
     rotation = rotate_operands(draw_operands(case, device), method)
     if device.type == "cuda":
         table = load_table(torch.cuda.get_device_name(device))
-        return plan_product(rotation, plan_linear(case.key, table))
+        plan = plan_linear(case.key, table, binary=True)
+        return plan_product(rotation, plan)
     return Product(
         op="reference",
         copies=len(rotation.weights),
@@ -93,19 +106,56 @@ def plan_product(rotation: Rotation, plan: Plan) -> Product:
     """Launch operands as a plan says, on a GPU or in the interpreter."""
     tokens = rotation.operands.tokens
     assert tokens is not None
-    device = tokens.codes.device
+    device, weights = tokens.codes.device, rotation.weights
+    if plan.route is Route.BINARY or rotation.operands.case.cut:
+        return _binary_product(rotation, plan)
     counters, dtype = make_counters(device), out_dtype(device)
-
-    def launch(index: int) -> torch.Tensor:
-        weight = rotation.weights[index]
-        return launch_plan(plan, tokens, weight, out_dtype=dtype, counters=counters)
-
     return Product(
         op=f"{plan.route}_linear",
-        copies=len(rotation.weights),
-        launch=launch,
+        copies=len(weights),
+        launch=lambda index: launch_plan(
+            plan, tokens, weights[index], out_dtype=dtype, counters=counters
+        ),
         check=rotation.check,
     )
+
+
+def _binary_product(rotation: Rotation, plan: Plan) -> Product:
+    """Time the cutting of tokens into bits too, unless the case says that they come so."""
+    operands = rotation.operands
+    case = operands.case
+    assert isinstance(operands.tokens, TokenCodes), "16-bit tokens have no bits to multiply"
+    weight = FragmentWeight.from_stored(
+        operands.planes, operands.scale, operands.zero_point, case.k
+    )
+    weights = [weight, *(copy_tensors(weight) for _ in rotation.weights[1:])]
+    if plan.route is not Route.BINARY:
+        plan = binary_plan(case)
+    tokens: TokenCodes | FragmentTokens = operands.tokens
+    if case.cut:
+        tokens = pack_token_fragments(operands.tokens, column_order(plan.config))
+    return Product(
+        op="binary_linear_cut" if case.cut else "binary_linear",
+        copies=len(weights),
+        launch=lambda index: launch_binary(plan, tokens, weights[index]),
+        check=rotation.check,
+    )
+
+
+def binary_plan(case: KernelCase) -> Plan:
+    """The binary kernel's own choice for many tokens."""
+    shape = ProductShape(
+        order=ColumnOrder.TOKENS, m=case.m, n=case.n, k=case.k,
+        weight_bits=case.w_bits, token_bits=case.a_bits,
+    )  # fmt: skip
+    return Plan(route=Route.BINARY, config=select_config(shape))
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what earlier products have held, before other processes need it."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def compile_launch(task: tuple[str, KernelCase | TokenCase]) -> str | None:

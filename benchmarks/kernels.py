@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.budget import Budget
 from benchmarks.kernel_case import GOALS, TOY, KernelCase, all_cases
-from benchmarks.kernel_products import OURS, compile_launch, prepare_product
+from benchmarks.kernel_products import OURS, compile_launch, prepare_product, release_memory
 from benchmarks.kernel_rivals import RIVALS, Prepared, cache_key
 from benchmarks.measurement import MEASUREMENTS, write_measurement
 from benchmarks.timing import Method, WrongResultError, time_launches
@@ -110,6 +110,7 @@ def measure_cases(cases: Sequence[Case], run: Run) -> Iterator[Row]:
 
 
 def _compile_ahead(cases: Sequence[Case], run: Run) -> None:
+    release_memory(run.device)
     rivals = [name for name in JUST_IN_TIME if name in run.rivals]
     tasks = [
         (name, case)
@@ -126,19 +127,27 @@ def _compile_ahead(cases: Sequence[Case], run: Run) -> None:
 
 def _measure_product(case: KernelCase, run: Run) -> Row:
     with run.budget.spend("product"):
-        product = prepare_product(case, run.device, run.method)
-        us = _time(product, OURS, case, run)
+        op, us = _try_product(case, run)
     rivals = {name: _measure_rival(name, case, run) for name in run.rivals}
     sizes = {"n": case.n, "k": case.k, "m": case.m, "w_bits": case.w_bits}
     row = {
-        "op": product.op, **sizes, "a_bits": case.a_bits, "group_size": case.group_size,
+        "op": op, **sizes, "a_bits": case.a_bits, "group_size": case.group_size,
         **_rates(us, case.moved_bytes, case.operations),
         "roofline_us": round(case.roofline_us, 3),
         "cublas_bf16_us": rivals.pop("cublas_bf16", None),
         "rivals": rivals, "exact": us is not None,
     }  # fmt: skip
-    run.console.print(f"{product.op} {case.label}: {us} us, {row['rivals']}", markup=False)
+    run.console.print(f"{op} {case.label}: {us} us, {row['rivals']}", markup=False)
     return row
+
+
+def _try_product(case: KernelCase, run: Run) -> tuple[str, float | None]:
+    try:
+        product = prepare_product(case, run.device, run.method)
+        return product.op, _time(product, OURS, case, run)
+    except Exception as error:  # noqa: BLE001  the row says that it is not exact
+        run.console.print(f"{case.label}: {type(error).__name__} {error}", markup=False)
+        return "failed", None
 
 
 def _measure_tokens(case: TokenCase, run: Run) -> Row:

@@ -22,7 +22,13 @@ from benchmarks.budget import Budget
 from benchmarks.kernel_candidates import candidate_plans
 from benchmarks.kernel_case import GOALS, TOY, KernelCase, all_cases
 from benchmarks.kernel_operands import draw_operands
-from benchmarks.kernel_products import PlanTask, compile_plans, plan_product, rotate_operands
+from benchmarks.kernel_products import (
+    PlanTask,
+    compile_plans,
+    plan_product,
+    release_memory,
+    rotate_operands,
+)
 from benchmarks.timing import Method, WrongResultError, time_launches
 from benchmarks.warming import run_ahead
 from kernels.linear import Plan
@@ -82,7 +88,11 @@ def tune_cases(cases: Sequence[KernelCase], tuning: Tuning) -> Iterator[TableEnt
         if not tuning.budget.allows("compilation", guess_s=0):
             return
         with tuning.budget.spend("compilation"):
-            plans = [candidate_plans(case)[: tuning.most_plans] for case in chunk]
+            interpreted = tuning.device.type == "cpu"
+            plans = [
+                candidate_plans(case, interpreted=interpreted)[: tuning.most_plans]
+                for case in chunk
+            ]
             working = _keep_working(chunk, plans, tuning)
         for case, candidates in zip(chunk, working, strict=True):
             if not tuning.budget.allows("shape"):
@@ -99,6 +109,7 @@ def _keep_working(
     """Compile all plans in other processes and drop those that failed there."""
     if not tuning.workers:
         return [list(each) for each in plans]
+    release_memory(tuning.device)
     tasks = [
         PlanTask(case=case, plans=each[start : start + PLANS_A_TASK])
         for case, each in zip(cases, plans, strict=True)
@@ -124,7 +135,7 @@ def _tune_case(case: KernelCase, plans: Sequence[Plan], tuning: Tuning) -> Table
         try:
             product = plan_product(rotation, plan)
             timing = time_launches(product.launch, product.copies, product.check, tuning.method)
-        except WrongResultError as error:
+        except (WrongResultError, RuntimeError, ValueError) as error:
             tuning.console.print(f"{case.label} {plan}: {error}", markup=False)
             continue
         if best is None or timing.us < best.us:
@@ -150,7 +161,9 @@ def _cases(options: argparse.Namespace) -> list[KernelCase]:
     return [
         case
         for case in cases
-        if (not options.widths or case.w_bits in options.widths)
+        # how tokens are cut is part of what is tuned
+        if not case.cut
+        and (not options.widths or case.w_bits in options.widths)
         and (not options.tokens or case.m in options.tokens)
         and (not options.shapes or f"{case.n}x{case.k}" in options.shapes)
     ]

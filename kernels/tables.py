@@ -15,7 +15,7 @@ Shape legend: M tokens, N outputs, K inputs.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
@@ -139,25 +139,32 @@ class ConfigTable:
     source: Mapping[str, Any] = field(default_factory=dict)
     """Versions, commit and time of the measurement."""
 
-    def lookup(self, key: TableKey) -> TableEntry | None:
-        """Find the entry that is nearest to a shape, as the head of this module says."""
-        found = self._nearest(key, any_width=key.a_bits >= BYTE_BITS)
+    def lookup(
+        self, key: TableKey, routes: Container[Route] = frozenset(Route)
+    ) -> TableEntry | None:
+        """Find the entry that is nearest to a shape, as the head of this module says.
+
+        Args:
+            key: what is asked for.
+            routes: that can answer; entries of others are passed over.
+        """
+        found = self._nearest(key, routes, any_width=key.a_bits >= BYTE_BITS)
         if found is not None or key.a_bits >= BYTE_BITS:
             return found
         byte_key = TableKey(
             a_bits=BYTE_BITS, w_bits=key.w_bits, group=key.group, n=key.n, k=key.k, m=key.m
         )
-        return self._nearest(byte_key, any_width=True)
+        return self._nearest(byte_key, routes, any_width=True)
 
-    def _nearest(self, key: TableKey, *, any_width: bool) -> TableEntry | None:
-        exact = self.entries.get(key)
-        if exact is not None:
-            return exact
+    def _nearest(
+        self, key: TableKey, routes: Container[Route], *, any_width: bool
+    ) -> TableEntry | None:
         alike = [
             entry
             for other, entry in self.entries.items()
             if (other.a_bits, other.group, other.m) == (key.a_bits, key.group, key.m)
             and (any_width or other.w_bits == key.w_bits)
+            and entry.route in routes
         ]
         return min(alike, key=lambda entry: _distance(key, entry.key), default=None)
 

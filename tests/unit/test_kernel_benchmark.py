@@ -1,6 +1,8 @@
 """The kernel benchmark and the tuner at toy size, and what they refuse."""
 
 import json
+import math
+import time
 from dataclasses import replace
 from io import StringIO
 
@@ -15,6 +17,7 @@ from benchmarks.kernel_operands import copy_tensors, draw_operands, make_check, 
 from benchmarks.kernel_rivals import RIVALS
 from benchmarks.timing import Method, WrongResultError, copies_to_rotate, time_launches
 from benchmarks.token_products import TOY_TOKEN_CASES, TokenOp, prepare_tokens
+from benchmarks.warming import run_ahead
 from kernels.linear import Plan
 from kernels.sliced_reference import sliced_linear_reference
 from kernels.tables import Route, read_table
@@ -117,6 +120,20 @@ def test_a_run_stops_when_its_budget_is_spent():
     assert len(list(kernels.measure_cases(TOY, run))) == 3
 
 
+def test_a_kernel_that_fails_is_a_row_without_a_time(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ValueError("no such tile")
+
+    monkeypatch.setattr(kernel_products, "sliced_linear_reference", fail)
+
+    with pytest.raises(SystemExit, match="products are wrong"):
+        run_toy(tmp_path, "--rivals")
+
+    rows = json.loads((tmp_path / "kernels-h100.json").read_text())["rows"]
+    assert (rows[0]["op"], rows[0]["us"], rows[0]["exact"]) == ("failed", None, False)
+    assert "no such tile" in capsys.readouterr().out
+
+
 # the cases
 
 
@@ -186,6 +203,21 @@ def test_copies_fill_more_than_a_cache():
 
     assert copies_to_rotate(4 << 20, method) == 32
     assert copies_to_rotate(1 << 30, method) == 2
+
+
+# compiling ahead
+
+
+def test_other_processes_answer_in_the_order_of_their_tasks():
+    assert run_ahead(math.sqrt, [4.0, 9.0], workers=2, seconds=60) == [2.0, 3.0]
+    assert run_ahead(math.sqrt, [4.0], workers=0, seconds=60) == [None]
+
+
+@pytest.mark.parametrize(("seconds", "patience_s"), [(0.5, 60), (60, 0.5)])
+def test_nobody_waits_for_a_process_that_hangs(seconds, patience_s):
+    assert run_ahead(
+        time.sleep, [120], workers=1, seconds=seconds, patience_s=patience_s
+    ) == [None]  # fmt: skip
 
 
 # the check
@@ -262,7 +294,7 @@ def planned(monkeypatch):
     """Three plans for every case: slow, wrong, fast; what is launched is the reference."""
     clock = {"slow": 0, "wrong": 0, "fast": 0}
     plans = [Plan(route=Route.TILE, config=tile_config(each)) for each in (2, 3, 4)]
-    monkeypatch.setattr(tune, "candidate_plans", lambda case: plans)
+    monkeypatch.setattr(tune, "candidate_plans", lambda case, **_: plans)
 
     def launch(plan, tokens, weight, *, out_dtype, counters):
         stages = plan.config.num_stages
@@ -310,7 +342,7 @@ def test_what_the_table_has_is_not_measured_again(tmp_path, planned):
 def test_a_shape_without_a_right_launch_stays_out_of_the_table(tmp_path, planned, monkeypatch):
     monkeypatch.setattr(kernel_products, "sliced_linear_reference", None)
     monkeypatch.setattr(
-        tune, "candidate_plans", lambda case: [Plan(route=Route.TILE, config=tile_config(3))]
+        tune, "candidate_plans", lambda case, **_: [Plan(route=Route.TILE, config=tile_config(3))]
     )
 
     tune.main(["--toy", "--device", "cpu", "--out", str(tmp_path), "--widths", "2"])
