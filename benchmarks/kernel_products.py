@@ -18,8 +18,8 @@ from benchmarks.kernel_rivals import RIVALS, Prepared
 from benchmarks.timing import Check, Method, copies_to_rotate
 from benchmarks.token_products import TokenCase, prepare_tokens
 from kernels.binary_linear import ProductShape, select_config
-from kernels.float_linear import float_linear
 from kernels.fragments import ColumnOrder, FragmentTokens, FragmentWeight
+from kernels.half_linear import half_linear
 from kernels.linear import (
     Plan,
     column_order,
@@ -27,6 +27,7 @@ from kernels.linear import (
     launch_plan,
     make_counters,
     plan_linear,
+    weight_only_linear,
 )
 from kernels.sliced import SlicedWeight
 from kernels.sliced_reference import sliced_linear_reference
@@ -74,7 +75,7 @@ def prepare_product(case: KernelCase, device: torch.device, method: Method) -> P
     rotation = rotate_operands(draw_operands(case, device), method)
     if device.type == "cuda":
         table = load_table(torch.cuda.get_device_name(device))
-        plan = plan_linear(case.key, table, binary=True)
+        plan = plan_linear(case.key, table, with_fragments=True)
         return plan_product(rotation, plan)
     return Product(
         op="reference",
@@ -104,8 +105,10 @@ def rotate_operands(operands: Operands, method: Method) -> Rotation:
 
 def plan_product(rotation: Rotation, plan: Plan) -> Product:
     """Launch operands as a plan says, on a GPU or in the interpreter."""
-    tokens = rotation.operands.tokens
-    assert tokens is not None
+    tokens, x = rotation.operands.tokens, rotation.operands.x
+    if x is not None:
+        return _half_product(rotation, plan, x)
+    assert tokens is not None, "tokens are codes or 16-bit values"
     device, weights = tokens.codes.device, rotation.weights
     if plan.route is Route.BINARY or rotation.operands.case.cut:
         return _binary_product(rotation, plan)
@@ -116,6 +119,15 @@ def plan_product(rotation: Rotation, plan: Plan) -> Product:
         launch=lambda index: launch_plan(
             plan, tokens, weights[index], out_dtype=dtype, counters=counters
         ),
+        check=rotation.check,
+    )
+
+
+def _half_product(rotation: Rotation, plan: Plan, x: torch.Tensor) -> Product:
+    return Product(
+        op=f"{plan.route}_linear",
+        copies=len(rotation.weights),
+        launch=lambda index: half_linear(x, rotation.weights[index], config=plan.config),
         check=rotation.check,
     )
 
@@ -206,7 +218,7 @@ def _answer_on_cpu(operands: Operands, weight: SlicedWeight) -> torch.Tensor:
     if operands.tokens is not None:
         return sliced_linear_reference(operands.tokens, weight, out_dtype=torch.float32)
     assert operands.x is not None
-    return float_linear(operands.x.float(), operands.dequantized())
+    return weight_only_linear(operands.x.float(), weight)
 
 
 def _is_alive(device: torch.device) -> bool:

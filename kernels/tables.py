@@ -4,8 +4,9 @@
     bucket(M) = the least of 1, 2, 4, ... 2048 that is at least M, else 2048
 
 A shape that was not measured takes the entry of the same activations, group and bucket whose width
-is nearest, and among those the one whose N*K is (as a ratio). Where there is none, and on a GPU
-that was never measured, there is no answer: the kernel's own default holds.
+is nearest from above (a launch that holds wider codes holds narrower ones too), and among those the
+one whose N*K is nearest as a ratio. Where there is none, and on a GPU that was never measured,
+there is no answer: the kernel's own default holds.
 Activations of 2..7 bits run the kernels of 8, so `a8` answers for them, unless an entry of
 their own and of exactly that weight width says that a narrower route is faster.
 
@@ -59,6 +60,10 @@ class Route(StrEnum):
     """`kernels.decode_linear`: dp4a, a few tokens."""
     TILE = "tile"
     """`kernels.tile_linear`: int8 tensor cores."""
+    PREFILL = "prefill"
+    """`kernels.prefill_linear`: int8 tensor cores, many tokens, a scale a row."""
+    UNPACKED = "unpacked"
+    """The same after `kernels.unpack` has given every code a byte."""
     BINARY = "binary"
     """`kernels.binary_linear`: the binary tensor core."""
     HALF = "half"
@@ -163,7 +168,7 @@ class ConfigTable:
             entry
             for other, entry in self.entries.items()
             if (other.a_bits, other.group, other.m) == (key.a_bits, key.group, key.m)
-            and (any_width or other.w_bits == key.w_bits)
+            and (other.w_bits == key.w_bits or (any_width and other.w_bits > key.w_bits))
             and entry.route in routes
         ]
         return min(alike, key=lambda entry: _distance(key, entry.key), default=None)
@@ -250,7 +255,7 @@ def _read_entry(text: str, value: object) -> TableEntry:
 def _distance(wanted: TableKey, other: TableKey) -> tuple[int, float, TableKey]:
     ratio = abs(math.log(wanted.n * wanted.k / (other.n * other.k)))
     # the key last: equal distances must not depend on the order of the file
-    return abs(wanted.w_bits - other.w_bits), ratio, other
+    return other.w_bits - wanted.w_bits, ratio, other
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,11 +1,18 @@
 import pytest
 import torch
 
-from kernels import decode_config, linear, tile_config
+from kernels import linear, tile_config
 from kernels.activation_quant import quantize_activations
 from kernels.layouts import pack_codes
-from kernels.linear import Plan, integer_linear, key_of, plan_linear
-from kernels.sliced import slice_weight
+from kernels.linear import (
+    Plan,
+    integer_linear,
+    key_of,
+    plan_linear,
+    wants_fragments,
+    weight_only_linear,
+)
+from kernels.sliced import slice_weight, unslice_codes
 from kernels.sliced_reference import sliced_linear_reference
 from kernels.tables import ConfigTable, InvalidTableError, Route, TableEntry, TableKey
 from kernels.tokens import TokenCodes
@@ -79,6 +86,48 @@ def test_a_cpu_answers_with_the_reference():
     assert torch.equal(out, expected)
 
 
-def test_every_route_of_sliced_weights_has_a_configuration():
-    assert {Route.DECODE, Route.TILE} <= set(linear.CONFIGS)
-    assert linear.CONFIGS[Route.DECODE] is decode_config.LaunchConfig
+def test_every_route_has_a_configuration():
+    assert set(linear.CONFIGS) == set(Route)
+
+
+def test_16_bit_activations_have_one_route():
+    assert plan_linear(key(m=1, a_bits=16), EMPTY) == Plan(route=Route.HALF)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_cpu_multiplies_16_bit_activations_by_weights_rounded_once(bits):
+    _, weight = operands(bits=bits, groups=3)
+    x, bias = torch.randn(4, 96), torch.randn(70)
+    shift = 128 if bits == 8 else 0
+    codes = unslice_codes(weight).double().sub(shift).view(70, 3, 32)
+    w = (codes - weight.zero_point[:70, :, None]) * weight.scale[:70, :, None].double()
+
+    out = weight_only_linear(x, weight, bias)
+
+    expected = (x.double() @ w.view(70, 96).t() + bias).float()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=5e-3)
+
+
+def test_fragments_are_wanted_where_the_binary_tensor_core_is_fastest():
+    config = {"row_tiles": 16, "column_tiles": 8, "warps_n": 4, "warps_other": 2, "steps": 2}
+    asked = key(m=2048, a_bits=2)
+    table = table_of(asked, Route.BINARY, **config)
+
+    assert wants_fragments(key(m=1, a_bits=2), table)
+    assert not wants_fragments(key(m=1, a_bits=8), table)
+    assert plan_linear(asked, table, with_fragments=True).route is Route.BINARY
+    assert plan_linear(asked, table).route is Route.TILE
+
+
+def test_a_split_launch_counts_in_what_it_is_given():
+    tokens, weight = operands(n=200, k=512)
+    config = tile_config.LaunchConfig(
+        block_m=8, block_n=64, block_k=32, num_warps=4, num_stages=2, splits=3
+    )
+    counters = torch.zeros(64, dtype=torch.int32)
+
+    workspace = linear._workspace(config, tokens, weight, counters)  # noqa: SLF001  sizes matter
+
+    assert workspace.arrivals is counters
+    assert workspace.partials.numel() == 3 * 4 * 64 * 8
+    assert linear._workspace(config, tokens, weight, None) is None  # noqa: SLF001  as above

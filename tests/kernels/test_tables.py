@@ -42,8 +42,8 @@ def test_tokens_fall_into_the_bucket_that_holds_them(m, bucket):
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
     path = table_path(GPU, tmp_path)
-    written = replace(table(entry(key(), rows=8, pdl=True, max_registers=None), entry(key(m=64), Route.TILE)),
-                      source={"commit": "abc"})  # fmt: skip
+    few, many = entry(key(), rows=8, pdl=True, max_registers=None), entry(key(m=64), Route.TILE)
+    written = replace(table(few, many), source={"commit": "abc"})
 
     write_table(path, written)
     read = load_table(GPU, tmp_path)
@@ -69,7 +69,20 @@ def test_the_width_counts_before_the_size():
     same_width, same_size = entry(key(w_bits=3)), entry(key(w_bits=4, n=22016))
 
     assert table(same_width, same_size).lookup(key(w_bits=3, n=22016)) is same_width
-    assert table(same_width, same_size).lookup(key(w_bits=5, n=4096)) is same_size
+
+
+def test_a_width_without_entries_takes_the_next_wider_and_never_a_narrower():
+    narrow, wide, widest = (entry(key(w_bits=bits)) for bits in (3, 5, 8))
+
+    assert table(narrow, wide, widest).lookup(key(w_bits=4)) is wide
+    assert table(narrow).lookup(key(w_bits=4)) is None
+
+
+def test_entries_of_routes_that_cannot_answer_are_passed_over():
+    byte, binary = entry(key(m=2048)), entry(key(m=2048, a_bits=2), Route.BINARY)
+
+    asked = key(m=2048, a_bits=2)
+    assert table(byte, binary).lookup(asked, {Route.DECODE, Route.TILE}) is byte
 
 
 @pytest.mark.parametrize("asked", [key(m=2), key(group=128), key(a_bits=16)])
@@ -88,7 +101,7 @@ def test_an_entry_of_narrow_activations_holds_for_its_own_width_alone():
 
     assert table(byte, binary).lookup(key(m=2048, a_bits=2)) is binary
     assert table(byte, binary).lookup(key(m=2048, a_bits=2, n=8192)) is binary
-    assert table(byte, binary).lookup(key(m=2048, a_bits=2, w_bits=4)) is byte
+    assert table(byte, binary).lookup(key(m=2048, a_bits=2, w_bits=1)) is byte
 
 
 def test_the_order_of_a_file_decides_nothing():

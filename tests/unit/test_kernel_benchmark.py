@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from io import StringIO
@@ -348,3 +351,18 @@ def test_a_shape_without_a_right_launch_stays_out_of_the_table(tmp_path, planned
     tune.main(["--toy", "--device", "cpu", "--out", str(tmp_path), "--widths", "2"])
 
     assert not (tmp_path / "interpreter.json").exists()
+
+
+def test_real_kernels_are_tuned_in_the_interpreter(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.tune", "--toy", "--device", "cpu"]
+    options = ["--most-plans", "1", "--widths", "2", "3", "--out", str(tmp_path)]
+
+    subprocess.run(
+        [*command, *options],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+
+    entries = read_table(tmp_path / "interpreter.json").entries.values()
+    assert [entry.route for entry in entries] == [Route.DECODE, Route.TILE]
