@@ -10,7 +10,9 @@ instruction of the machine.
 import triton
 import triton.language as tl
 
-__all__ = ["join_fields"]
+__all__ = ["join_assembly", "join_fields", "move_field"]
+
+EVERY_BYTE = 0x01010101
 
 
 @triton.jit
@@ -29,54 +31,41 @@ def join_fields(
     """
     if F0 == 8:
         return w0.to(tl.int8, bitcast=True)
-    code = _place(w0, S % (8 // F0), F0, 0, INTERP)
-    if F1 > 0:
-        code = _join(code, w1, S * F1 % 8 // F1, F1, F0, INTERP)
-    if F2 > 0:
-        code = _join(code, w2, S * F2 % 8 // F2, F2, F0 + F1, INTERP)
-    return code
+    elif INTERP:
+        code = (w0 >> (S * F0 % 8)) & ((1 << F0) - 1)
+        if F1 > 0:
+            code |= ((w1 >> (S * F1 % 8)) & ((1 << F1) - 1)) << F0
+        if F2 > 0:
+            code |= ((w2 >> (S * F2 % 8)) & ((1 << F2) - 1)) << (F0 + F1)
+        return code.to(tl.int8)
+    else:
+        ASSEMBLY: tl.constexpr = join_assembly(F0, F1, F2, S)
+        return tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,r,r,r", [w0, w1, w2], dtype=tl.int8, is_pure=True, pack=4
+        )
 
 
-@triton.jit
-def _place(w, POSITION: tl.constexpr, FIELD: tl.constexpr, UP: tl.constexpr, INTERP: tl.constexpr):
-    """Move the field at a position of every byte to bits UP and above, and clear the rest."""
-    SHIFT: tl.constexpr = FIELD * POSITION - UP
-    MASK: tl.constexpr = ((1 << FIELD) - 1) << UP
-    if INTERP:
-        moved = w >> SHIFT if SHIFT > 0 else w << -SHIFT
-        return (moved & MASK).to(tl.int8)
-    WORD: tl.constexpr = MASK * 0x01010101
-    SHIFTED: tl.constexpr = f"shr.b32 t, $1, {SHIFT};" if SHIFT > 0 else f"shl.b32 t, $1, {-SHIFT};"
-    return tl.inline_asm_elementwise(
-        f"{{ .reg .b32 t; {SHIFTED} and.b32 $0, t, {WORD}; }}",
-        "=r,r",
-        [w],
-        dtype=tl.int8,
-        is_pure=True,
-        pack=4,
-    )
+@triton.constexpr_function
+def join_assembly(f0: int, f1: int, f2: int, s: int) -> str:
+    """Write the assembly of `join_fields` for one slice."""
+    moves = move_field(0, s * f0 % 8, f0, 0, EVERY_BYTE)
+    if f1:
+        moves += move_field(1, s * f1 % 8, f1, f0, EVERY_BYTE)
+    if f2:
+        moves += move_field(2, s * f2 % 8, f2, f0 + f1, EVERY_BYTE)
+    return "{ .reg .b32 t, u; " + moves + "mov.b32 $0, u; }"
 
 
-@triton.jit
-def _join(
-    code, w,
-    POSITION: tl.constexpr,
-    FIELD: tl.constexpr,
-    UP: tl.constexpr,
-    INTERP: tl.constexpr,
-):  # fmt: skip
-    """Add one more field to codes whose bits from UP on are clear."""
-    SHIFT: tl.constexpr = FIELD * POSITION - UP
-    MASK: tl.constexpr = ((1 << FIELD) - 1) << UP
-    if INTERP:
-        return code | _place(w, POSITION, FIELD, UP, INTERP)
-    WORD: tl.constexpr = MASK * 0x01010101
-    SHIFTED: tl.constexpr = f"shr.b32 t, $2, {SHIFT};" if SHIFT > 0 else f"shl.b32 t, $2, {-SHIFT};"
-    return tl.inline_asm_elementwise(
-        f"{{ .reg .b32 t; {SHIFTED} and.b32 t, t, {WORD}; or.b32 $0, $1, t; }}",
-        "=r,r,r",
-        [code, w],
-        dtype=tl.int8,
-        is_pure=True,
-        pack=4,
-    )
+@triton.constexpr_function
+def move_field(i: int, at: int, bits: int, up: int, lanes: int) -> str:
+    """Write assembly that adds field i to the codes in u, from bit `at` to bit `up` of every lane.
+
+    The first field starts u. `lanes` has the lowest bit of every lane set.
+    """
+    word = f"${i + 1}"
+    shifted = at - up
+    move = f"shr.b32 t, {word}, {shifted}; " if shifted >= 0 else f"shl.b32 t, {word}, {-shifted}; "
+    mask = (((1 << bits) - 1) << up) * lanes
+    if i == 0:
+        return f"{move}and.b32 u, t, {mask}; "
+    return f"{move}and.b32 t, t, {mask}; or.b32 u, u, t; "

@@ -18,7 +18,6 @@ Shape legend: M tokens, N outputs (NP with padding), K inputs (L with padding), 
 inputs.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -29,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.field_codes import join_fields
 from kernels.sliced import SlicedWeight
-from kernels.tile_config import LaunchConfig, select_config
+from kernels.tile_config import LaunchConfig, TileShape, select_config
 from kernels.tokens import TokenCodes
 
 __all__ = ["SplitWorkspace", "tile_linear", "tile_linear_reference"]
@@ -89,11 +88,8 @@ def tile_linear(
     out = tokens.codes.new_empty((m, n), dtype=dtype)
     if not m:
         return out
-    padded_n, groups = weight.scale.shape
-    stored_n, slice_bytes = weight.fields[0].shape[3:]
-    config = config or select_config(
-        bits=weight.bits, m=m, n=padded_n, columns=weight.columns, grouped=groups > 1
-    )
+    padded_n, groups, slice_bytes = weight.padded_rows, weight.groups, weight.slice_bytes
+    config = config or select_config(_shape_of(m, weight))
     config = config.fitted(slice_bytes, grouped=groups > 1)
     workspace = workspace or SplitWorkspace.for_launch(config, m, padded_n, out.device)
     _check_workspace(workspace, config, _tiles(config, m, padded_n))
@@ -102,7 +98,6 @@ def tile_linear(
         codes = TensorDescriptor.from_tensor(tokens.codes, [config.block_m, config.block_k])
     fields = (*weight.fields, *[weight.fields[0]] * (3 - len(weight.fields)))
     field_bits = (*weight.field_bits, 0, 0)
-    group_size = weight.in_features // groups
     grid = (_tiles(config, m, padded_n), config.splits)
     _tile_kernel[grid](
         codes, tokens.codes.stride(0),
@@ -113,13 +108,13 @@ def tile_linear(
         out, out.stride(0),
         workspace.partials if groups == 1 else workspace.partials.view(torch.float32),
         workspace.arrivals,
-        m, n, padded_n, weight.columns // (8 * slice_bytes), groups, group_size,
+        m, n, padded_n, weight.columns // (8 * slice_bytes), groups, weight.group_size,
         F0=field_bits[0],
         F1=field_bits[1],
         F2=field_bits[2],
         SLICE=slice_bytes,
-        STORED_N=stored_n,
-        GROUP_SLICES=group_size // slice_bytes if groups > 1 else 0,
+        STORED_N=weight.block_rows,
+        GROUP_SLICES=weight.group_size // slice_bytes if groups > 1 else 0,
         MULTIPLIER=weight.multiplier,
         HAS_BIAS=bias is not None,
         BLOCK_M=config.block_m,
@@ -220,8 +215,8 @@ def _tile_kernel(
     w2_offs = (tile_n * (F2 * RUN) + row_n)[:, None] + offs_k[None, :]
 
     first, last = _share_of(tl.program_id(1), BLOCKS * NARROWEST, TURN, GROUP_SLICES, SPLITS)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
+    total = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     for step in range(first * CUTS, last * CUTS):
         turn = step // CUTS
         cut = (step % CUTS) * BLOCK_K
@@ -260,7 +255,7 @@ def _tile_kernel(
                         acc, g, GROUP_SIZE, GROUPS, MULTIPLIER, rows_m, rows_n,
                         x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
                     )  # fmt: skip
-                    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+                    acc = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
 
     part = total if GROUPED else acc
     mine = True
@@ -318,8 +313,8 @@ def _scaled(
 @triton.jit
 def _tile_of(pid, M, NP, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Walk GROUP_M tiles of tokens before the next tile of weights."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(NP, BLOCK_N)
+    tiles_m = (M + BLOCK_M - 1) // BLOCK_M
+    tiles_n = (NP + BLOCK_N - 1) // BLOCK_N
     first_m = pid // (GROUP_M * tiles_n) * GROUP_M
     height = tl.minimum(tiles_m - first_m, GROUP_M)
     within = pid % (GROUP_M * tiles_n)
@@ -332,8 +327,20 @@ def _share_of(split, turns, TURN: tl.constexpr, GROUP_SLICES: tl.constexpr, SPLI
     if SPLITS == 1:
         return 0, turns
     UNIT: tl.constexpr = GROUP_SLICES if GROUP_SLICES > 0 else 1
-    share = tl.cdiv(tl.cdiv(turns, UNIT), SPLITS) * UNIT
+    share = (turns + UNIT * SPLITS - 1) // (UNIT * SPLITS) * UNIT
     return tl.minimum(split * share, turns), tl.minimum((split + 1) * share, turns)
+
+
+def _shape_of(m: int, weight: SlicedWeight) -> TileShape:
+    return TileShape(
+        # an unpacked weight has fields of 8 bits
+        bits=sum(weight.field_bits),
+        m=m,
+        n=weight.padded_rows,
+        columns=weight.columns,
+        slice_bytes=weight.slice_bytes,
+        grouped=weight.groups > 1,
+    )
 
 
 def _tiles(config: LaunchConfig, m: int, padded_n: int) -> int:
