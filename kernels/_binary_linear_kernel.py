@@ -64,9 +64,15 @@ def bmma_decode_kernel(
     mask_t = gl.expand_dims(tile < T, 1)
     mask_j = gl.expand_dims(j < J, 1)
 
-    # what scales a row comes from memory as its weights do: asked for first, it costs no time
-    rows = _load_rows(w_scale_ptr, w_zero_ptr, w_sums_ptr, n, N)
     zero = gl.full([COLUMN_TILES, SLOTS, ROW_TILES, 32, 4], 0, gl.int32, FULL)
+    # what scales the result comes from memory as weights do: asked for first, it costs no time
+    rows = _load_rows(w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr, n, N, HAS_BIAS, GROUPED)
+    tokens = ()
+    for half in gl.static_range(HALVES):
+        m = (column + 8 * half) // WIDTH
+        tokens += (  # type: ignore[assignment]  # Triton's tuples grow
+            _load_tokens(x_scale_ptr, x_zero_ptr, x_sums_ptr, m, M, K, SHIFT, GROUPED),
+        )
     acc0 = zero.to(gl.float32) if GROUPED else zero
     acc1 = acc0
     for turn in range(TURNS):
@@ -75,7 +81,7 @@ def bmma_decode_kernel(
         planes = ()
         for a in gl.static_range(P):
             ptrs = w_ptrs + k * stride_wk + a * stride_wp
-            planes += (
+            planes += (  # type: ignore[assignment]  # Triton's tuples grow
                 gl.load(ptrs, mask=mask_t & (k < B), other=0, eviction_policy="evict_first"),
             )
         for half in gl.static_range(HALVES):
@@ -92,13 +98,11 @@ def bmma_decode_kernel(
         acc = acc1 if half else acc0
         m = (column + 8 * half) // WIDTH
         if GROUPED:
-            out = _scale(gl.sum(acc, 1), m, n, x_scale_ptr, bias_ptr, M, N, HAS_BIAS)
+            total = gl.sum(acc, 1)
         else:
             total = _sum_columns(gl.sum(acc << gl.expand_dims(bit, 1), 1), WIDTH)
-            out = _dequantize(
-                total, rows, m, n, x_scale_ptr, x_zero_ptr, x_sums_ptr, bias_ptr, M, N, K,
-                SHIFT, MULTIPLIER, HAS_BIAS,
-            )  # fmt: skip
+            total = _correct(total, rows, tokens[half], K, MULTIPLIER)
+        out = _scale(total, rows, tokens[half], HAS_BIAS)
         # every column of a token holds its sum; the first one writes
         ptrs = out_ptr + m.to(gl.int64) * stride_om + n
         gl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=(bit == 0) & (m < M) & (n < N))
@@ -178,17 +182,16 @@ def bmma_prefill_kernel(
     row = gl.arange(0, COLUMN_TILES * 8, gl.SliceLayout(1, OUT))
     n = gl.program_id(0) * ROW_TILES * 16 + gl.arange(0, ROW_TILES * 16, gl.SliceLayout(0, OUT))
     n = gl.expand_dims(n, 0)
-    rows = _load_rows(w_scale_ptr, w_zero_ptr, w_sums_ptr, n, N)
+    rows = _load_rows(w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr, n, N, HAS_BIAS, GROUPED=False)
     for half in gl.static_range(2):
         m = (gl.program_id(1) * COLUMN_TILES + row // 8) * 16 + half * 8 + row % 8
         m = gl.expand_dims(m, 1)
         # [n tile, m tile, g, t, r, e] -> [m tile, t, e, n tile, r, g]
         acc = gl.reshape(acc1 if half else acc0, [ROW_TILES, COLUMN_TILES, 8, 4, 2, 2])
         total = gl.reshape(gl.permute(acc, [1, 3, 5, 0, 4, 2]), [COLUMN_TILES * 8, ROW_TILES * 16])
-        out = _dequantize(
-            gl.convert_layout(total, OUT), rows, m, n, x_scale_ptr, x_zero_ptr, x_sums_ptr,
-            bias_ptr, M, N, K, SHIFT, MULTIPLIER, HAS_BIAS,
-        )  # fmt: skip
+        tokens = _load_tokens(x_scale_ptr, x_zero_ptr, x_sums_ptr, m, M, K, SHIFT, GROUPED=False)
+        total = _correct(gl.convert_layout(total, OUT), rows, tokens, K, MULTIPLIER)
+        out = _scale(total, rows, tokens, HAS_BIAS)
         ptrs = out_ptr + m.to(gl.int64) * stride_om + n
         gl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))
 
@@ -216,7 +219,7 @@ def _add_groups(
     # corrections go to one column of a token, before its columns are summed
     first = (bit == 0) & (m < M)
     z_x = gl.load(x_zero_ptr + m, mask=first, other=-SHIFT) + SHIFT
-    ones = gl.full_like(zero, -1)
+    ones = zero - 1
     for h in gl.static_range(2):
         g = 2 * k + h
         inside = mask_t & (g < S)
@@ -258,44 +261,60 @@ def _fetch(
     P: gl.constexpr, Q: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Start the copy of one chunk of K; what the masks leave out becomes zero."""
-    first = chunk % STAGES * STEPS
-    for step in gl.static_range(STEPS):
-        k = chunk * STEPS + step
-        for a in gl.static_range(P):
-            ptrs = w_ptrs + k * stride_wk + a * stride_wp
-            _copy_async(w_shared.index((first + step) * P + a), ptrs, mask=mask_w & (k < B))
-        for b in gl.static_range(Q):
-            ptrs = x_ptrs + k * stride_xk + b * 128
-            _copy_async(x_shared.index((first + step) * Q + b), ptrs, mask=mask_x & (k < B))
+    w_first = chunk % STAGES * (STEPS * P)
+    x_first = chunk % STAGES * (STEPS * Q)
+    for i in gl.static_range(STEPS * P):
+        k = chunk * STEPS + i // P
+        ptrs = w_ptrs + k * stride_wk + i % P * stride_wp
+        _copy_async(w_shared.index(w_first + i), ptrs, mask=mask_w & (k < B))
+    for i in gl.static_range(STEPS * Q):
+        k = chunk * STEPS + i // Q
+        ptrs = x_ptrs + k * stride_xk + i % Q * 128
+        _copy_async(x_shared.index(x_first + i), ptrs, mask=mask_x & (k < B))
     async_copy.commit_group()
 
 
 @gluon.jit
-def _load_rows(w_scale_ptr, w_zero_ptr, w_sums_ptr, n, N):
-    s_w = gl.load(w_scale_ptr + n, mask=n < N, other=0.0).to(gl.float32)
-    z_w = gl.load(w_zero_ptr + n, mask=n < N, other=0).to(gl.int32)
-    return s_w, z_w, gl.load(w_sums_ptr + n, mask=n < N, other=0)
-
-
-@gluon.jit
-def _dequantize(
-    total, rows, m, n, x_scale_ptr, x_zero_ptr, x_sums_ptr, bias_ptr, M, N, K,
-    SHIFT: gl.constexpr, MULTIPLIER: gl.constexpr, HAS_BIAS: gl.constexpr,
+def _load_rows(
+    w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr, n, N,
+    HAS_BIAS: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
-    """Correct the zero-points of whole rows in int32, convert once, scale in float32."""
-    s_w, z_w, w_sum = rows
-    z_x = gl.load(x_zero_ptr + m, mask=m < M, other=0) + SHIFT
-    r_x = gl.load(x_sums_ptr + m, mask=m < M, other=0) + SHIFT * K
-    integer = MULTIPLIER * total - z_w * (r_x - K * z_x) - MULTIPLIER * z_x * w_sum
-    return _scale(integer.to(gl.float32) * s_w, m, n, x_scale_ptr, bias_ptr, M, N, HAS_BIAS)
+    """Return bias, and scale, zero-point and sum of whole rows; what is not there is never read."""
+    bias, s_w, z_w, w_sum = n, n, n, n
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+    if not GROUPED:
+        s_w = gl.load(w_scale_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+        z_w = gl.load(w_zero_ptr + n, mask=n < N, other=0).to(gl.int32)
+        w_sum = gl.load(w_sums_ptr + n, mask=n < N, other=0)
+    return bias, s_w, z_w, w_sum
 
 
 @gluon.jit
-def _scale(total, m, n, x_scale_ptr, bias_ptr, M, N, HAS_BIAS: gl.constexpr):
-    out = total * gl.load(x_scale_ptr + m, mask=m < M, other=0.0)
-    if HAS_BIAS:
-        out += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
-    return out
+def _load_tokens(
+    x_scale_ptr, x_zero_ptr, x_sums_ptr, m, M, K, SHIFT: gl.constexpr, GROUPED: gl.constexpr
+):
+    """Return what belongs to tokens: scale, and zero-point and sum of the unsigned codes."""
+    s_x = gl.load(x_scale_ptr + m, mask=m < M, other=0.0)
+    z_x, r_x = m, m
+    if not GROUPED:
+        z_x = gl.load(x_zero_ptr + m, mask=m < M, other=0) + SHIFT
+        r_x = gl.load(x_sums_ptr + m, mask=m < M, other=0) + SHIFT * K
+    return s_x, z_x, r_x
+
+
+@gluon.jit
+def _correct(total, rows, tokens, K, MULTIPLIER: gl.constexpr):
+    """Correct the zero-points of whole rows in int32, convert once, times the scale of the row."""
+    z_x, r_x = tokens[1], tokens[2]
+    integer = MULTIPLIER * total - rows[2] * (r_x - K * z_x) - MULTIPLIER * z_x * rows[3]
+    return integer.to(gl.float32) * rows[1]
+
+
+@gluon.jit
+def _scale(total, rows, tokens, HAS_BIAS: gl.constexpr):
+    out = total * tokens[0]
+    return out + rows[0] if HAS_BIAS else out
 
 
 @gluon.jit

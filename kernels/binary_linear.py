@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 SMS = 132
+COLUMN_TILES = 8
+FRAGMENT_BYTES = 512
 SHARED_BYTES = 227 << 10
 """Of an H100; one CTA may use them all."""
 
@@ -98,11 +100,11 @@ def select_config(
     tiles, steps = triton.cdiv(shape.n, TILE), triton.cdiv(shape.k, 256)
     if shape.order is ColumnOrder.TOKENS:
         chunk = 2 if shape.weight_bits * shape.token_bits <= 4 else 1
-        return _prefill_config(shape, row_tiles=16, warps_n=4, steps=chunk)
+        return _prefill_config(shape, 16, warps_m=2, steps=chunk)
     columns = triton.cdiv(shape.m * columns_a_token(shape.token_bits), TILE)
     row_tiles = 2 if tiles >= 2 * SMS and columns * shape.weight_bits <= 8 else 1
     warps = min(8, triton.next_power_of_2(steps))
-    ahead = max(1, 4 // (row_tiles * shape.weight_bits * columns))
+    ahead = max(1, 8 // (row_tiles * shape.weight_bits * columns))
     # a warp never has more steps in flight than it has at all
     ahead = min(ahead, triton.next_power_of_2(triton.cdiv(steps, warps)))
     return LaunchConfig(
@@ -114,11 +116,10 @@ def binary_configs(shape: ProductShape) -> list[LaunchConfig]:
     """List launches worth timing."""
     if shape.order is ColumnOrder.TOKENS:
         tried = [
-            _prefill_config(
-                shape, row_tiles=row_tiles, warps_n=row_tiles // 4, steps=steps, ctas=ctas
-            )
-            for row_tiles, ctas in ((16, 1), (8, 1), (8, 2))
+            _prefill_config(shape, row_tiles, warps_m=warps_m, steps=steps, ctas=ctas)
+            for row_tiles, warps_m, ctas in ((16, 2, 1), (16, 4, 1), (8, 2, 1), (8, 2, 2))
             for steps in (1, 2)
+            if 2 * ctas * _chunk_bytes(shape, row_tiles, steps) <= SHARED_BYTES
         ]
         return list(dict.fromkeys(tried))
     return [
@@ -232,19 +233,23 @@ def binary_linear_reference(
 
 
 def _prefill_config(
-    shape: ProductShape, *, row_tiles: int, warps_n: int, steps: int, ctas: int = 1
+    shape: ProductShape, row_tiles: int, *, warps_m: int, steps: int, ctas: int = 1
 ) -> LaunchConfig:
     """Fill shared memory with as many chunks as `ctas` CTAs of an SM leave room for."""
-    column_tiles = 8
-    chunk = steps * 512 * (row_tiles * shape.weight_bits + column_tiles * shape.token_bits)
+    chunks = SHARED_BYTES // ctas // _chunk_bytes(shape, row_tiles, steps)
     return LaunchConfig(
         row_tiles=row_tiles,
-        column_tiles=column_tiles,
-        warps_n=warps_n,
-        warps_other=2,
+        column_tiles=COLUMN_TILES,
+        warps_n=row_tiles // 4,
+        warps_other=warps_m,
         steps=steps,
-        stages=max(2, min(4, SHARED_BYTES // ctas // chunk)),
+        stages=max(2, min(4, chunks)),
     )
+
+
+def _chunk_bytes(shape: ProductShape, row_tiles: int, steps: int) -> int:
+    tiles = row_tiles * shape.weight_bits + COLUMN_TILES * shape.token_bits
+    return steps * tiles * FRAGMENT_BYTES
 
 
 def _check_operands(

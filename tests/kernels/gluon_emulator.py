@@ -143,7 +143,6 @@ def _language(program):
         BlockedLayout=lambda *parts: None, SliceLayout=lambda *parts: None,
         SwizzledSharedLayout=lambda *parts: None, static_range=range, load=load, store=store,
         allocate_shared_memory=allocate_shared_memory, full=full,
-        full_like=np.full_like,
         arange=lambda start, end, layout: np.arange(start, end, dtype=np.int32).view(Tensor),
         expand_dims=np.expand_dims, reshape=np.reshape, permute=np.transpose,
         convert_layout=lambda x, layout: x,
