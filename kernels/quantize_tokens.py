@@ -28,6 +28,7 @@ __all__ = [
     "TokenForm",
     "halves",
     "launch_tokens",
+    "new_tokens",
     "quantize_gated",
     "quantize_gated_reference",
     "quantize_normed",
@@ -106,7 +107,7 @@ def quantize_tokens(
     Raises:
         ValueError: if the form or a layout does not fit K.
     """
-    tokens = _tokens(x_MK, x_MK.shape[1], form, out)
+    tokens = new_tokens(x_MK, x_MK.shape[1], form, out)
     launch_tokens(Launch(x=x_MK, features=x_MK.shape[1], tokens=tokens), config)
     return tokens
 
@@ -141,7 +142,7 @@ def quantize_normed(
         ValueError: if the form, the norm or a layout does not fit K.
     """
     total = x_MK if residual is None else torch.empty_like(x_MK) if out is None else out.residual
-    tokens = _tokens(x_MK, x_MK.shape[1], form, None if out is None else out.tokens)
+    tokens = new_tokens(x_MK, x_MK.shape[1], form, None if out is None else out.tokens)
     launch = Launch(
         x=x_MK, features=x_MK.shape[1], tokens=tokens, step=norm, residual=residual, total=total
     )
@@ -182,7 +183,7 @@ def quantize_gated(
         ValueError: if the form or a layout does not fit I.
     """
     features = halves(gate_up)
-    tokens = _tokens(gate_up, features, form, out)
+    tokens = new_tokens(gate_up, features, form, out)
     launch_tokens(Launch(x=gate_up, features=features, tokens=tokens, step=gate), config)
     return tokens
 
@@ -271,7 +272,14 @@ def launch_tokens(launch: Launch, config: LaunchConfig | None = None) -> None:
     )  # fmt: skip
 
 
-def _tokens(x: torch.Tensor, features: int, form: TokenForm, out: TokenCodes | None) -> TokenCodes:
+def new_tokens(
+    x: torch.Tensor, features: int, form: TokenForm, out: TokenCodes | None
+) -> TokenCodes:
+    """Take `out` or allocate what a launch writes.
+
+    Raises:
+        ValueError: if the form does not fit the features, or `out` the form.
+    """
     columns = features if form.columns is None else form.columns
     m, size = len(x), features // form.groups
     ragged = features % form.groups or (form.groups > 1 and size & (size - 1))

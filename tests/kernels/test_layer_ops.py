@@ -9,8 +9,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def ops(monkeypatch):
-    quantize = load_small_op("quantize_tokens", [("_token_kernel", "token_kernel")], monkeypatch)
-    layer_ops = load_small_op("layer_ops", [], monkeypatch)
+    quantize = load_small_op("quantize_tokens", ("_token_kernel", ["token_kernel"]), monkeypatch)
+    layer_ops = load_small_op("layer_ops", None, monkeypatch)
     monkeypatch.setattr(layer_ops, "launch_tokens", quantize.launch_tokens)
     return layer_ops
 
@@ -88,7 +88,7 @@ def test_the_gates_are_those_of_float64(gate):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("half", "head_dim"), [(16, 32), (12, 40)])
 def test_heads_turn_as_in_torch_and_the_rest_stays(monkeypatch, device, dtype, half, head_dim):
-    rotary = load_small_op("rotary", [], monkeypatch)
+    rotary = load_small_op("rotary", None, monkeypatch)
     frequencies = 10000 ** -(torch.arange(half, device=device) / half)
     table = rotary.RotaryTable.of_frequencies(frequencies, 50, scaling=1.1)
     x = torch.randn(3, 7 * head_dim + 5, device=device).to(dtype)
@@ -102,7 +102,7 @@ def test_heads_turn_as_in_torch_and_the_rest_stays(monkeypatch, device, dtype, h
 
 
 def test_a_turn_keeps_lengths_and_depends_on_the_distance_alone(monkeypatch):
-    rotary = load_small_op("rotary", [], monkeypatch)
+    rotary = load_small_op("rotary", None, monkeypatch)
     table = rotary.RotaryTable.of_frequencies(10000 ** -(torch.arange(8) / 8), 100)
     q, k = torch.randn(2, 16).double()
 
@@ -118,7 +118,7 @@ def test_a_turn_keeps_lengths_and_depends_on_the_distance_alone(monkeypatch):
 
 
 def test_what_does_not_fit_is_refused_by_name(monkeypatch):
-    rotary = load_small_op("rotary", [], monkeypatch)
+    rotary = load_small_op("rotary", None, monkeypatch)
     table = rotary.RotaryTable.of_frequencies(torch.ones(8), 4)
     x, positions = torch.zeros(2, 32), torch.zeros(2, dtype=torch.int32)
 

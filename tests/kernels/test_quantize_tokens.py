@@ -9,7 +9,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def ops(monkeypatch):
-    return load_small_op("quantize_tokens", [("_token_kernel", "token_kernel")], monkeypatch)
+    return load_small_op("quantize_tokens", ("_token_kernel", ["token_kernel"]), monkeypatch)
 
 
 def norm_of(kind, k, dtype, device):
