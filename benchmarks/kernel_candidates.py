@@ -24,6 +24,7 @@ LEAST_UNPACKED = 1024
 MOST_HALF_TOKENS = 64
 BYTE_BITS = 8
 MOST_BINARY = 14
+MOST_SINGLE_TILES = 4
 SLICES = 8
 BLOCK_ROWS = 64
 
@@ -55,8 +56,6 @@ def _decode_plans(case: KernelCase) -> Iterator[Plan]:
 
 
 def _tile_plans(case: KernelCase) -> Iterator[Plan]:
-    if case.m == 1:
-        return
     shape = TileShape(
         bits=case.w_bits,
         m=case.m,
@@ -65,7 +64,7 @@ def _tile_plans(case: KernelCase) -> Iterator[Plan]:
         slice_bytes=_slice_bytes(case),
         grouped=case.groups > 1,
     )
-    for config in tile_configs(shape):
+    for config in tile_configs(shape)[: MOST_SINGLE_TILES if case.m == 1 else None]:
         yield Plan(route=Route.TILE, config=config)
 
 

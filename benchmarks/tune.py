@@ -38,7 +38,7 @@ __all__ = ["Tuning", "main", "tune_cases"]
 
 CHUNK = 6
 """Shapes compiled at a time, before they are measured on a quiet GPU."""
-PLANS_A_TASK = 4
+PLANS_A_TASK = 6
 METHOD = Method(replays=20, graph_us=800)
 TOY_METHOD = Method(rotate_bytes=0, replays=2)
 

@@ -214,6 +214,8 @@ def write_table(path: Path, table: ConfigTable) -> None:
         for key in sorted(table.entries)
     )
     head = f'  "gpu": {json.dumps(table.gpu)},\n  "source": {json.dumps(dict(table.source))},\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # an earlier file stays whole until the new one is
     partial = path.with_suffix(".partial")
     partial.write_text(f'{{\n{head}  "entries": {{\n{lines}\n  }}\n}}\n')
     partial.replace(path)

@@ -41,12 +41,12 @@ def test_tokens_fall_into_the_bucket_that_holds_them(m, bucket):
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
-    path = table_path(GPU, tmp_path)
+    path = table_path(GPU, tmp_path / "configs")
     few, many = entry(key(), rows=8, pdl=True, max_registers=None), entry(key(m=64), Route.TILE)
     written = replace(table(few, many), source={"commit": "abc"})
 
     write_table(path, written)
-    read = load_table(GPU, tmp_path)
+    read = load_table(GPU, tmp_path / "configs")
 
     assert path.name == "nvidia-h100-80gb-hbm3.json"
     assert (read.gpu, read.source, read.entries) == (GPU, {"commit": "abc"}, written.entries)

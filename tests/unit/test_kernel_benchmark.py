@@ -15,6 +15,7 @@ from rich.console import Console
 
 from benchmarks import kernel_products, kernels, tune
 from benchmarks.budget import Budget
+from benchmarks.kernel_candidates import candidate_plans
 from benchmarks.kernel_case import GOALS, LAYERS, TOY, KernelCase, all_cases
 from benchmarks.kernel_operands import copy_tensors, draw_operands, make_check, tensor_bytes
 from benchmarks.kernel_rivals import RIVALS
@@ -351,6 +352,31 @@ def test_a_shape_without_a_right_launch_stays_out_of_the_table(tmp_path, planned
     tune.main(["--toy", "--device", "cpu", "--out", str(tmp_path), "--widths", "2"])
 
     assert not (tmp_path / "interpreter.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "routes"),
+    [
+        (KernelCase(n=4096, k=4096, m=1, w_bits=2), {"decode", "tile", "binary"}),
+        (KernelCase(n=4096, k=11008, m=8, w_bits=7), {"decode", "tile", "binary"}),
+        (KernelCase(n=4096, k=4096, m=32, w_bits=4), {"tile"}),
+        (KernelCase(n=4096, k=4096, m=2048, w_bits=4), {"tile", "prefill", "unpacked"}),
+        (KernelCase(n=4096, k=4096, m=2048, w_bits=4, group_size=128), {"tile"}),
+        (
+            KernelCase(n=4096, k=4096, m=2048, w_bits=2, a_bits=2),
+            {"tile", "prefill", "unpacked", "binary"},
+        ),
+        (KernelCase(n=4096, k=4096, m=1, w_bits=4, a_bits=16), {"half"}),
+    ],
+)
+def test_every_kernel_that_can_answer_proposes_launches(case, routes):
+    plans = candidate_plans(case)
+
+    assert {plan.route.value for plan in plans} == routes
+    assert len(set(plans)) == len(plans)
+    # what the interpreter cannot run is left out there
+    interpreted = {plan.route.value for plan in candidate_plans(case, interpreted=True)}
+    assert interpreted == routes & {"decode", "tile"}
 
 
 def test_real_kernels_are_tuned_in_the_interpreter(tmp_path):
