@@ -1,7 +1,9 @@
 """The product for a few tokens, by four-lane dot products on sliced weights.
 
-    I[m,n,g] = mult (S - z_x C) - z_w (R - G z_x)         S = sum_k u_x u_w, C = sum_k u_w, R = sum_k u_x
+    I[m,n,g] = mult (S - z_x C) - z_w (R - G z_x)
     Y[m,n]   = s_x[m] (sum_g s_w[n,g] float(I[m,n,g])) + bias[n]
+
+with S = sum u_x u_w, C = sum u_w and R = sum u_x over the G columns of a group, in int32.
 
 A word of a run holds 32/f codes; one mask leaves four codes of consecutive columns, which `dp4a`
 multiplies by one word of int8 activations. Nothing is shuffled, converted or staged on the way.
@@ -108,7 +110,6 @@ def decode_linear(
         RL=config.lane_rows,
         KB=config.turn_blocks,
         SPLIT_K=config.split_k,
-        PREFETCH=config.prefetch,
         PDL=config.launch_pdl and not interpreted,
         INTERP=interpreted,
         num_warps=config.num_warps,
@@ -146,7 +147,6 @@ def _decode_linear_kernel(
     RL: tl.constexpr,
     KB: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
     INTERP: tl.constexpr,
 ):  # fmt: skip
@@ -154,12 +154,9 @@ def _decode_linear_kernel(
     SPLIT_BLOCKS: tl.constexpr = (K_BLOCKS + SPLIT_K - 1) // SPLIT_K
     TURNS: tl.constexpr = (SPLIT_BLOCKS + KB - 1) // KB
     EVEN: tl.constexpr = TURNS * KB * SPLIT_K == K_BLOCKS
-    AHEAD: tl.constexpr = PREFETCH and TURNS > 1
     GROUPED: tl.constexpr = GROUPS > 1
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    pid = tl.program_id(0)
-    first_row = pid.to(tl.int64) * (RT * RL)
+    _start_next(PDL)
+    first_row = tl.program_id(0).to(tl.int64) * (RT * RL)
     first_kb = tl.program_id(1) * SPLIT_BLOCKS
     end_kb = tl.minimum(first_kb + SPLIT_BLOCKS, K_BLOCKS)
     lane = tl.arange(0, RL)[None, None, :]
@@ -176,84 +173,97 @@ def _decode_linear_kernel(
     scale_ptrs = w_scale_ptr + offs_n * GROUPS
     zero_ptrs = zero_codes_ptr + offs_n * GROUPS
 
-    turn_data = _load_turn(
+    data = _load_turn(
         w0_ptrs, w1_ptrs, w2_ptrs, run_words, scale_ptrs, zero_ptrs, first_kb + offs_kb, end_kb,
         F0, F1, F2, GROUPS, GROUP_SIZE, BLOCK_ROWS, W, EVEN,
     )  # fmt: skip
-    if not GROUPED:
-        w_scale = tl.load(scale_ptrs).to(tl.float32)
-        w_zero = tl.load(w_zero_ptr + offs_n)
-        w_sum = tl.load(w_sums_ptr + offs_n)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    # what a row needs at the end; with groups, a turn has brought it
+    w_scale = 0.0 if GROUPED else tl.load(scale_ptrs).to(tl.float32)
+    w_zero = 0 if GROUPED else tl.load(w_zero_ptr + offs_n)
+    w_sum = 0 if GROUPED else tl.load(w_sums_ptr + offs_n)
+    mask_n = offs_n < N
+    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+    _wait_for_tokens(PDL)
     # tokens beyond the last repeat it and are not stored
     offs_m = tl.arange(0, MP)[:, None, None]
     token = tl.minimum(offs_m, M - 1)
     x_zero = tl.load(x_zero_ptr + token)
     x_scale = tl.load(x_scale_ptr + token)
-    # every lane loads what it multiplies: rows of a warp read one address
+    x_sum_ptrs = x_sums_ptr + token * GROUPS
+    x_sum = 0 if GROUPED else tl.load(x_sum_ptrs) - GROUP_SIZE * x_zero
+    # every lane loads what it multiplies: the rows of a warp read one address
     x_rows = x_ptr + token[:, :, None, :, None] * stride_xm
     x_rows = x_rows + (lane * 0)[:, :, None, :, None] + offs_w
-    if GROUPED:
-        total = tl.zeros((MP, RT, KB, RL), dtype=tl.float32)
-    else:
-        x_sum = tl.load(x_sums_ptr + token) - GROUP_SIZE * x_zero
-        total = tl.zeros((MP, RT, KB, RL, W), dtype=tl.int32)
+
+    total = (
+        tl.full((MP, RT, KB, RL), 0, tl.float32)
+        if GROUPED
+        else tl.full((MP, RT, KB, RL, W), 0, tl.int32)
+    )
     for turn in range(TURNS):
         kb = first_kb + turn * KB + offs_kb
-        if TURNS > 1 and PREFETCH:
+        next_data = data
+        if TURNS > 1:
             next_data = _load_turn(
                 w0_ptrs, w1_ptrs, w2_ptrs, run_words, scale_ptrs, zero_ptrs, kb + KB, end_kb,
-                F0, F1, F2, GROUPS, GROUP_SIZE, BLOCK_ROWS, W, False,
+                F0, F1, F2, GROUPS, GROUP_SIZE, BLOCK_ROWS, W, EVEN=False,
             )  # fmt: skip
         # a block beyond the last has no weights: any activations will do
         x_ptrs = x_rows + (tl.minimum(kb, K_BLOCKS - 1) * (8 * W))[None, None, :, None, None]
         if GROUPED:
             total += _sum_groups(
-                turn_data, x_ptrs, x_sums_ptr + token * GROUPS, x_zero, kb,
+                data, x_ptrs, x_sum_ptrs, x_zero, kb,
                 F0, F1, F2, MULTIPLIER, GROUPS, GROUP_SIZE, W, INTERP,
             )  # fmt: skip
         else:
-            dot, _ = _multiply(turn_data, x_ptrs, 0, 8, F0, F1, F2, False, W, INTERP)
-            total += dot
-        if TURNS > 1 and not PREFETCH:
-            next_data = _load_turn(
-                w0_ptrs, w1_ptrs, w2_ptrs, run_words, scale_ptrs, zero_ptrs, kb + KB, end_kb,
-                F0, F1, F2, GROUPS, GROUP_SIZE, BLOCK_ROWS, W, False,
-            )  # fmt: skip
-        if TURNS > 1:
-            turn_data = next_data
+            total += _multiply(data, x_ptrs, 0, 8, F0, F1, F2, W, INTERP)
+        data = next_data
 
-    total = tl.sum(total, axis=2) if GROUPED else tl.sum(tl.sum(total, axis=4), axis=2)
-    mask = (offs_m < M) & (offs_n < N)
-    finish = True
+    total = tl.sum(total if GROUPED else tl.sum(total, axis=4), axis=2)
+    last = True
     if SPLIT_K > 1:
         partial_ptrs = partials_ptr + offs_m * stride_pm + offs_n
-        stride_ps = M * stride_pm
-        tl.store(partial_ptrs + tl.program_id(1) * stride_ps, total, mask=offs_m < M)
-        # the counter must not be seen before any thread's sums
-        tl.debug_barrier()
-        finish = tl.atomic_add(counters_ptr + pid, 1, sem="acq_rel") == SPLIT_K - 1
-    if finish:
-        if SPLIT_K > 1:
-            tl.store(counters_ptr + pid, 0)
-            total = tl.zeros_like(total)
-            for split in tl.static_range(SPLIT_K):
-                total += tl.load(
-                    partial_ptrs + split * stride_ps, mask=offs_m < M, other=0, cache_modifier=".cg"
-                )
-        if GROUPED:
-            y = total
-        else:
-            # int32 may wrap on the way; the result fits
-            integer = MULTIPLIER * (total - w_sum * x_zero) - w_zero * x_sum
-            y = integer.to(tl.float32) * w_scale
-        y *= x_scale
-        if HAS_BIAS:
-            y += bias
-        tl.store(out_ptr + offs_m * stride_om + offs_n, y.to(out_ptr.dtype.element_ty), mask=mask)
+        total, last = _join_splits(
+            total, partial_ptrs, M * stride_pm, offs_m < M, counters_ptr, SPLIT_K
+        )
+    if last:
+        # int32 may wrap on the way; the result fits
+        integer = total if GROUPED else MULTIPLIER * (total - w_sum * x_zero) - w_zero * x_sum
+        y = (total if GROUPED else integer.to(tl.float32) * w_scale) * x_scale
+        y = y + bias if HAS_BIAS else y
+        out_ptrs = out_ptr + offs_m * stride_om + offs_n
+        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(offs_m < M) & mask_n)
+
+
+@triton.jit
+def _start_next(PDL: tl.constexpr):
+    """Let the kernel that follows read its weights."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _wait_for_tokens(PDL: tl.constexpr):
+    """Wait for the kernel before and what it wrote."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _join_splits(total, partial_ptrs, stride_ps, mask, counters_ptr, SPLIT_K: tl.constexpr):
+    """Add the sums of all parts in their order, in whichever program is the last to bring one."""
+    counter = counters_ptr + tl.program_id(0)
+    tl.store(partial_ptrs + tl.program_id(1) * stride_ps, total, mask=mask)
+    # the counter must not be seen before the sums of any thread
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1
+    if last:
+        tl.store(counter, 0)
+        total = tl.full(total.shape, 0, total.dtype)
+        for split in tl.static_range(SPLIT_K):
+            part_ptrs = partial_ptrs + split * stride_ps
+            total += tl.load(part_ptrs, mask=mask, other=0, cache_modifier=".cg")
+    return total, last
 
 
 @triton.jit
@@ -286,7 +296,7 @@ def _load_turn(
             words = tl.load(
                 ptrs, mask=valid[None, None, :, None, None], other=0, eviction_policy="evict_first"
             )
-        data = data + (words,)
+        data = data + (words,)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
     if GROUPS > 1:
         SLICES: tl.constexpr = GROUP_SIZE // (4 * W)
         PARTS: tl.constexpr = 8 // SLICES if SLICES < 8 else 1
@@ -296,13 +306,14 @@ def _load_turn(
             counts = (valid & (group < GROUPS))[None, None, :, None]
             group = tl.minimum(group, GROUPS - 1)[None, None, :, None]
             scale = tl.load(scale_ptrs[:, :, None, :] + group).to(tl.float32)
-            data = data + (tl.where(counts, scale, 0.0), tl.load(zero_ptrs[:, :, None, :] + group))
+            zero = tl.load(zero_ptrs[:, :, None, :] + group)
+            data = data + (tl.where(counts, scale, 0.0), zero)  # type: ignore[assignment]  # noqa: RUF005
     return data
 
 
 @triton.jit
 def _sum_groups(
-    turn_data, x_ptrs, x_sum_ptrs, x_zero, kb,
+    data, x_ptrs, x_sum_ptrs, x_zero, kb,
     F0: tl.constexpr,
     F1: tl.constexpr,
     F2: tl.constexpr,
@@ -315,79 +326,121 @@ def _sum_groups(
     """Scale the exact integer of every group of a turn: float32 ``[MP, RT, KB, RL]``."""
     SLICES: tl.constexpr = GROUP_SIZE // (4 * W)
     PARTS: tl.constexpr = 8 // SLICES if SLICES < 8 else 1
+    COUNT: tl.constexpr = 8 // PARTS
     SHIFT: tl.constexpr = 128 if F0 == 8 else 0
     RUNS: tl.constexpr = F0 + F1 + F2
     x_zero = x_zero[:, :, None, :]
-    result = tl.zeros((1, 1, 1, 1), dtype=tl.float32)
+    result = tl.full((1, 1, 1, 1), 0, tl.float32)
     for part in tl.static_range(PARTS):
-        dot, codes = _multiply(
-            turn_data, x_ptrs, part * (8 // PARTS), 8 // PARTS, F0, F1, F2, True, W, INTERP
-        )
+        dot = _multiply(data, x_ptrs, part * COUNT, COUNT, F0, F1, F2, W, INTERP)
+        codes = _add_codes(data, part * COUNT, COUNT, F0, F1, F2, INTERP)
         dot = tl.sum(dot - codes * x_zero[:, :, :, :, None], axis=4)
         group = tl.minimum((kb * 8 + part * SLICES) // SLICES, GROUPS - 1)[None, None, :, None]
         x_sum = tl.load(x_sum_ptrs[:, :, None, :] + group) - GROUP_SIZE * x_zero
-        zero = MULTIPLIER * (turn_data[RUNS + 2 * part + 1].to(tl.int32) - SHIFT) + MULTIPLIER - 1
+        zero = MULTIPLIER * (data[RUNS + 2 * part + 1].to(tl.int32) - SHIFT) + MULTIPLIER - 1
         integer = MULTIPLIER * dot - zero * x_sum
-        result += integer.to(tl.float32) * turn_data[RUNS + 2 * part]
+        result += integer.to(tl.float32) * data[RUNS + 2 * part]
     return result
 
 
 @triton.jit
 def _multiply(
-    turn_data, x_ptrs,
+    data, x_ptrs,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     F0: tl.constexpr,
     F1: tl.constexpr,
     F2: tl.constexpr,
-    WITH_CODES: tl.constexpr,
     W: tl.constexpr,
     INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Sum codes times activations, and codes alone, over COUNT slices, one chain a field."""
-    none = tl.zeros((1, 1, 1, 1, 1), dtype=tl.int32)
-    ones = none + 0x01010101
-    dot0, dot1, dot2 = none, none, none
-    sum0, sum1, sum2 = none, none, none
-    for s in tl.static_range(FIRST, FIRST + COUNT):
-        x = tl.load(x_ptrs + s * W, eviction_policy="evict_last")
-        codes0 = _codes(turn_data, s, 0, F0)
-        dot0 = _dp4a(codes0, x, dot0, F0 == 8, INTERP)
-        if WITH_CODES:
-            sum0 = _dp4a(codes0, ones, sum0, F0 == 8, INTERP)
-        if F1:
-            codes1 = _codes(turn_data, s, F0, F1)
-            dot1 = _dp4a(codes1, x, dot1, False, INTERP)
-            if WITH_CODES:
-                sum1 = _dp4a(codes1, ones, sum1, False, INTERP)
-        if F2:
-            codes2 = _codes(turn_data, s, F0 + F1, F2)
-            dot2 = _dp4a(codes2, x, dot2, False, INTERP)
-            if WITH_CODES:
-                sum2 = _dp4a(codes2, ones, sum2, False, INTERP)
-    return (
-        _joined(dot0, dot1, dot2, F0, F1, F2),
-        _joined(sum0, sum1, sum2, F0, F1, F2) if WITH_CODES else none,
-    )
+    """Sum codes times activations over COUNT slices, one chain a field: ``[MP, RT, KB, RL, W]``.
+
+    Over whole blocks, codes of odd slices stay where a mask finds them, F bits up: one exact shift
+    of their sums, in the middle of the chain, stands for a shift of every word.
+    """
+    IN_PLACE: tl.constexpr = COUNT == 8 and F0 < 8
+    none = tl.full((1, 1, 1, 1, 1), 0, tl.int32)
+    sums = (none, none, none)
+    for even in tl.static_range(2):
+        for s in tl.static_range(FIRST, FIRST + COUNT):
+            if s % 2 != even:
+                x = tl.load(x_ptrs + s * W, eviction_policy="evict_last")
+                sums = _add_slice(data, x, sums, s, F0, F1, F2, IN_PLACE, INTERP)
+        if even == 0 and IN_PLACE:
+            sums = (sums[0] >> F0, sums[1] >> F1, sums[2] >> F2)
+    return _joined(sums, F0, F1, F2)
 
 
 @triton.jit
-def _codes(turn_data, s: tl.constexpr, FIRST_RUN: tl.constexpr, F: tl.constexpr):
-    """Four codes a word of one slice, as they lie in the run that holds it."""
-    words = turn_data[FIRST_RUN + s // (8 // F)]
+def _add_codes(
+    data,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    F0: tl.constexpr,
+    F1: tl.constexpr,
+    F2: tl.constexpr,
+    INTERP: tl.constexpr,
+):
+    """Sum the codes of COUNT slices: int32 ``[1, RT, KB, RL, W]``."""
+    none = tl.full((1, 1, 1, 1, 1), 0, tl.int32)
+    sums = (none, none, none)
+    for s in tl.static_range(FIRST, FIRST + COUNT):
+        sums = _add_slice(
+            data, none + 0x01010101, sums, s, F0, F1, F2, IN_PLACE=False, INTERP=INTERP
+        )
+    return _joined(sums, F0, F1, F2)
+
+
+@triton.jit
+def _add_slice(
+    data, x, sums,
+    s: tl.constexpr,
+    F0: tl.constexpr,
+    F1: tl.constexpr,
+    F2: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """Carry the chain of every field on by one slice."""
+    sum0, sum1, sum2 = sums
+    sum0 = _dp4a(_codes(data, s, 0, F0, IN_PLACE), x, sum0, F0 == 8, INTERP)
+    if F1:
+        sum1 = _dp4a(_codes(data, s, F0, F1, IN_PLACE), x, sum1, F1 == 8, INTERP)
+    if F2:
+        sum2 = _dp4a(_codes(data, s, F0 + F1, F2, IN_PLACE), x, sum2, F2 == 8, INTERP)
+    return sum0, sum1, sum2
+
+
+@triton.jit
+def _codes(
+    data,
+    s: tl.constexpr,
+    FIRST_RUN: tl.constexpr,
+    F: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):
+    """Four codes a word of one slice; in place, those of odd slices F bits up."""
+    words = data[FIRST_RUN + s // (8 // F)]
     if F < 8:
-        words = (words >> (F * (s % (8 // F)))) & (0x01010101 * ((1 << F) - 1))
+        PLACE: tl.constexpr = s % (8 // F)
+        UP: tl.constexpr = PLACE % 2 if IN_PLACE else 0
+        MASK: tl.constexpr = (0x01010101 * ((1 << F) - 1)) << (F * UP)
+        # the mask as a signed word
+        SIGNED: tl.constexpr = (MASK ^ 0x80000000) - 0x80000000
+        words = (words >> (F * (PLACE - UP))) & SIGNED
     return words
 
 
 @triton.jit
-def _joined(value0, value1, value2, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr):
+def _joined(sums, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr):
     """Put the sums of fields in their places."""
+    total, sum1, sum2 = sums
     if F1:
-        value0 += value1 << F0
+        total += sum1 << F0
     if F2:
-        value0 += value2 << (F0 + F1)
-    return value0
+        total += sum2 << (F0 + F1)
+    return total
 
 
 @triton.jit

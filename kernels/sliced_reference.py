@@ -42,7 +42,9 @@ def sliced_linear_reference(
     m, k, n = tokens.codes.shape[0], weight.in_features, weight.out_features
     size = weight.group_size
     shift = BYTE_SHIFT if weight.bits == BYTE_BITS else 0
-    exact = torch.float32 if size * BYTE_SHIFT * (1 << weight.bits) < FLOAT32_EXACT else torch.float64
+    exact = (
+        torch.float32 if size * BYTE_SHIFT * (1 << weight.bits) < FLOAT32_EXACT else torch.float64
+    )
     x_MSG = tokens.codes[:, :k].reshape(m, weight.groups, size).to(exact)
     w_NSG = (unslice_codes(weight).to(exact) - shift).view(n, weight.groups, size)
     z_x, z_w = tokens.zero_point.long().unsqueeze(1), weight.zero_point[:n].long()
