@@ -17,7 +17,7 @@ __all__ = ["MEASUREMENTS", "write_measurement"]
 ROOT = Path(__file__).resolve().parents[1]
 MEASUREMENTS = ROOT / "docs" / "measurements"
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy")
-PEERS = ("auto-round", "llmcompressor", "compressed-tensors")
+PEERS = ("auto-round", "llmcompressor", "compressed-tensors", "humming-kernels", "gemlite")
 
 
 def write_measurement(

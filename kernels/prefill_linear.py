@@ -1,0 +1,438 @@
+"""Integer products of many tokens on Hopper, in Gluon: the formula of `kernels.tile_linear`.
+
+A plain Triton loop waits for every product before it unpacks the codes of the next, and all warps
+meet at a barrier each time. Here the next codes are unpacked while the tensor cores work:
+
+    turn t   wait until its bytes have arrived
+             slice 0: unpack, start the product, wait until the one before has ended
+                      -> the buffers of turn t - 1 are free: order the bytes of turn t + STAGES - 1
+             slice 1: unpack, start the product, ...
+
+so one product is always under way, and what an order costs hides behind it. Programs are
+persistent: orders run on into the next tile while the results of this one are stored.
+
+Packed weights make tiles of many outputs cheap: for each column 256 outputs by 128 tokens read 128
+bytes of tokens and 32 p of weights, a third less for each product than 128 by 128.
+
+Per-channel scales only. The interpreter cannot run Gluon; `kernels.tile_linear` gives the same bits.
+
+Shape legend: M tokens, N outputs (NP with padding), K inputs (L with padding).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.sliced import SlicedWeight
+from kernels.tokens import TokenCodes
+
+__all__ = ["PrefillConfig", "prefill_configs", "prefill_linear"]
+
+# names of Triton 3.6, and those that replaced them
+_order_bytes = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_meet = getattr(gl, "barrier", None) or gl.thread_barrier
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+SHARED_BYTES = 227 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig:
+    """Tile and launch parameters of one launch."""
+
+    block_m: int
+    """64, 128 or 256 tokens."""
+    block_n: int
+    """128 or 256 outputs."""
+    block_k: int
+    """Columns of one product, 32, 64 or 128; a stored slice is cut to it."""
+    stages: int
+    num_warps: int = 8
+    group_m: int = 8
+    """Tiles of tokens walked before the next tile of weights."""
+    programs: int = 132
+    """One for each multiprocessor, or a multiple where registers and shared memory allow it."""
+
+    def shared_bytes(self, field_bits: tuple[int, ...]) -> int:
+        """Shared memory of the stages."""
+        turn = 8 // field_bits[-1]
+        runs = sum(field_bits) * turn // 8
+        return self.stages * self.block_k * (runs * self.block_n + turn * self.block_m)
+
+
+def prefill_configs(field_bits: tuple[int, ...], slice_bytes: int) -> list[PrefillConfig]:
+    """Launches worth timing for a width, best guess first.
+
+    One stage too few shows as waiting for bytes; wide products mean fewer turns.
+    """
+    shapes = [(128, 256), (256, 128), (128, 128), (64, 256)]
+    found = []
+    for block_m, block_n in shapes:
+        for block_k in (128, 64, 32):
+            if block_k > slice_bytes:
+                continue
+            for stages in (4, 3, 2):
+                config = PrefillConfig(
+                    block_m=block_m, block_n=block_n, block_k=block_k, stages=stages
+                )
+                # results change their layout in shared memory too
+                if config.shared_bytes(field_bits) + 24 * 1024 <= SHARED_BYTES:
+                    found.append(config)
+                    break
+    return sorted(found, key=lambda c: (shapes.index((c.block_m, c.block_n)), c.stages < 3))
+
+
+def prefill_linear(
+    tokens: TokenCodes,
+    weight: SlicedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    config: PrefillConfig | None = None,
+) -> torch.Tensor:
+    """Multiply many quantized tokens by a sliced weight of per-channel scales.
+
+    Args:
+        tokens: M tokens of L codes, rows contiguous.
+        weight: N outputs of L codes.
+        bias: float ``[N]`` or None.
+        dtype: float16, bfloat16 or float32.
+        config: how to launch; None takes the first of `prefill_configs`.
+
+    Returns:
+        ``[M, N]`` of the dtype.
+
+    Raises:
+        ValueError: if the weight has group scales or the columns differ.
+    """
+    if weight.groups != 1 or tokens.codes.shape[1] != weight.columns:
+        raise ValueError(
+            f"{weight.groups} groups, or {tokens.codes.shape[1]} columns of tokens on"
+            f" {weight.columns} of the weight, are not for this kernel"
+        )
+    m, n = tokens.codes.shape[0], weight.out_features
+    out = tokens.codes.new_empty((m, n), dtype=dtype)
+    if not m:
+        return out
+    config = config or prefill_configs(weight.field_bits, weight.slice_bytes)[0]
+    fields = [_field_descriptor(weight, i, config) for i in range(len(weight.fields))]
+    fields += [fields[0]] * (3 - len(fields))
+    field_bits = (*weight.field_bits, 0, 0)
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(weight.padded_rows, config.block_n)
+    _prefill_kernel[(min(tiles, config.programs),)](
+        _token_descriptor(tokens.codes, weight, config), *fields,
+        tokens.scale, tokens.zero_point, tokens.sums,
+        weight.scale, weight.zero_point, weight.sums,
+        bias if bias is not None else weight.scale,
+        out, out.stride(0),
+        m, n, weight.padded_rows, weight.columns // (8 * weight.slice_bytes), weight.in_features,
+        F0=field_bits[0],
+        F1=field_bits[1],
+        F2=field_bits[2],
+        SLICE=weight.slice_bytes,
+        MULTIPLIER=weight.multiplier,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        STAGES=config.stages,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def _token_descriptor(
+    codes: torch.Tensor, weight: SlicedWeight, config: PrefillConfig
+) -> TensorDescriptor:
+    """View tokens as ``[L / SLICE, M, SLICE]``: one box holds the slices of a turn."""
+    m, columns = codes.shape
+    width = weight.slice_bytes
+    box = [8 // weight.field_bits[-1], config.block_m, config.block_k]
+    shape, strides = [columns // width, m, width], [width, codes.stride(0), 1]
+    return TensorDescriptor(codes, shape, strides, box, _box_layout(config, 3))
+
+
+def _field_descriptor(weight: SlicedWeight, i: int, config: PrefillConfig) -> TensorDescriptor:
+    """View a field as ``[f, tiles, BN, SLICE]``: one box holds the runs of a turn."""
+    field, bits = weight.fields[i], weight.field_bits[i]
+    blocks, tiles, _, stored_n, width = field.shape
+    # a byte of 8 bits is a finished code
+    field = field.view(torch.int8) if bits == 8 else field
+    box = [
+        bits // weight.field_bits[-1], config.block_n // stored_n, stored_n, config.block_k
+    ]  # fmt: skip
+    shape = [bits, blocks * tiles, stored_n, width]
+    strides = [stored_n * width, bits * stored_n * width, width, 1]
+    return TensorDescriptor(field, shape, strides, box, _box_layout(config, 4))
+
+
+def _box_layout(config: PrefillConfig, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(
+        swizzle_byte_width=config.block_k, element_bitwidth=8, rank=rank
+    )
+
+
+@gluon.jit
+def _prefill_kernel(
+    x_desc, w0_desc, w1_desc, w2_desc,
+    x_scale_ptr, x_zero_ptr, x_sums_ptr,
+    w_scale_ptr, w_zero_ptr, w_sums_ptr,
+    bias_ptr,
+    out_ptr, stride_om,
+    M, N, NP, BLOCKS, K,
+    F0: gl.constexpr,
+    F1: gl.constexpr,
+    F2: gl.constexpr,
+    SLICE: gl.constexpr,
+    MULTIPLIER: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """One program computes tiles ``[BLOCK_N, BLOCK_M]``, weights on the left, all of K."""
+    NARROWEST: gl.constexpr = F2 if F2 else (F1 if F1 else F0)
+    TURN: gl.constexpr = 8 // NARROWEST
+    CUTS: gl.constexpr = SLICE // BLOCK_K
+    R0: gl.constexpr = F0 // NARROWEST
+    R1: gl.constexpr = F1 // NARROWEST
+    R2: gl.constexpr = F2 // NARROWEST
+    BYTES: gl.constexpr = ((R0 + R1 + R2) * BLOCK_N + TURN * BLOCK_M) * BLOCK_K
+    STORED_N: gl.constexpr = w0_desc.block_type.shape[2]
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, min(BLOCK_M, 128), 32]
+    )
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=4)
+
+    x_stages, x_tiles = _stages(x_desc, STAGES, TURN, BLOCK_M, BLOCK_K)
+    w0_stages, w0_tiles = _stages(w0_desc, STAGES, R0, BLOCK_N, BLOCK_K)
+    w1_stages, w1_tiles = w0_stages, w0_tiles
+    w2_stages, w2_tiles = w0_stages, w0_tiles
+    if F1 > 0:
+        w1_stages, w1_tiles = _stages(w1_desc, STAGES, R1, BLOCK_N, BLOCK_K)
+    if F2 > 0:
+        w2_stages, w2_tiles = _stages(w2_desc, STAGES, R2, BLOCK_N, BLOCK_K)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(NP, BLOCK_N)
+    steps = BLOCKS * NARROWEST * CUTS
+    # orders run ahead: their number, their tile and its place, their step in it
+    order = 0
+    order_tile = gl.program_id(0)
+    order_n, order_m = _tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+    order_step = 0
+    for _ in gl.static_range(STAGES - 1):
+        _order(
+            x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
+            ready, order, order_tile < tiles, order_n, order_m, order_step, NP,
+            F0, F1, F2, CUTS, STAGES, BYTES,
+        )  # fmt: skip
+        order += 1
+        order_step += 1
+        if order_step == steps:
+            order_step = 0
+            order_tile += gl.num_programs(0)
+            order_n, order_m = _tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+    n = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, MMA)
+        for _step in range(steps):
+            stage = n % STAGES
+            mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
+            for s in gl.static_range(TURN):
+                if F0 == 8:
+                    codes = w0_tiles.index(stage)
+                else:
+                    if s * F0 % 8 == 0:
+                        w0 = w0_tiles.index(stage * R0 + s * F0 // 8).load(LEFT)
+                    if F1 == 0:
+                        w1 = w0
+                    elif s * F1 % 8 == 0:
+                        w1 = w1_tiles.index(stage * R1 + s * F1 // 8).load(LEFT)
+                    if F2 == 0:
+                        w2 = w0
+                    elif s * F2 % 8 == 0:
+                        w2 = w2_tiles.index(stage * R2 + s * F2 // 8).load(LEFT)
+                    codes = _join(w0, w1, w2, s, F0, F1, F2)
+                x = x_tiles.index(stage * TURN + s).permute((1, 0))
+                acc = warpgroup_mma(codes, x, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                if s == 0:
+                    # every warp has ended the products of the turn before
+                    _meet()
+                    _order(
+                        x_desc, w0_desc, w1_desc, w2_desc,
+                        x_stages, w0_stages, w1_stages, w2_stages,
+                        ready, order, order_tile < tiles, order_n, order_m, order_step, NP,
+                        F0, F1, F2, CUTS, STAGES, BYTES,
+                    )  # fmt: skip
+            n += 1
+            order += 1
+            order_step += 1
+            if order_step == steps:
+                order_step = 0
+                order_tile += gl.num_programs(0)
+                order_n, order_m = _tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        _finish(
+            acc, tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
+            bias_ptr, out_ptr, stride_om, M, N, NP, K,
+            MULTIPLIER, HAS_BIAS, BLOCK_M, BLOCK_N, GROUP_M, MMA, num_warps,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _stages(desc, STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """Buffers as orders fill them, a box a stage, and as products read them, a tile each."""
+    stages = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
+    TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=WIDTH, element_bitwidth=8)
+    if RENAMED:
+        tiles = stages.reinterpret(desc.dtype, [STAGES * TILES, ROWS, WIDTH], TILE)
+    else:
+        tiles = stages._reinterpret(desc.dtype, [STAGES * TILES, ROWS, WIDTH], TILE)
+    return stages, tiles
+
+
+@gluon.jit
+def _order(
+    x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
+    ready, order, here, tile_n, tile_m, step, NP,
+    F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr,
+    CUTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BYTES: gl.constexpr,
+):  # fmt: skip
+    """Order the bytes of one step of one tile."""
+    NARROWEST: gl.constexpr = F2 if F2 else (F1 if F1 else F0)
+    TURN: gl.constexpr = 8 // NARROWEST
+    BOX_N: gl.constexpr = w0_desc.block_type.shape[1]
+    STORED_N: gl.constexpr = w0_desc.block_type.shape[2]
+    BLOCK_K: gl.constexpr = w0_desc.block_type.shape[3]
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[1]
+    stage = order % STAGES
+    bar = ready.index(stage)
+    turn = step // CUTS
+    cut = step % CUTS * BLOCK_K
+    # tiles beyond the last row are those of the next block: read, never stored
+    at = turn // NARROWEST * (NP // STORED_N) + tile_n * BOX_N
+    part = turn % NARROWEST
+    mbarrier.expect(bar, BYTES, pred=here)
+    place = [part * (F0 // NARROWEST), at, 0, cut]
+    _order_bytes(w0_desc, place, bar, w0_stages.index(stage), pred=here)
+    if F1 > 0:
+        place1 = [part * (F1 // NARROWEST), at, 0, cut]
+        _order_bytes(w1_desc, place1, bar, w1_stages.index(stage), pred=here)
+    if F2 > 0:
+        place2 = [part * (F2 // NARROWEST), at, 0, cut]
+        _order_bytes(w2_desc, place2, bar, w2_stages.index(stage), pred=here)
+    place_x = [turn * TURN, tile_m * BLOCK_M, cut]
+    _order_bytes(x_desc, place_x, bar, x_stages.index(stage), pred=here)
+
+
+@gluon.jit
+def _finish(
+    acc, tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
+    bias_ptr, out_ptr, stride_om, M, N, NP, K,
+    MULTIPLIER: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    MMA: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """Correct the sums in int32, convert once, scale, store."""
+    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    OUT: gl.constexpr = gl.BlockedLayout(
+        [8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, num_warps], [0, 1]
+    )
+    pid_n, pid_m = _tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, ROW)
+    offs_n = pid_n * BLOCK_N + gl.arange(0, BLOCK_N, ROW)
+    mask_m, mask_n = offs_m < M, offs_n < NP
+    x_zero = gl.load(x_zero_ptr + offs_m, mask=mask_m, other=0)
+    x_rest = gl.load(x_sums_ptr + offs_m, mask=mask_m, other=0) - K * x_zero
+    x_scale = gl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)
+    w_zero = gl.load(w_zero_ptr + offs_n, mask=mask_n, other=0)
+    w_sum = gl.load(w_sums_ptr + offs_n, mask=mask_n, other=0)
+    w_scale = gl.load(w_scale_ptr + offs_n, mask=mask_n, other=0.0).to(gl.float32)
+    # int32 may wrap on the way; the result fits
+    whole = acc * MULTIPLIER - _down(w_zero, MMA) * _along(x_rest, MMA)
+    whole -= _down(w_sum, MMA) * _along(x_zero * MULTIPLIER, MMA)
+    y = whole.to(gl.float32) * _down(w_scale, MMA) * _along(x_scale, MMA)
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
+        y += _down(bias, MMA)
+    y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), OUT)
+    rows_n = pid_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
+    rows_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
+    out_ptrs = out_ptr + rows_n[:, None] + (rows_m.to(gl.int64) * stride_om)[None, :]
+    gl.store(out_ptrs, y, mask=(rows_n < N)[:, None] & (rows_m < M)[None, :])
+
+
+@gluon.jit
+def _down(v, MMA: gl.constexpr):
+    return gl.convert_layout(v, gl.SliceLayout(1, MMA))[:, None]
+
+
+@gluon.jit
+def _along(v, MMA: gl.constexpr):
+    return gl.convert_layout(v, gl.SliceLayout(0, MMA))[None, :]
+
+
+@gluon.jit
+def _tile_of(pid, M, NP, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
+    """Walk GROUP_M tiles of tokens before the next tile of weights."""
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    tiles_n = gl.cdiv(NP, BLOCK_N)
+    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    # beyond the last tile nothing is ordered; one keeps the division defined
+    height = gl.maximum(gl.minimum(tiles_m - first_m, GROUP_M), 1)
+    within = pid % (GROUP_M * tiles_n)
+    return within // height, first_m + within % height
+
+
+@gluon.jit
+def _join(w0, w1, w2, S: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr):
+    """`join_fields` of `kernels.field_codes` on tensors of Gluon."""
+    ZERO: gl.constexpr = 0
+    code = _field(w0, w0, S, F0, ZERO)
+    if F1 > 0:
+        code = _field(w1, code, S, F1, F0)
+    if F2 > 0:
+        code = _field(w2, code, S, F2, F0 + F1)
+    return code
+
+
+@gluon.jit
+def _field(w, code, S: gl.constexpr, FIELD: gl.constexpr, UP: gl.constexpr):
+    """Codes with the field of slice S added at bits UP and above; UP = 0 starts them."""
+    SHIFT: gl.constexpr = S * FIELD % 8 - UP
+    WORD: gl.constexpr = (((1 << FIELD) - 1) << UP) * 0x01010101
+    MOVE: gl.constexpr = f"shr.b32 t, $1, {SHIFT};" if SHIFT >= 0 else f"shl.b32 t, $1, {-SHIFT};"
+    UNION: gl.constexpr = "or.b32 $0, t, $2;" if UP > 0 else "mov.b32 $0, t;"
+    return gl.inline_asm_elementwise(
+        f"{{ .reg .b32 t; {MOVE} and.b32 t, t, {WORD}; {UNION} }}",
+        "=r,r,r",
+        [w, code],
+        dtype=gl.int8,
+        is_pure=True,
+        pack=4,
+    )
