@@ -24,7 +24,9 @@ BYTES_IN_FLIGHT = 32 << 10
 REGISTERS = 1 << 16
 MAX_THREADS = 2048
 MAX_REGISTERS = 168
-"""Of a thread, by the estimate below; beyond, the compiler spills."""
+"""Of a thread, by the estimate below; beyond, too few threads are resident."""
+SHARED_REGISTERS = 128
+"""For several tokens: left alone, the compiler fetches all their activations at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,13 +128,14 @@ def _fitting(shape: DecodeShape) -> Iterator[LaunchConfig]:
                 turn_blocks=turn,
                 num_warps=warps,
                 split_k=split,
+                max_registers=SHARED_REGISTERS if shape.m > 1 else None,
             )
             lanes = slice_lanes * lane_rows * turn
             narrow = config.rows <= 64 and slice_lanes * lane_rows <= WARP
             # the scales of a turn are loaded by the lanes that use them only while they are few
             few = not shape.grouped or config.rows * turn < WARP * warps
             split_fits = split == 1 or turn * split <= one_turn
-            held = _registers(config, shape) <= MAX_REGISTERS
+            held = _registers(config, shape) <= (config.max_registers or MAX_REGISTERS)
             if narrow and few and split_fits and held and lanes >= WARP * warps:
                 yield config
             turn //= 2
@@ -166,7 +169,7 @@ def _registers(config: LaunchConfig, shape: DecodeShape) -> float:
     sums = in_turn * (shape.m + (1 if shape.grouped else 0))
     again = 2 if _turns(config, shape) > 1 else 1
     fields = 2 if shape.bits in {3, 5, 6, 7} else 1
-    return 28 + in_turn * shape.bits * again + sums * fields + words * 2 * min(shape.m, 4)
+    return 28 + in_turn * shape.bits * again + sums * fields + words * 2 * shape.m
 
 
 def _microseconds(config: LaunchConfig, shape: DecodeShape) -> float:
