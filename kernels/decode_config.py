@@ -23,10 +23,11 @@ BYTES_IN_FLIGHT = 32 << 10
 """On a multiprocessor, for full memory speed (kernels.md 10)."""
 REGISTERS = 1 << 16
 MAX_THREADS = 2048
-MAX_REGISTERS = 168
+MAX_REGISTERS = 176
 """Of a thread, by the estimate below; beyond, too few threads are resident."""
-SHARED_REGISTERS = 128
-"""For several tokens: left alone, the compiler fetches all their activations at once."""
+REGISTER_LIMITS = {104: 128, MAX_REGISTERS: 208}
+"""Limit by estimate for several tokens: without one, the compiler fetches all their activations at
+once and takes 250."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,18 +129,17 @@ def _fitting(shape: DecodeShape) -> Iterator[LaunchConfig]:
                 turn_blocks=turn,
                 num_warps=warps,
                 split_k=split,
-                max_registers=SHARED_REGISTERS if shape.m > 1 else None,
             )
             lanes = slice_lanes * lane_rows * turn
             narrow = config.rows <= 64 and slice_lanes * lane_rows <= WARP
             # the scales of a turn are loaded by the lanes that use them only while they are few
             few = not shape.grouped or config.rows * turn < WARP * warps
             split_fits = split == 1 or turn * split <= one_turn
-            held = _registers(config, shape) <= (config.max_registers or MAX_REGISTERS)
+            held = _registers(config, shape) <= MAX_REGISTERS
             if narrow and few and split_fits and held and lanes >= WARP * warps:
-                yield config
+                yield _limited(config, shape)
             turn //= 2
-    yield _smallest(shape)
+    yield _limited(_smallest(shape), shape)
 
 
 def _smallest(shape: DecodeShape) -> LaunchConfig:
@@ -150,6 +150,14 @@ def _smallest(shape: DecodeShape) -> LaunchConfig:
         turn_blocks=1,
         num_warps=1,
     )
+
+
+def _limited(config: LaunchConfig, shape: DecodeShape) -> LaunchConfig:
+    if shape.m == 1:
+        return config
+    estimate = _registers(config, shape)
+    fitting = [limit for most, limit in REGISTER_LIMITS.items() if estimate <= most]
+    return replace(config, max_registers=fitting[0] if fitting else None)
 
 
 def _loads(config: LaunchConfig, shape: DecodeShape) -> float:
@@ -169,7 +177,7 @@ def _registers(config: LaunchConfig, shape: DecodeShape) -> float:
     sums = in_turn * (shape.m + (1 if shape.grouped else 0))
     again = 2 if _turns(config, shape) > 1 else 1
     fields = 2 if shape.bits in {3, 5, 6, 7} else 1
-    return 28 + in_turn * shape.bits * again + sums * fields + words * 2 * shape.m
+    return 28 + in_turn * shape.bits * again + sums * (fields + again - 1) + words * 2 * shape.m
 
 
 def _microseconds(config: LaunchConfig, shape: DecodeShape) -> float:

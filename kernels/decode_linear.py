@@ -11,6 +11,8 @@ Reading the weights is all the time there is; `kernels._decode_kernel` says how 
 Shape legend: M tokens, N outputs, NP rows padded to whole blocks, L columns, G bytes in a slice.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 
@@ -23,6 +25,7 @@ from kernels.tokens import TokenCodes
 __all__ = ["LaunchConfig", "decode_configs", "decode_linear", "select_config"]
 
 SLICES = 8
+HOPPER = 9
 OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -77,6 +80,7 @@ def decode_linear(
     field_bits = (*weight.field_bits, 0, 0)
     slice_words = weight.slice_bytes // 4
     interpreted = not isinstance(decode_linear_kernel, triton.JITFunction)
+    pdl = config.launch_pdl and not interpreted and _can_overlap(out.device.index)
     decode_linear_kernel[(tiles, config.split_k)](
         x, x.stride(0),
         tokens.scale, tokens.zero_point, tokens.sums,
@@ -102,21 +106,25 @@ def decode_linear(
         RL=config.lane_rows,
         KB=config.turn_blocks,
         SPLIT_K=config.split_k,
-        PDL=config.launch_pdl and not interpreted,
+        PDL=pdl,
         INTERP=interpreted,
         num_warps=config.num_warps,
         num_stages=1,
         # products are rounded before they are summed, as the reference does
         enable_fp_fusion=False,
-        **_launch_options(config),
+        **_launch_options(config, pdl=pdl),
     )  # fmt: skip
     return out
 
 
-def _launch_options(config: LaunchConfig) -> dict[str, int | bool]:
-    options: dict[str, int | bool] = {}
-    if config.launch_pdl:
-        options["launch_pdl"] = True
+@lru_cache(maxsize=16)
+def _can_overlap(device_index: int | None) -> bool:
+    """Whether a kernel may start before the one ahead of it has ended: from Hopper on."""
+    return torch.cuda.get_device_capability(device_index)[0] >= HOPPER
+
+
+def _launch_options(config: LaunchConfig, *, pdl: bool) -> dict[str, int | bool]:
+    options: dict[str, int | bool] = {"launch_pdl": True} if pdl else {}
     if config.max_registers is not None:
         options["maxnreg"] = config.max_registers
     return options
