@@ -23,8 +23,11 @@ BYTES_IN_FLIGHT = 32 << 10
 """On a multiprocessor, for full memory speed (kernels.md 10)."""
 REGISTERS = 1 << 16
 MAX_THREADS = 2048
-MAX_REGISTERS = 168
-"""Of a thread, by the estimate below; beyond, the compiler spills."""
+MAX_REGISTERS = 176
+"""Of a thread, by the estimate below; beyond, too few threads are resident."""
+REGISTER_LIMITS = {104: 128, MAX_REGISTERS: 208}
+"""Limit by estimate for several tokens: without one, the compiler fetches all their activations at
+once and takes 250."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +137,9 @@ def _fitting(shape: DecodeShape) -> Iterator[LaunchConfig]:
             split_fits = split == 1 or turn * split <= one_turn
             held = _registers(config, shape) <= MAX_REGISTERS
             if narrow and few and split_fits and held and lanes >= WARP * warps:
-                yield config
+                yield _limited(config, shape)
             turn //= 2
-    yield _smallest(shape)
+    yield _limited(_smallest(shape), shape)
 
 
 def _smallest(shape: DecodeShape) -> LaunchConfig:
@@ -147,6 +150,14 @@ def _smallest(shape: DecodeShape) -> LaunchConfig:
         turn_blocks=1,
         num_warps=1,
     )
+
+
+def _limited(config: LaunchConfig, shape: DecodeShape) -> LaunchConfig:
+    if shape.m == 1:
+        return config
+    estimate = _registers(config, shape)
+    fitting = [limit for most, limit in REGISTER_LIMITS.items() if estimate <= most]
+    return replace(config, max_registers=fitting[0] if fitting else None)
 
 
 def _loads(config: LaunchConfig, shape: DecodeShape) -> float:
@@ -166,7 +177,7 @@ def _registers(config: LaunchConfig, shape: DecodeShape) -> float:
     sums = in_turn * (shape.m + (1 if shape.grouped else 0))
     again = 2 if _turns(config, shape) > 1 else 1
     fields = 2 if shape.bits in {3, 5, 6, 7} else 1
-    return 28 + in_turn * shape.bits * again + sums * fields + words * 2 * min(shape.m, 4)
+    return 28 + in_turn * shape.bits * again + sums * (fields + again - 1) + words * 2 * shape.m
 
 
 def _microseconds(config: LaunchConfig, shape: DecodeShape) -> float:
