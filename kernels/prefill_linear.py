@@ -19,8 +19,6 @@ Per-channel scales only. The interpreter cannot run Gluon; `kernels.tile_linear`
 Shape legend: M tokens, N outputs (NP with padding), K inputs (L with padding).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -33,63 +31,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.field_codes import join_assembly
+from kernels.prefill_config import PrefillConfig, prefill_configs
 from kernels.sliced import SlicedWeight
 from kernels.tokens import TokenCodes
 
-__all__ = ["PrefillConfig", "prefill_configs", "prefill_linear"]
+__all__ = ["prefill_linear"]
 
 # names of Triton 3.6, and those that replaced them
 _order_bytes = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _meet = getattr(gl, "barrier", None) or gl.thread_barrier
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-SHARED_BYTES = 227 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillConfig:
-    """Tile and launch parameters of one launch."""
-
-    block_m: int
-    """64, 128 or 256 tokens."""
-    block_n: int
-    """128 or 256 outputs."""
-    block_k: int
-    """Columns of one product, 32, 64 or 128; a stored slice is cut to it."""
-    stages: int
-    num_warps: int = 8
-    group_m: int = 8
-    """Tiles of tokens walked before the next tile of weights."""
-    programs: int = 132
-    """One for each multiprocessor, or a multiple where registers and shared memory allow it."""
-
-    def shared_bytes(self, field_bits: tuple[int, ...]) -> int:
-        """Shared memory of the stages."""
-        turn = 8 // field_bits[-1]
-        runs = sum(field_bits) * turn // 8
-        return self.stages * self.block_k * (runs * self.block_n + turn * self.block_m)
-
-
-def prefill_configs(field_bits: tuple[int, ...], slice_bytes: int) -> list[PrefillConfig]:
-    """Launches worth timing for a width, best guess first.
-
-    One stage too few shows as waiting for bytes; wide products mean fewer turns.
-    """
-    shapes = [(128, 256), (256, 128), (128, 128), (64, 256)]
-    found = []
-    for block_m, block_n in shapes:
-        for block_k in (128, 64, 32):
-            if block_k > slice_bytes:
-                continue
-            for stages in (4, 3, 2):
-                config = PrefillConfig(
-                    block_m=block_m, block_n=block_n, block_k=block_k, stages=stages
-                )
-                # results change their layout in shared memory too
-                if config.shared_bytes(field_bits) + 24 * 1024 <= SHARED_BYTES:
-                    found.append(config)
-                    break
-    return sorted(found, key=lambda c: (shapes.index((c.block_m, c.block_n)), c.stages < 3))
 
 
 def prefill_linear(
@@ -179,9 +131,7 @@ def _field_descriptor(weight: SlicedWeight, i: int, config: PrefillConfig) -> Te
 
 
 def _box_layout(config: PrefillConfig, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(
-        swizzle_byte_width=config.block_k, element_bitwidth=8, rank=rank
-    )
+    return gl.NVMMASharedLayout(swizzle_byte_width=config.block_k, element_bitwidth=8, rank=rank)
 
 
 @gluon.jit
@@ -256,21 +206,15 @@ def _prefill_kernel(
         for _step in range(steps):
             stage = n % STAGES
             mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
+            w0, w1, w2 = 0, 0, 0
             for s in gl.static_range(TURN):
                 if F0 == 8:
                     codes = w0_tiles.index(stage)
                 else:
-                    if s * F0 % 8 == 0:
-                        w0 = w0_tiles.index(stage * R0 + s * F0 // 8).load(LEFT)
-                    if F1 == 0:
-                        w1 = w0
-                    elif s * F1 % 8 == 0:
-                        w1 = w1_tiles.index(stage * R1 + s * F1 // 8).load(LEFT)
-                    if F2 == 0:
-                        w2 = w0
-                    elif s * F2 % 8 == 0:
-                        w2 = w2_tiles.index(stage * R2 + s * F2 // 8).load(LEFT)
-                    codes = _join(w0, w1, w2, s, F0, F1, F2)
+                    w0 = _hold_run(w0, w0_tiles, stage * R0, s, F0, LEFT)
+                    w1 = _hold_run(w1, w1_tiles, stage * R1, s, F1, LEFT)
+                    w2 = _hold_run(w2, w2_tiles, stage * R2, s, F2, LEFT)
+                    codes = _join_fields(w0, w1, w2, s, F0, F1, F2)
                 x = x_tiles.index(stage * TURN + s).permute((1, 0))
                 acc = warpgroup_mma(codes, x, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -299,7 +243,9 @@ def _prefill_kernel(
 
 
 @gluon.jit
-def _stages(desc, STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+def _stages(
+    desc, STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr
+):
     """Buffers as orders fill them, a box a stage, and as products read them, a tile each."""
     stages = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=WIDTH, element_bitwidth=8)
@@ -410,28 +356,24 @@ def _tile_of(pid, M, NP, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: 
 
 
 @gluon.jit
-def _join(w0, w1, w2, S: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr):
-    """`join_fields` of `kernels.field_codes` on tensors of Gluon."""
-    ZERO: gl.constexpr = 0
-    code = _field(w0, w0, S, F0, ZERO)
-    if F1 > 0:
-        code = _field(w1, code, S, F1, F0)
-    if F2 > 0:
-        code = _field(w2, code, S, F2, F0 + F1)
-    return code
+def _hold_run(
+    held, tiles, first, S: gl.constexpr, FIELD: gl.constexpr, LEFT: gl.constexpr
+):  # fmt: skip
+    """`hold_run` of `kernels.field_codes`, from shared memory."""
+    run = held
+    if FIELD > 0 and S * FIELD % 8 == 0:
+        run = tiles.index(first + S * FIELD // 8).load(LEFT)
+    return run
 
 
 @gluon.jit
-def _field(w, code, S: gl.constexpr, FIELD: gl.constexpr, UP: gl.constexpr):
-    """Codes with the field of slice S added at bits UP and above; UP = 0 starts them."""
-    SHIFT: gl.constexpr = S * FIELD % 8 - UP
-    WORD: gl.constexpr = (((1 << FIELD) - 1) << UP) * 0x01010101
-    MOVE: gl.constexpr = f"shr.b32 t, $1, {SHIFT};" if SHIFT >= 0 else f"shl.b32 t, $1, {-SHIFT};"
-    UNION: gl.constexpr = "or.b32 $0, t, $2;" if UP > 0 else "mov.b32 $0, t;"
+def _join_fields(w0, w1, w2, S: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr):
+    """`join_fields` of `kernels.field_codes` on tensors of Gluon."""
+    ASSEMBLY: gl.constexpr = join_assembly(F0, F1, F2, S)
     return gl.inline_asm_elementwise(
-        f"{{ .reg .b32 t; {MOVE} and.b32 t, t, {WORD}; {UNION} }}",
-        "=r,r,r",
-        [w, code],
+        ASSEMBLY,
+        "=r,r,r,r",
+        [w0, w1 if F1 > 0 else w0, w2 if F2 > 0 else w0],
         dtype=gl.int8,
         is_pure=True,
         pack=4,

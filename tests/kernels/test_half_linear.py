@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.half_linear import HalfConfig, centred_assembly, half_configs
 from kernels.field_codes import join_assembly
+from kernels.half_codes import centred_assembly
+from kernels.half_linear import HalfConfig, half_configs
 from kernels.sliced import field_widths
 from tests.kernels.tile_cases import load_kernel_modules, random_codes, sliced_weight
 
@@ -14,7 +15,7 @@ SMALL = HalfConfig(block_m=8, block_n=64, block_k=64, num_warps=4, num_stages=3)
 
 @pytest.fixture
 def half_linear(monkeypatch, device):
-    names = ["field_codes", "unpack", "half_linear"]
+    names = ["field_codes", "unpack", "split_sum", "half_codes", "half_linear"]
     return load_kernel_modules(names, interpreted=device == "cpu", monkeypatch=monkeypatch)
 
 
@@ -182,9 +183,7 @@ def test_the_assembly_joins_the_fields_of_four_codes(bits, s):
 
     result = run_assembly(join_assembly(*widths, s), words)
 
-    assert np.array_equal(
-        result.astype(np.uint32).view(np.uint8), expected_codes(words, widths, s)
-    )
+    assert np.array_equal(result.astype(np.uint32).view(np.uint8), expected_codes(words, widths, s))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -16,7 +16,7 @@ SMALL = LaunchConfig(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages
 
 @pytest.fixture
 def tile_linear(monkeypatch, device):
-    names = ["field_codes", "tile_linear"]
+    names = ["field_codes", "split_sum", "tile_linear"]
     return load_kernel_modules(names, interpreted=device == "cpu", monkeypatch=monkeypatch)
 
 
@@ -38,10 +38,10 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
-def equal_to_int64(module, tokens, weight, codes, config, bias=None, dtype=torch.float32):
-    actual = module.tile_linear(tokens, weight, bias, dtype=dtype, config=config)
+def equal_to_int64(module, tokens, weight, codes, config, bias=None):
+    actual = module.tile_linear(tokens, weight, bias, dtype=torch.float32, config=config)
     expected = module.tile_linear_reference(tokens, codes, weight, bias)
-    return torch.equal(actual, expected.to(dtype))
+    return torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -102,9 +102,7 @@ def test_splitting_k_changes_no_bit_and_leaves_the_workspace_clean(
 @pytest.mark.parametrize(("bits", "k", "groups"), [
     (1, 256, 2), (2, 256, 2), (4, 512, 4), (6, 256, 4), (7, 256, 8), (8, 256, 2), (4, 480, 5),
 ])  # fmt: skip
-def test_group_scales_are_summed_in_rising_order(
-    tile_linear, device, bits, k, groups
-):
+def test_group_scales_are_summed_in_rising_order(tile_linear, device, bits, k, groups):
     half_step = bits in (1, 2, 4)
     weight, codes = sliced_weight(
         random_codes(70, k, bits), bits, groups=groups, half_step=half_step,
@@ -207,8 +205,8 @@ def test_operands_that_do_not_fit_are_refused(tile_linear):
 
     with pytest.raises(ValueError, match="256 columns, the weight 512"):
         tile_linear.tile_linear(tokens, weight)
+    config = dataclasses.replace(SMALL, splits=2)
     with pytest.raises(ValueError, match="the workspace has 0"):
-        config = dataclasses.replace(SMALL, splits=2)
         tile_linear.tile_linear(tokens, other, config=config, workspace=small)
 
 

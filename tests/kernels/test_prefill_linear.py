@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from kernels.prefill_config import PrefillConfig, prefill_configs
+from kernels.prefill_linear import prefill_linear
+from kernels.sliced import field_widths
+from kernels.tile_linear import tile_linear_reference
+from tests.kernels.tile_cases import random_codes, sliced_weight, token_codes
+
+SHARED_BYTES = 227 * 1024
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("slice_bytes", [32, 64, 128])
+def test_candidates_fit_shared_memory_and_start_with_many_outputs(bits, slice_bytes):
+    configs = prefill_configs(field_widths(bits), slice_bytes)
+
+    assert configs[0].block_n == 256
+    assert configs[0].block_m == 128
+    assert all(c.shared_bytes(field_widths(bits)) < SHARED_BYTES for c in configs)
+    assert all(c.block_k <= slice_bytes and c.stages > 1 for c in configs)
+
+
+def test_group_scales_are_refused():
+    weight, _ = sliced_weight(random_codes(64, 256, 4), 4, groups=2)
+
+    with pytest.raises(ValueError, match="2 groups"):
+        prefill_linear(token_codes(2, weight, 8), weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("block_rows", [64, 128])
+def test_prefill_equals_an_int64_product(bits, block_rows):
+    weight, codes = sliced_weight(
+        random_codes(700, 1100, bits), bits, device="cuda", block_rows=block_rows
+    )
+    tokens = token_codes(300, weight, 8, device="cuda")
+    bias = torch.randn(700, device="cuda")
+    expected = tile_linear_reference(tokens, codes, weight, bias)
+
+    for config in prefill_configs(weight.field_bits, weight.slice_bytes):
+        actual = prefill_linear(tokens, weight, bias, dtype=torch.float32, config=config)
+
+        assert torch.equal(actual, expected), config
+
+
+@pytest.mark.gpu
+def test_few_programs_walk_many_tiles():
+    weight, codes = sliced_weight(random_codes(1024, 512, 4), 4, device="cuda")
+    tokens = token_codes(1000, weight, 8, device="cuda")
+    config = PrefillConfig(block_m=128, block_n=128, block_k=64, stages=3, programs=5, group_m=3)
+
+    actual = prefill_linear(tokens, weight, dtype=torch.float32, config=config)
+
+    assert torch.equal(actual, tile_linear_reference(tokens, codes, weight))
