@@ -67,7 +67,7 @@ def join_assembly(f0: int, f1: int, f2: int, s: int) -> str:
         moves += move_field(1, s * f1 % 8, f1, f0, EVERY_BYTE)
     if f2:
         moves += move_field(2, s * f2 % 8, f2, f0 + f1, EVERY_BYTE)
-    return "{ .reg .b32 t, u; " + moves + "mov.b32 $0, u; }"
+    return f"{{ .reg .b32 t, u; {moves}mov.b32 $0, u; }}"
 
 
 @triton.constexpr_function

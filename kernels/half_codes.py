@@ -83,4 +83,4 @@ def centred_assembly(f0: int, f1: int, f2: int, s: int, odd: int, is_half: bool)
             f"or.b32 u, u, 0x43004300; mov.b32 t, {less}; mov.b32 c, 0x3f803f80; "
             "fma.rn.bf16x2 $0, u, c, t;"
         )
-    return "{ .reg .b32 t, u, c; " + moves + ending + " }"
+    return f"{{ .reg .b32 t, u, c; {moves}{ending} }}"

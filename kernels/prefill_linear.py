@@ -12,9 +12,8 @@ so one product is always under way, and what an order costs hides behind it. Pro
 persistent: orders run on into the next tile while the results of this one are stored.
 
 Packed weights make tiles of many outputs cheap: for each column 256 outputs by 128 tokens read 128
-bytes of tokens and 32 p of weights, a third less for each product than 128 by 128.
-
-Per-channel scales only. The interpreter cannot run Gluon; `kernels.tile_linear` gives the same bits.
+bytes of tokens and 32 p of weights, a third less for each product than 128 by 128. Per-channel
+scales only; the interpreter cannot run Gluon, `kernels.tile_linear` gives the same bits.
 
 Shape legend: M tokens, N outputs (NP with padding), K inputs (L with padding).
 """
@@ -91,6 +90,7 @@ def prefill_linear(
         F0=field_bits[0],
         F1=field_bits[1],
         F2=field_bits[2],
+        TURN=8 // weight.field_bits[-1],
         SLICE=weight.slice_bytes,
         MULTIPLIER=weight.multiplier,
         HAS_BIAS=bias is not None,
@@ -145,6 +145,7 @@ def _prefill_kernel(
     F0: gl.constexpr,
     F1: gl.constexpr,
     F2: gl.constexpr,
+    TURN: gl.constexpr,
     SLICE: gl.constexpr,
     MULTIPLIER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -156,14 +157,12 @@ def _prefill_kernel(
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program computes tiles ``[BLOCK_N, BLOCK_M]``, weights on the left, all of K."""
-    NARROWEST: gl.constexpr = F2 if F2 else (F1 if F1 else F0)
-    TURN: gl.constexpr = 8 // NARROWEST
+    NARROWEST: gl.constexpr = 8 // TURN
     CUTS: gl.constexpr = SLICE // BLOCK_K
     R0: gl.constexpr = F0 // NARROWEST
     R1: gl.constexpr = F1 // NARROWEST
     R2: gl.constexpr = F2 // NARROWEST
     BYTES: gl.constexpr = ((R0 + R1 + R2) * BLOCK_N + TURN * BLOCK_M) * BLOCK_K
-    STORED_N: gl.constexpr = w0_desc.block_type.shape[2]
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, min(BLOCK_M, 128), 32]
     )
@@ -171,35 +170,25 @@ def _prefill_kernel(
 
     x_stages, x_tiles = _stages(x_desc, STAGES, TURN, BLOCK_M, BLOCK_K)
     w0_stages, w0_tiles = _stages(w0_desc, STAGES, R0, BLOCK_N, BLOCK_K)
-    w1_stages, w1_tiles = w0_stages, w0_tiles
-    w2_stages, w2_tiles = w0_stages, w0_tiles
-    if F1 > 0:
-        w1_stages, w1_tiles = _stages(w1_desc, STAGES, R1, BLOCK_N, BLOCK_K)
-    if F2 > 0:
-        w2_stages, w2_tiles = _stages(w2_desc, STAGES, R2, BLOCK_N, BLOCK_K)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
+    w1_stages, w1_tiles = _more_stages(w1_desc, w0_stages, w0_tiles, STAGES, R1, BLOCK_N, BLOCK_K)
+    w2_stages, w2_tiles = _more_stages(w2_desc, w0_stages, w0_tiles, STAGES, R2, BLOCK_N, BLOCK_K)
+    ready = _barriers(STAGES)
 
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(NP, BLOCK_N)
     steps = BLOCKS * NARROWEST * CUTS
-    # orders run ahead: their number, their tile and its place, their step in it
-    order = 0
-    order_tile = gl.program_id(0)
+    # orders run ahead: their number, their step in their tile, the tile and its place
+    order, order_step, order_tile = 0, 0, gl.program_id(0)
     order_n, order_m = _tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
-    order_step = 0
     for _ in gl.static_range(STAGES - 1):
         _order(
             x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
             ready, order, order_tile < tiles, order_n, order_m, order_step, NP,
-            F0, F1, F2, CUTS, STAGES, BYTES,
+            F0, F1, F2, TURN, CUTS, STAGES, BYTES,
         )  # fmt: skip
         order += 1
-        order_step += 1
-        if order_step == steps:
-            order_step = 0
-            order_tile += gl.num_programs(0)
-            order_n, order_m = _tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+        order_step, order_tile, order_n, order_m = _next(
+            order_step, order_tile, order_n, order_m, steps, M, NP, BLOCK_M, BLOCK_N, GROUP_M
+        )
     n = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, MMA)
@@ -208,13 +197,10 @@ def _prefill_kernel(
             mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
             w0, w1, w2 = 0, 0, 0
             for s in gl.static_range(TURN):
-                if F0 == 8:
-                    codes = w0_tiles.index(stage)
-                else:
-                    w0 = _hold_run(w0, w0_tiles, stage * R0, s, F0, LEFT)
-                    w1 = _hold_run(w1, w1_tiles, stage * R1, s, F1, LEFT)
-                    w2 = _hold_run(w2, w2_tiles, stage * R2, s, F2, LEFT)
-                    codes = _join_fields(w0, w1, w2, s, F0, F1, F2)
+                w0 = _hold_run(w0, w0_tiles, stage * R0, s, F0, LEFT)
+                w1 = _hold_run(w1, w1_tiles, stage * R1, s, F1, LEFT)
+                w2 = _hold_run(w2, w2_tiles, stage * R2, s, F2, LEFT)
+                codes = _join_fields(w0, w1, w2, s, F0, F1, F2)
                 x = x_tiles.index(stage * TURN + s).permute((1, 0))
                 acc = warpgroup_mma(codes, x, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -225,15 +211,13 @@ def _prefill_kernel(
                         x_desc, w0_desc, w1_desc, w2_desc,
                         x_stages, w0_stages, w1_stages, w2_stages,
                         ready, order, order_tile < tiles, order_n, order_m, order_step, NP,
-                        F0, F1, F2, CUTS, STAGES, BYTES,
+                        F0, F1, F2, TURN, CUTS, STAGES, BYTES,
                     )  # fmt: skip
             n += 1
             order += 1
-            order_step += 1
-            if order_step == steps:
-                order_step = 0
-                order_tile += gl.num_programs(0)
-                order_n, order_m = _tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+            order_step, order_tile, order_n, order_m = _next(
+                order_step, order_tile, order_n, order_m, steps, M, NP, BLOCK_M, BLOCK_N, GROUP_M
+            )
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _finish(
             acc, tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
@@ -247,13 +231,51 @@ def _stages(
     desc, STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr
 ):
     """Buffers as orders fill them, a box a stage, and as products read them, a tile each."""
-    stages = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
+    SHAPE: gl.constexpr = [STAGES] + desc.block_type.shape  # noqa: RUF005  no other way compiles
+    stages = gl.allocate_shared_memory(desc.dtype, SHAPE, desc.layout)
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=WIDTH, element_bitwidth=8)
     if RENAMED:
         tiles = stages.reinterpret(desc.dtype, [STAGES * TILES, ROWS, WIDTH], TILE)
     else:
-        tiles = stages._reinterpret(desc.dtype, [STAGES * TILES, ROWS, WIDTH], TILE)
+        # its name in Triton 3.6
+        tiles = stages._reinterpret(desc.dtype, [STAGES * TILES, ROWS, WIDTH], TILE)  # noqa: SLF001
     return stages, tiles
+
+
+@gluon.jit
+def _more_stages(
+    desc, first_stages, first_tiles,
+    STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """Buffers of a further field; without one, those of the first stand in and are not used."""
+    if TILES > 0:
+        stages, tiles = _stages(desc, STAGES, TILES, ROWS, WIDTH)
+    else:
+        stages, tiles = first_stages, first_tiles
+    return stages, tiles
+
+
+@gluon.jit
+def _barriers(STAGES: gl.constexpr):
+    """One barrier a stage, which the bytes of its orders complete."""
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    return ready
+
+
+@gluon.jit
+def _next(
+    step, tile, tile_n, tile_m, steps, M, NP,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """The step after this one, in this tile or in the next of this program."""
+    step += 1
+    if step == steps:
+        step = 0
+        tile += gl.num_programs(0)
+        tile_n, tile_m = _tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+    return step, tile, tile_n, tile_m
 
 
 @gluon.jit
@@ -261,13 +283,10 @@ def _order(
     x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
     ready, order, here, tile_n, tile_m, step, NP,
     F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr,
-    CUTS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BYTES: gl.constexpr,
+    TURN: gl.constexpr, CUTS: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     """Order the bytes of one step of one tile."""
-    NARROWEST: gl.constexpr = F2 if F2 else (F1 if F1 else F0)
-    TURN: gl.constexpr = 8 // NARROWEST
+    NARROWEST: gl.constexpr = 8 // TURN
     BOX_N: gl.constexpr = w0_desc.block_type.shape[1]
     STORED_N: gl.constexpr = w0_desc.block_type.shape[2]
     BLOCK_K: gl.constexpr = w0_desc.block_type.shape[3]
@@ -295,14 +314,9 @@ def _order(
 @gluon.jit
 def _finish(
     acc, tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
-    bias_ptr, out_ptr, stride_om, M, N, NP, K,
-    MULTIPLIER: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    MMA: gl.constexpr,
-    num_warps: gl.constexpr,
+    bias_ptr, out_ptr, stride_om, M, N, NP, K, MULTIPLIER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+    MMA: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Correct the sums in int32, convert once, scale, store."""
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
@@ -359,9 +373,11 @@ def _tile_of(pid, M, NP, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: 
 def _hold_run(
     held, tiles, first, S: gl.constexpr, FIELD: gl.constexpr, LEFT: gl.constexpr
 ):  # fmt: skip
-    """`hold_run` of `kernels.field_codes`, from shared memory."""
+    """`hold_run` of `kernels.field_codes`, from shared memory; bytes of 8 bits stay there."""
     run = held
-    if FIELD > 0 and S * FIELD % 8 == 0:
+    if FIELD == 8:
+        run = tiles.index(first + S)
+    elif FIELD > 0 and S * FIELD % 8 == 0:
         run = tiles.index(first + S * FIELD // 8).load(LEFT)
     return run
 
@@ -369,12 +385,16 @@ def _hold_run(
 @gluon.jit
 def _join_fields(w0, w1, w2, S: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr):
     """`join_fields` of `kernels.field_codes` on tensors of Gluon."""
-    ASSEMBLY: gl.constexpr = join_assembly(F0, F1, F2, S)
-    return gl.inline_asm_elementwise(
-        ASSEMBLY,
-        "=r,r,r,r",
-        [w0, w1 if F1 > 0 else w0, w2 if F2 > 0 else w0],
-        dtype=gl.int8,
-        is_pure=True,
-        pack=4,
-    )
+    if F0 == 8:
+        codes = w0
+    else:
+        ASSEMBLY: gl.constexpr = join_assembly(F0, F1, F2, S)
+        codes = gl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=r,r,r,r",
+            [w0, w1 if F1 > 0 else w0, w2 if F2 > 0 else w0],
+            dtype=gl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return codes

@@ -154,7 +154,7 @@ def tile_linear_reference(
     u_w = codes_NK.long().view(n, groups, k // groups) * weight.multiplier
     u_w = u_w - weight.zero_point[:n, :, None]
     out_MN = torch.zeros(len(u_x), n, device=u_x.device)
-    for g, part in enumerate(u_x.split(k // groups, dim=1)):
+    for g, part in enumerate(torch.split(u_x, k // groups, dim=1)):
         # exact: float64 holds every integer below 2^53, and the layout holds sums below 2^31
         whole_MN = part.double() @ u_w[:, g].double().t()
         out_MN += whole_MN.float() * weight.scale[:n, g].float()

@@ -153,7 +153,7 @@ def test_prefill_unpacks_while_a_product_is_under_way(monkeypatch, tmp_path, bit
     }  # fmt: skip
     types["x_desc"] = descriptor("i8", (turn, config.block_m, config.block_k), config.block_k)
     constants = {
-        **widths(bits), "SLICE": 128, "MULTIPLIER": 1, "HAS_BIAS": True,
+        **widths(bits), "TURN": turn, "SLICE": 128, "MULTIPLIER": 1, "HAS_BIAS": True,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "STAGES": config.stages, "GROUP_M": config.group_m, "num_warps": config.num_warps,
     }  # fmt: skip
