@@ -5,6 +5,7 @@ from kernels.prefill_config import PrefillConfig, prefill_configs
 from kernels.prefill_linear import prefill_linear
 from kernels.sliced import field_widths
 from kernels.tile_linear import tile_linear_reference
+from tests.kernels.hopper_emulator import emulated_prefill
 from tests.kernels.tile_cases import random_codes, sliced_weight, token_codes
 
 SHARED_BYTES = 227 * 1024
@@ -26,6 +27,33 @@ def test_group_scales_are_refused():
 
     with pytest.raises(ValueError, match="2 groups"):
         prefill_linear(token_codes(2, weight, 8), weight)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_orders_bring_every_byte_in_time_and_no_buffer_is_filled_too_early(bits, late):
+    block_rows = 64 if bits % 2 else 128
+    weight, codes = sliced_weight(random_codes(300, 600, bits), bits, block_rows=block_rows)
+    tokens = token_codes(70, weight, 8)
+    bias = torch.randn(300)
+    config = PrefillConfig(
+        block_m=64, block_n=256 if bits < 5 else 128, block_k=32, stages=2 + bits % 3,
+        programs=3, group_m=2,
+    )  # fmt: skip
+
+    actual = emulated_prefill(late=late)(tokens, weight, bias, dtype=torch.float32, config=config)
+
+    assert torch.equal(actual, tile_linear_reference(tokens, codes, weight, bias))
+
+
+def test_half_step_grids_double_their_codes():
+    weight, codes = sliced_weight(random_codes(64, 256, 3), 3, half_step=True)
+    tokens = token_codes(5, weight, 4)
+    config = PrefillConfig(block_m=64, block_n=128, block_k=32, stages=3)
+
+    actual = emulated_prefill(late=True)(tokens, weight, dtype=torch.float32, config=config)
+
+    assert torch.equal(actual, tile_linear_reference(tokens, codes, weight))
 
 
 @pytest.mark.gpu
