@@ -9,7 +9,7 @@ from kernels.decode_config import MAX_TOKENS, decode_configs
 from kernels.fragments import ColumnOrder, columns_a_token
 from kernels.half_linear import half_configs
 from kernels.linear import Plan
-from kernels.prefill_linear import prefill_configs
+from kernels.prefill_config import prefill_configs
 from kernels.sliced import choose_slice_bytes, field_widths
 from kernels.tables import Route
 from kernels.tile_config import TileShape, tile_configs

@@ -10,9 +10,18 @@ instruction of the machine.
 import triton
 import triton.language as tl
 
-__all__ = ["join_assembly", "join_fields", "move_field"]
+__all__ = ["hold_run", "join_assembly", "join_fields", "move_field"]
 
 EVERY_BYTE = 0x01010101
+
+
+@triton.jit
+def hold_run(held, run_ptr, offs, S: tl.constexpr, FIELD: tl.constexpr):
+    """Load the run of a field that slice S begins, else keep the one at hand."""
+    run = held
+    if FIELD > 0 and S * FIELD % 8 == 0:
+        run = tl.load(run_ptr + offs)
+    return run
 
 
 @triton.jit
@@ -27,7 +36,7 @@ def join_fields(
     """Return the int8 codes of slice S from the bytes of the runs that hold its fields.
 
     w0, w1, w2 are uint8 tiles of one shape, F0 >= F1 >= F2 the bits of their fields, 0 where a
-    code has fewer. A single field of 8 bits holds signed bytes.
+    code has fewer and the tile is not looked at. A single field of 8 bits holds signed bytes.
     """
     if F0 == 8:
         return w0.to(tl.int8, bitcast=True)
@@ -41,7 +50,12 @@ def join_fields(
     else:
         ASSEMBLY: tl.constexpr = join_assembly(F0, F1, F2, S)
         return tl.inline_asm_elementwise(
-            ASSEMBLY, "=r,r,r,r", [w0, w1, w2], dtype=tl.int8, is_pure=True, pack=4
+            ASSEMBLY,
+            "=r,r,r,r",
+            [w0, w1 if F1 > 0 else w0, w2 if F2 > 0 else w0],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
         )
 
 
@@ -53,7 +67,7 @@ def join_assembly(f0: int, f1: int, f2: int, s: int) -> str:
         moves += move_field(1, s * f1 % 8, f1, f0, EVERY_BYTE)
     if f2:
         moves += move_field(2, s * f2 % 8, f2, f0 + f1, EVERY_BYTE)
-    return "{ .reg .b32 t, u; " + moves + "mov.b32 $0, u; }"
+    return f"{{ .reg .b32 t, u; {moves}mov.b32 $0, u; }}"
 
 
 @triton.constexpr_function

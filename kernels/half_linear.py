@@ -6,12 +6,8 @@
 h is the middle code, 0 for signed bytes; u - h has at most 8 bits and is exact in both 16-bit
 types, so no weight is rounded at all. c is the multiplier of the weight.
 
-Two neighbouring bytes of a run are one 16-bit lane, as wide as an element of the product: its low
-byte holds an even column and its high byte the odd one, so each slice is two products. Activations
-are put in that order first, even columns of a slice before odd ones, and summed meanwhile.
-
-    float16    1024 + u = 0x6400 | u         bfloat16    128 + u = 0x4300 | u for u < 128
-    bfloat16, signed bytes of 7 bits and a sign b:  (128 + b) - (sign ? 256 : 128)
+Each slice is two products, of its even and of its odd columns (`kernels.half_codes`). Activations
+are put in that order first, and summed meanwhile.
 
 More than 64 tokens dequantize the weight once and leave the product to cuBLAS.
 
@@ -25,14 +21,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.field_codes import move_field
+from kernels.field_codes import hold_run
+from kernels.half_codes import centred_codes
 from kernels.sliced import SlicedWeight
+from kernels.split_sum import share_of_turns, sum_splits
 from kernels.unpack import unpack_half
 
 __all__ = ["HalfConfig", "half_configs", "half_linear", "half_linear_reference"]
 
 MOST_TOKENS = 64
-EVERY_LANE = 0x00010001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,19 +51,26 @@ class HalfConfig:
 def half_configs(*, bits: int, m: int, n: int, columns: int) -> list[HalfConfig]:
     """Launches worth timing for a shape of at most 64 tokens, best guess first."""
     block_m = max(8, triton.next_power_of_2(m))
+    shapes = [(64, 4), (128, 4), (128, 8)]
+    # below 64 outputs a warp multiplies alone, with fewer instructions a weight
+    shapes = [(32, 2), (32, 4), *shapes] if m <= 8 else [*shapes, (32, 2)]
     found = []
-    for block_n, warps in ((64, 4), (128, 4), (128, 8), (32, 2)):
-        tiles = triton.cdiv(n, block_n)
-        per_wave = triton.cdiv(3 * 132 * 4, 4 if warps < 8 else 8)
-        splits = max(1, min(8, per_wave // tiles, columns // 2048))
-        for count in dict.fromkeys((splits, max(1, splits // 2), 2 * splits)):
-            for stages in (4, 3):
-                found.append(
-                    HalfConfig(
-                        block_m=block_m, block_n=block_n, block_k=128 if bits <= 4 else 64,
-                        num_warps=warps, num_stages=stages, splits=count,
-                    )  # fmt: skip
-                )
+    for block_n, warps in shapes:
+        # about twelve warps on each of 132 multiprocessors
+        fitting = 132 * 12 // warps // -(-n // block_n)
+        splits = max(1, min(8, fitting, columns // 2048))
+        found += [
+            HalfConfig(
+                block_m=block_m,
+                block_n=block_n,
+                block_k=128 if bits <= 4 else 64,
+                num_warps=warps,
+                num_stages=stages,
+                splits=count,
+            )
+            for count in dict.fromkeys((splits, max(1, splits // 2), 2 * splits))
+            for stages in (4, 3)
+        ]
     return found
 
 
@@ -177,6 +181,7 @@ def _launch(
         INTERP=not isinstance(_half_kernel, triton.JITFunction),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -261,11 +266,7 @@ def _half_kernel(
     w1_offs = (tile_n * (F1 * RUN) + row_n)[:, None] + offs_k[None, :]
     w2_offs = (tile_n * (F2 * RUN) + row_n)[:, None] + offs_k[None, :]
 
-    UNIT: tl.constexpr = GROUP_SLICES if GROUPED else 1
-    turns = BLOCKS * NARROWEST
-    share = (turns + UNIT * SPLITS - 1) // (UNIT * SPLITS) * UNIT
-    first = tl.minimum(tl.program_id(1) * share, turns)
-    last = tl.minimum(first + share, turns)
+    first, last = share_of_turns(tl.program_id(1), BLOCKS * NARROWEST, max(GROUP_SLICES, 1), SPLITS)
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     total = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     for step in range(first * CUTS, last * CUTS):
@@ -274,63 +275,34 @@ def _half_kernel(
         block = (turn // NARROWEST).to(tl.int64) * NP * LANES
         part = turn % NARROWEST * TURN
         k = turn * (TURN * SLICE) + cut
+        w0, w1, w2 = 0, 0, 0
         for s in tl.static_range(TURN):
-            if s * F0 % 8 == 0:
-                run0 = w0_ptr + (block * F0 + ((part + s) * F0 // 8 * RUN + cut))
-                w0 = tl.load(run0 + w0_offs)
-            if F1 == 0:
-                w1 = w0
-            elif s * F1 % 8 == 0:
-                run1 = w1_ptr + (block * F1 + ((part + s) * F1 // 8 * RUN + cut))
-                w1 = tl.load(run1 + w1_offs)
-            if F2 == 0:
-                w2 = w0
-            elif s * F2 % 8 == 0:
-                run2 = w2_ptr + (block * F2 + ((part + s) * F2 // 8 * RUN + cut))
-                w2 = tl.load(run2 + w2_offs)
+            run0 = w0_ptr + (block * F0 + ((part + s) * F0 // 8 * RUN + cut))
+            run1 = w1_ptr + (block * F1 + ((part + s) * F1 // 8 * RUN + cut))
+            run2 = w2_ptr + (block * F2 + ((part + s) * F2 // 8 * RUN + cut))
+            w0 = hold_run(w0, run0, w0_offs, s, F0)
+            w1 = hold_run(w1, run1, w1_offs, s, F1)
+            w2 = hold_run(w2, run2, w2_offs, s, F2)
             for odd in tl.static_range(2):
                 x = tl.load(x_ptr + (k + s * SLICE + odd * LANES) + x_offs)
-                w = _centred(w0, w1, w2, s, odd, BITS, F0, F1, F2, IS_HALF, INTERP)
+                w = centred_codes(w0, w1, w2, s, odd, BITS, F0, F1, F2, IS_HALF, INTERP)
                 if INTERP:
                     # the interpreter multiplies bfloat16 wrongly
                     x = x.to(tl.float32)
                 acc = tl.dot(w, x.T, acc)
-            if GROUPED:
-                # a turn of whole groups closes each where it ends; else the end is found at run time
-                if (
-                    (s + 1) % GROUP_SLICES == 0
-                    if TURN % GROUP_SLICES == 0
-                    else (turn * TURN + s + 1) % GROUP_SLICES == 0
-                ):
-                    g = (turn * TURN + s) // GROUP_SLICES
-                    total += _scaled(
-                        acc, g, GROUPS, BITS, MULTIPLIER, rows_m, rows_n,
-                        x_sums_ptr, w_scale_ptr, w_zero_ptr,
-                    )  # fmt: skip
-                    acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
+            total, acc = _close_group(
+                total, acc, turn * TURN, s, GROUPS, TURN, GROUP_SLICES, BITS, MULTIPLIER,
+                rows_m, rows_n, x_sums_ptr, w_scale_ptr, w_zero_ptr,
+            )  # fmt: skip
 
-    part = total if GROUPED else acc
-    mine = True
-    if SPLITS > 1:
-        tile = tl.program_id(0)
-        slot = (tile * SPLITS).to(tl.int64) * (BLOCK_N * BLOCK_M) + partial_ptr
-        offs_slot = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tl.store(slot + tl.program_id(1) * (BLOCK_N * BLOCK_M) + offs_slot, part)
-        # the barrier puts the stores of all threads before the release of the one that counts
-        tl.debug_barrier()
-        mine = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
-        if mine:
-            part = tl.load(slot + offs_slot, cache_modifier=".cg")
-            for split in tl.range(1, SPLITS):
-                part += tl.load(
-                    slot + split * (BLOCK_N * BLOCK_M) + offs_slot, cache_modifier=".cg"
-                )
-            tl.store(arrivals_ptr + tile, 0)
+    whole, mine = sum_splits(
+        total if GROUPED else acc, partial_ptr, arrivals_ptr, BLOCK_N, BLOCK_M, SPLITS
+    )
     if mine:
-        y = part
+        y = whole
         if not GROUPED:
             y = _scaled(
-                part, 0, GROUPS, BITS, MULTIPLIER, rows_m, rows_n,
+                whole, 0, GROUPS, BITS, MULTIPLIER, rows_m, rows_n,
                 x_sums_ptr, w_scale_ptr, w_zero_ptr,
             )  # fmt: skip
         mask_n = offs_n < N
@@ -339,6 +311,28 @@ def _half_kernel(
         out_ptrs = out_ptr + offs_n[:, None] + offs_m.to(tl.int64)[None, :] * stride_om
         mask = mask_n[:, None] & (offs_m < M)[None, :]
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _close_group(
+    total, acc, first, S: tl.constexpr, GROUPS,
+    TURN: tl.constexpr,
+    GROUP_SLICES: tl.constexpr,
+    BITS: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    rows_m, rows_n, x_sums_ptr, w_scale_ptr, w_zero_ptr,
+):  # fmt: skip
+    """Move the sums of a group to the total where slice `first + S` is its last."""
+    if GROUP_SLICES > 0:
+        # a turn of whole groups closes each at a known place; else it is found at run time
+        KNOWN: tl.constexpr = TURN % GROUP_SLICES == 0
+        if (S + 1) % GROUP_SLICES == 0 if KNOWN else (first + S + 1) % GROUP_SLICES == 0:
+            total += _scaled(
+                acc, (first + S) // GROUP_SLICES, GROUPS, BITS, MULTIPLIER, rows_m, rows_n,
+                x_sums_ptr, w_scale_ptr, w_zero_ptr,
+            )  # fmt: skip
+            acc = tl.full(acc.shape, 0.0, tl.float32)
+    return total, acc
 
 
 @triton.jit
@@ -355,74 +349,6 @@ def _scaled(
     x_sum = tl.load(x_sums_ptr + rows_m * GROUPS + g, mask=rows_m * 0 + g < GROUPS, other=0.0)
     off = (w_zero - MULTIPLIER * MIDDLE).to(tl.float32)
     return (acc * MULTIPLIER - off[:, None] * x_sum[None, :]) * w_scale[:, None]
-
-
-@triton.jit
-def _centred(
-    w0, w1, w2,
-    S: tl.constexpr,
-    ODD: tl.constexpr,
-    BITS: tl.constexpr,
-    F0: tl.constexpr,
-    F1: tl.constexpr,
-    F2: tl.constexpr,
-    IS_HALF: tl.constexpr,
-    INTERP: tl.constexpr,
-):  # fmt: skip
-    """Codes less their middle, of the even or the odd columns of slice S, from lanes of two bytes.
-
-    Two lanes share a register; a field moves to its place by one shift and one mask.
-    """
-    MIDDLE: tl.constexpr = 0 if BITS == 8 else 1 << (BITS - 1)
-    if INTERP:
-        code = (w0.to(tl.int32) >> (8 * ODD + S * F0 % 8)) & ((1 << F0) - 1)
-        if F1 > 0:
-            code |= ((w1.to(tl.int32) >> (8 * ODD + S * F1 % 8)) & ((1 << F1) - 1)) << F0
-        if F2 > 0:
-            code |= ((w2.to(tl.int32) >> (8 * ODD + S * F2 % 8)) & ((1 << F2) - 1)) << (F0 + F1)
-        if BITS == 8:
-            code = (code ^ 128) - 128
-        return (code - MIDDLE).to(tl.float32)
-    ASSEMBLY: tl.constexpr = centred_assembly(F0, F1, F2, S, ODD, IS_HALF)
-    return tl.inline_asm_elementwise(
-        ASSEMBLY,
-        "=r,r,r,r",
-        [w0, w1, w2],
-        dtype=tl.float16 if IS_HALF else tl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.constexpr_function
-def centred_assembly(f0: int, f1: int, f2: int, s: int, odd: int, is_half: bool) -> str:  # noqa: FBT001  known at compile time
-    """Write the assembly of `_centred`: gather the fields in u, make numbers of them, subtract."""
-    byte = 8 * odd
-    moves = move_field(0, byte + s * f0 % 8, f0, 0, EVERY_LANE)
-    if f1:
-        moves += move_field(1, byte + s * f1 % 8, f1, f0, EVERY_LANE)
-    if f2:
-        moves += move_field(2, byte + s * f2 % 8, f2, f0 + f1, EVERY_LANE)
-    bits = f0 + f1 + f2
-    middle = 1 << (bits - 1)
-    if is_half:
-        # a flipped sign bit adds 128, the middle of 8 bits
-        number = 0x6480 if bits == 8 else 0x6400
-        less = (0x6400 + middle) * EVERY_LANE
-        ending = f"xor.b32 u, u, {number * EVERY_LANE}; mov.b32 t, {less}; sub.f16x2 $0, u, t;"
-    elif bits == 8:
-        ending = (
-            "and.b32 t, u, 0x00800080; and.b32 u, u, 0x007f007f; or.b32 t, t, 0x43004300; "
-            "or.b32 u, u, 0x43004300; mov.b32 c, 0xbf80bf80; fma.rn.bf16x2 $0, t, c, u;"
-        )
-    else:
-        # a step of one is the last bit of a bfloat16 from 128 to 255
-        less = (0xC300 + middle) * EVERY_LANE
-        ending = (
-            f"or.b32 u, u, 0x43004300; mov.b32 t, {less}; mov.b32 c, 0x3f803f80; "
-            "fma.rn.bf16x2 $0, u, c, t;"
-        )
-    return "{ .reg .b32 t, u, c; " + moves + ending + " }"
 
 
 def _check(x: torch.Tensor, weight: SlicedWeight) -> None:

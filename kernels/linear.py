@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from kernels import binary_linear as binary
-from kernels import decode_config, half_linear, prefill_linear, tile_config
+from kernels import decode_config, half_linear, prefill_config, tile_config
 from kernels.decode_linear import decode_linear
 from kernels.fragments import ColumnOrder, FragmentTokens, FragmentWeight
+from kernels.prefill_linear import prefill_linear
 from kernels.sliced import SlicedWeight, unslice_codes
 from kernels.sliced_reference import sliced_linear_reference
 from kernels.tables import (
@@ -63,8 +64,8 @@ DECODE_TOKENS: Mapping[int, int] = {1: 2, 2: 4, 3: 4}
 CONFIGS: Mapping[Route, Callable[..., Any]] = {
     Route.DECODE: decode_config.LaunchConfig,
     Route.TILE: tile_config.LaunchConfig,
-    Route.PREFILL: prefill_linear.PrefillConfig,
-    Route.UNPACKED: prefill_linear.PrefillConfig,
+    Route.PREFILL: prefill_config.PrefillConfig,
+    Route.UNPACKED: prefill_config.PrefillConfig,
     Route.BINARY: binary.LaunchConfig,
     Route.HALF: half_linear.HalfConfig,
 }
@@ -211,14 +212,14 @@ def launch_plan(
             config = config or _select_tile(tokens, weight)
             workspace = _workspace(config, tokens, weight, counters)
             return tile_linear(
-                tokens, weight, bias, dtype=out_dtype, config=config, workspace=workspace
+                tokens, weight, bias, out_dtype=out_dtype, config=config, workspace=workspace
             )
         case Route.PREFILL | Route.UNPACKED:
             read = weight if plan.route is Route.PREFILL else unpack_int8(weight)
             if config is not None:
                 # a neighbour's slices may be wider than this weight's
                 config = replace(config, block_k=min(config.block_k, weight.slice_bytes))
-            return prefill_linear.prefill_linear(tokens, read, bias, dtype=out_dtype, config=config)
+            return prefill_linear(tokens, read, bias, out_dtype=out_dtype, config=config)
         case _:
             raise ValueError(f"route {plan.route} does not multiply codes by sliced weights")
 

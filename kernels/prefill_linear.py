@@ -12,14 +12,11 @@ so one product is always under way, and what an order costs hides behind it. Pro
 persistent: orders run on into the next tile while the results of this one are stored.
 
 Packed weights make tiles of many outputs cheap: for each column 256 outputs by 128 tokens read 128
-bytes of tokens and 32 p of weights, a third less for each product than 128 by 128.
-
-Per-channel scales only. The interpreter cannot run Gluon; `kernels.tile_linear` gives the same bits.
+bytes of tokens and 32 p of weights, a third less for each product than 128 by 128. Per-channel
+scales only; the interpreter cannot run Gluon, `kernels.tile_linear` gives the same bits.
 
 Shape legend: M tokens, N outputs (NP with padding), K inputs (L with padding).
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,63 +30,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.field_codes import join_assembly
+from kernels.prefill_config import PrefillConfig, prefill_configs
 from kernels.sliced import SlicedWeight
 from kernels.tokens import TokenCodes
 
-__all__ = ["PrefillConfig", "prefill_configs", "prefill_linear"]
+__all__ = ["prefill_linear"]
 
 # names of Triton 3.6, and those that replaced them
 _order_bytes = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _meet = getattr(gl, "barrier", None) or gl.thread_barrier
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-SHARED_BYTES = 227 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillConfig:
-    """Tile and launch parameters of one launch."""
-
-    block_m: int
-    """64, 128 or 256 tokens."""
-    block_n: int
-    """128 or 256 outputs."""
-    block_k: int
-    """Columns of one product, 32, 64 or 128; a stored slice is cut to it."""
-    stages: int
-    num_warps: int = 8
-    group_m: int = 8
-    """Tiles of tokens walked before the next tile of weights."""
-    programs: int = 132
-    """One for each multiprocessor, or a multiple where registers and shared memory allow it."""
-
-    def shared_bytes(self, field_bits: tuple[int, ...]) -> int:
-        """Shared memory of the stages."""
-        turn = 8 // field_bits[-1]
-        runs = sum(field_bits) * turn // 8
-        return self.stages * self.block_k * (runs * self.block_n + turn * self.block_m)
-
-
-def prefill_configs(field_bits: tuple[int, ...], slice_bytes: int) -> list[PrefillConfig]:
-    """Launches worth timing for a width, best guess first.
-
-    One stage too few shows as waiting for bytes; wide products mean fewer turns.
-    """
-    shapes = [(128, 256), (256, 128), (128, 128), (64, 256)]
-    found = []
-    for block_m, block_n in shapes:
-        for block_k in (128, 64, 32):
-            if block_k > slice_bytes:
-                continue
-            for stages in (4, 3, 2):
-                config = PrefillConfig(
-                    block_m=block_m, block_n=block_n, block_k=block_k, stages=stages
-                )
-                # results change their layout in shared memory too
-                if config.shared_bytes(field_bits) + 24 * 1024 <= SHARED_BYTES:
-                    found.append(config)
-                    break
-    return sorted(found, key=lambda c: (shapes.index((c.block_m, c.block_n)), c.stages < 3))
 
 
 def prefill_linear(
@@ -97,7 +48,7 @@ def prefill_linear(
     weight: SlicedWeight,
     bias: torch.Tensor | None = None,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype = torch.bfloat16,
     config: PrefillConfig | None = None,
 ) -> torch.Tensor:
     """Multiply many quantized tokens by a sliced weight of per-channel scales.
@@ -106,11 +57,11 @@ def prefill_linear(
         tokens: M tokens of L codes, rows contiguous.
         weight: N outputs of L codes.
         bias: float ``[N]`` or None.
-        dtype: float16, bfloat16 or float32.
+        out_dtype: float16, bfloat16 or float32.
         config: how to launch; None takes the first of `prefill_configs`.
 
     Returns:
-        ``[M, N]`` of the dtype.
+        ``[M, N]`` of that dtype.
 
     Raises:
         ValueError: if the weight has group scales or the columns differ.
@@ -121,7 +72,7 @@ def prefill_linear(
             f" {weight.columns} of the weight, are not for this kernel"
         )
     m, n = tokens.codes.shape[0], weight.out_features
-    out = tokens.codes.new_empty((m, n), dtype=dtype)
+    out = tokens.codes.new_empty((m, n), dtype=out_dtype)
     if not m:
         return out
     config = config or prefill_configs(weight.field_bits, weight.slice_bytes)[0]
@@ -139,6 +90,7 @@ def prefill_linear(
         F0=field_bits[0],
         F1=field_bits[1],
         F2=field_bits[2],
+        TURN=8 // weight.field_bits[-1],
         SLICE=weight.slice_bytes,
         MULTIPLIER=weight.multiplier,
         HAS_BIAS=bias is not None,
@@ -179,9 +131,7 @@ def _field_descriptor(weight: SlicedWeight, i: int, config: PrefillConfig) -> Te
 
 
 def _box_layout(config: PrefillConfig, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(
-        swizzle_byte_width=config.block_k, element_bitwidth=8, rank=rank
-    )
+    return gl.NVMMASharedLayout(swizzle_byte_width=config.block_k, element_bitwidth=8, rank=rank)
 
 
 @gluon.jit
@@ -195,6 +145,7 @@ def _prefill_kernel(
     F0: gl.constexpr,
     F1: gl.constexpr,
     F2: gl.constexpr,
+    TURN: gl.constexpr,
     SLICE: gl.constexpr,
     MULTIPLIER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -206,14 +157,12 @@ def _prefill_kernel(
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program computes tiles ``[BLOCK_N, BLOCK_M]``, weights on the left, all of K."""
-    NARROWEST: gl.constexpr = F2 if F2 else (F1 if F1 else F0)
-    TURN: gl.constexpr = 8 // NARROWEST
+    NARROWEST: gl.constexpr = 8 // TURN
     CUTS: gl.constexpr = SLICE // BLOCK_K
     R0: gl.constexpr = F0 // NARROWEST
     R1: gl.constexpr = F1 // NARROWEST
     R2: gl.constexpr = F2 // NARROWEST
     BYTES: gl.constexpr = ((R0 + R1 + R2) * BLOCK_N + TURN * BLOCK_M) * BLOCK_K
-    STORED_N: gl.constexpr = w0_desc.block_type.shape[2]
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, min(BLOCK_M, 128), 32]
     )
@@ -221,56 +170,37 @@ def _prefill_kernel(
 
     x_stages, x_tiles = _stages(x_desc, STAGES, TURN, BLOCK_M, BLOCK_K)
     w0_stages, w0_tiles = _stages(w0_desc, STAGES, R0, BLOCK_N, BLOCK_K)
-    w1_stages, w1_tiles = w0_stages, w0_tiles
-    w2_stages, w2_tiles = w0_stages, w0_tiles
-    if F1 > 0:
-        w1_stages, w1_tiles = _stages(w1_desc, STAGES, R1, BLOCK_N, BLOCK_K)
-    if F2 > 0:
-        w2_stages, w2_tiles = _stages(w2_desc, STAGES, R2, BLOCK_N, BLOCK_K)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
+    w1_stages, w1_tiles = _more_stages(w1_desc, w0_stages, w0_tiles, STAGES, R1, BLOCK_N, BLOCK_K)
+    w2_stages, w2_tiles = _more_stages(w2_desc, w0_stages, w0_tiles, STAGES, R2, BLOCK_N, BLOCK_K)
+    ready = _barriers(STAGES)
 
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(NP, BLOCK_N)
     steps = BLOCKS * NARROWEST * CUTS
-    # orders run ahead: their number, their tile and its place, their step in it
-    order = 0
-    order_tile = gl.program_id(0)
+    # orders run ahead: their number, their step in their tile, the tile and its place
+    order, order_step, order_tile = 0, 0, gl.program_id(0)
     order_n, order_m = _tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
-    order_step = 0
     for _ in gl.static_range(STAGES - 1):
         _order(
             x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
             ready, order, order_tile < tiles, order_n, order_m, order_step, NP,
-            F0, F1, F2, CUTS, STAGES, BYTES,
+            F0, F1, F2, TURN, CUTS, STAGES, BYTES,
         )  # fmt: skip
         order += 1
-        order_step += 1
-        if order_step == steps:
-            order_step = 0
-            order_tile += gl.num_programs(0)
-            order_n, order_m = _tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+        order_step, order_tile, order_n, order_m = _next(
+            order_step, order_tile, order_n, order_m, steps, M, NP, BLOCK_M, BLOCK_N, GROUP_M
+        )
     n = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, MMA)
         for _step in range(steps):
             stage = n % STAGES
             mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
+            w0, w1, w2 = 0, 0, 0
             for s in gl.static_range(TURN):
-                if F0 == 8:
-                    codes = w0_tiles.index(stage)
-                else:
-                    if s * F0 % 8 == 0:
-                        w0 = w0_tiles.index(stage * R0 + s * F0 // 8).load(LEFT)
-                    if F1 == 0:
-                        w1 = w0
-                    elif s * F1 % 8 == 0:
-                        w1 = w1_tiles.index(stage * R1 + s * F1 // 8).load(LEFT)
-                    if F2 == 0:
-                        w2 = w0
-                    elif s * F2 % 8 == 0:
-                        w2 = w2_tiles.index(stage * R2 + s * F2 // 8).load(LEFT)
-                    codes = _join(w0, w1, w2, s, F0, F1, F2)
+                w0 = _hold_run(w0, w0_tiles, stage * R0, s, F0, LEFT)
+                w1 = _hold_run(w1, w1_tiles, stage * R1, s, F1, LEFT)
+                w2 = _hold_run(w2, w2_tiles, stage * R2, s, F2, LEFT)
+                codes = _join_fields(w0, w1, w2, s, F0, F1, F2)
                 x = x_tiles.index(stage * TURN + s).permute((1, 0))
                 acc = warpgroup_mma(codes, x, acc, is_async=True)
                 acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -281,15 +211,13 @@ def _prefill_kernel(
                         x_desc, w0_desc, w1_desc, w2_desc,
                         x_stages, w0_stages, w1_stages, w2_stages,
                         ready, order, order_tile < tiles, order_n, order_m, order_step, NP,
-                        F0, F1, F2, CUTS, STAGES, BYTES,
+                        F0, F1, F2, TURN, CUTS, STAGES, BYTES,
                     )  # fmt: skip
             n += 1
             order += 1
-            order_step += 1
-            if order_step == steps:
-                order_step = 0
-                order_tile += gl.num_programs(0)
-                order_n, order_m = _tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+            order_step, order_tile, order_n, order_m = _next(
+                order_step, order_tile, order_n, order_m, steps, M, NP, BLOCK_M, BLOCK_N, GROUP_M
+            )
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _finish(
             acc, tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
@@ -299,15 +227,55 @@ def _prefill_kernel(
 
 
 @gluon.jit
-def _stages(desc, STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+def _stages(
+    desc, STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr
+):
     """Buffers as orders fill them, a box a stage, and as products read them, a tile each."""
-    stages = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
+    SHAPE: gl.constexpr = [STAGES] + desc.block_type.shape  # noqa: RUF005  no other way compiles
+    stages = gl.allocate_shared_memory(desc.dtype, SHAPE, desc.layout)
     TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=WIDTH, element_bitwidth=8)
     if RENAMED:
         tiles = stages.reinterpret(desc.dtype, [STAGES * TILES, ROWS, WIDTH], TILE)
     else:
-        tiles = stages._reinterpret(desc.dtype, [STAGES * TILES, ROWS, WIDTH], TILE)
+        # its name in Triton 3.6
+        tiles = stages._reinterpret(desc.dtype, [STAGES * TILES, ROWS, WIDTH], TILE)  # noqa: SLF001
     return stages, tiles
+
+
+@gluon.jit
+def _more_stages(
+    desc, first_stages, first_tiles,
+    STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """Buffers of a further field; without one, those of the first stand in and are not used."""
+    if TILES > 0:
+        stages, tiles = _stages(desc, STAGES, TILES, ROWS, WIDTH)
+    else:
+        stages, tiles = first_stages, first_tiles
+    return stages, tiles
+
+
+@gluon.jit
+def _barriers(STAGES: gl.constexpr):
+    """One barrier a stage, which the bytes of its orders complete."""
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    return ready
+
+
+@gluon.jit
+def _next(
+    step, tile, tile_n, tile_m, steps, M, NP,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """The step after this one, in this tile or in the next of this program."""
+    step += 1
+    if step == steps:
+        step = 0
+        tile += gl.num_programs(0)
+        tile_n, tile_m = _tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+    return step, tile, tile_n, tile_m
 
 
 @gluon.jit
@@ -315,13 +283,10 @@ def _order(
     x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
     ready, order, here, tile_n, tile_m, step, NP,
     F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr,
-    CUTS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BYTES: gl.constexpr,
+    TURN: gl.constexpr, CUTS: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
     """Order the bytes of one step of one tile."""
-    NARROWEST: gl.constexpr = F2 if F2 else (F1 if F1 else F0)
-    TURN: gl.constexpr = 8 // NARROWEST
+    NARROWEST: gl.constexpr = 8 // TURN
     BOX_N: gl.constexpr = w0_desc.block_type.shape[1]
     STORED_N: gl.constexpr = w0_desc.block_type.shape[2]
     BLOCK_K: gl.constexpr = w0_desc.block_type.shape[3]
@@ -349,14 +314,9 @@ def _order(
 @gluon.jit
 def _finish(
     acc, tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
-    bias_ptr, out_ptr, stride_om, M, N, NP, K,
-    MULTIPLIER: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    MMA: gl.constexpr,
-    num_warps: gl.constexpr,
+    bias_ptr, out_ptr, stride_om, M, N, NP, K, MULTIPLIER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+    MMA: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Correct the sums in int32, convert once, scale, store."""
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
@@ -410,29 +370,31 @@ def _tile_of(pid, M, NP, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: 
 
 
 @gluon.jit
-def _join(w0, w1, w2, S: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr):
-    """`join_fields` of `kernels.field_codes` on tensors of Gluon."""
-    ZERO: gl.constexpr = 0
-    code = _field(w0, w0, S, F0, ZERO)
-    if F1 > 0:
-        code = _field(w1, code, S, F1, F0)
-    if F2 > 0:
-        code = _field(w2, code, S, F2, F0 + F1)
-    return code
+def _hold_run(
+    held, tiles, first, S: gl.constexpr, FIELD: gl.constexpr, LEFT: gl.constexpr
+):  # fmt: skip
+    """`hold_run` of `kernels.field_codes`, from shared memory; bytes of 8 bits stay there."""
+    run = held
+    if FIELD == 8:
+        run = tiles.index(first + S)
+    elif FIELD > 0 and S * FIELD % 8 == 0:
+        run = tiles.index(first + S * FIELD // 8).load(LEFT)
+    return run
 
 
 @gluon.jit
-def _field(w, code, S: gl.constexpr, FIELD: gl.constexpr, UP: gl.constexpr):
-    """Codes with the field of slice S added at bits UP and above; UP = 0 starts them."""
-    SHIFT: gl.constexpr = S * FIELD % 8 - UP
-    WORD: gl.constexpr = (((1 << FIELD) - 1) << UP) * 0x01010101
-    MOVE: gl.constexpr = f"shr.b32 t, $1, {SHIFT};" if SHIFT >= 0 else f"shl.b32 t, $1, {-SHIFT};"
-    UNION: gl.constexpr = "or.b32 $0, t, $2;" if UP > 0 else "mov.b32 $0, t;"
-    return gl.inline_asm_elementwise(
-        f"{{ .reg .b32 t; {MOVE} and.b32 t, t, {WORD}; {UNION} }}",
-        "=r,r,r",
-        [w, code],
-        dtype=gl.int8,
-        is_pure=True,
-        pack=4,
-    )
+def _join_fields(w0, w1, w2, S: gl.constexpr, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr):
+    """`join_fields` of `kernels.field_codes` on tensors of Gluon."""
+    if F0 == 8:
+        codes = w0
+    else:
+        ASSEMBLY: gl.constexpr = join_assembly(F0, F1, F2, S)
+        codes = gl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=r,r,r,r",
+            [w0, w1 if F1 > 0 else w0, w2 if F2 > 0 else w0],
+            dtype=gl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return codes

@@ -21,6 +21,8 @@ MULTIPROCESSORS = 132
 SHARED_BYTES = 227 * 1024
 REGISTERS = 65536
 MOST_ACCUMULATORS = 128
+MOST_GROUPED = 32
+"""Group sums stay in registers beside the total of the groups and their corrections."""
 MEMORY_BYTES_PER_US = 3.0e6
 L2_BYTES_PER_US = 5.5e6
 OPERATIONS_PER_US = 1.4e9
@@ -110,8 +112,8 @@ def _candidates(shape: TileShape) -> Iterator[LaunchConfig]:
         widths = [width for width in (128, 64, 32) if width <= shape.slice_bytes]
     for block_m in sorted(blocks_m):
         for block_n, warps in TILES_N:
-            accumulators = block_m * block_n // (32 * warps) * (2 if shape.grouped else 1)
-            if accumulators > MOST_ACCUMULATORS or (block_n > shape.n and block_n > 64):
+            most = MOST_GROUPED if shape.grouped else MOST_ACCUMULATORS
+            if block_m * block_n // (32 * warps) > most or (block_n > shape.n and block_n > 64):
                 continue
             for width in widths:
                 stage = _stage_bytes(shape.bits, block_m, block_n, width)

@@ -26,8 +26,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.field_codes import join_fields
+from kernels.field_codes import hold_run, join_fields
 from kernels.sliced import SlicedWeight
+from kernels.split_sum import share_of_turns, sum_splits
 from kernels.tile_config import LaunchConfig, TileShape, select_config
 from kernels.tokens import TokenCodes
 
@@ -62,7 +63,7 @@ def tile_linear(
     weight: SlicedWeight,
     bias: torch.Tensor | None = None,
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype = torch.bfloat16,
     config: LaunchConfig | None = None,
     workspace: SplitWorkspace | None = None,
 ) -> torch.Tensor:
@@ -72,20 +73,20 @@ def tile_linear(
         tokens: M tokens of L codes, rows contiguous.
         weight: N outputs of L codes in the layout of `kernels.sliced`.
         bias: float ``[N]`` or None.
-        dtype: float16, bfloat16 or float32.
+        out_dtype: float16, bfloat16 or float32.
         config: how to launch; None selects by shape.
         workspace: for a config that splits K; None allocates and clears one, which is a launch
             more in a CUDA graph.
 
     Returns:
-        ``[M, N]`` of the dtype.
+        ``[M, N]`` of that dtype.
 
     Raises:
         ValueError: if operands or config do not fit each other.
     """
     _check_operands(tokens, weight)
     m, n = tokens.codes.shape[0], weight.out_features
-    out = tokens.codes.new_empty((m, n), dtype=dtype)
+    out = tokens.codes.new_empty((m, n), dtype=out_dtype)
     if not m:
         return out
     padded_n, groups, slice_bytes = weight.padded_rows, weight.groups, weight.slice_bytes
@@ -153,7 +154,7 @@ def tile_linear_reference(
     u_w = codes_NK.long().view(n, groups, k // groups) * weight.multiplier
     u_w = u_w - weight.zero_point[:n, :, None]
     out_MN = torch.zeros(len(u_x), n, device=u_x.device)
-    for g, part in enumerate(u_x.split(k // groups, dim=1)):
+    for g, part in enumerate(torch.split(u_x, k // groups, dim=1)):
         # exact: float64 holds every integer below 2^53, and the layout holds sums below 2^31
         whole_MN = part.double() @ u_w[:, g].double().t()
         out_MN += whole_MN.float() * weight.scale[:n, g].float()
@@ -214,7 +215,7 @@ def _tile_kernel(
     w1_offs = (tile_n * (F1 * RUN) + row_n)[:, None] + offs_k[None, :]
     w2_offs = (tile_n * (F2 * RUN) + row_n)[:, None] + offs_k[None, :]
 
-    first, last = _share_of(tl.program_id(1), BLOCKS * NARROWEST, TURN, GROUP_SLICES, SPLITS)
+    first, last = share_of_turns(tl.program_id(1), BLOCKS * NARROWEST, max(GROUP_SLICES, 1), SPLITS)
     acc = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
     total = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     for step in range(first * CUTS, last * CUTS):
@@ -223,71 +224,63 @@ def _tile_kernel(
         block = (turn // NARROWEST).to(tl.int64) * NP * SLICE
         part = turn % NARROWEST * TURN
         k = turn * (TURN * SLICE) + cut
+        w0, w1, w2 = 0, 0, 0
         for s in tl.static_range(TURN):
-            if s * F0 % 8 == 0:
-                run0 = w0_ptr + (block * F0 + ((part + s) * F0 // 8 * RUN + cut))
-                w0 = tl.load(run0 + w0_offs)
-            if F1 == 0:
-                w1 = w0
-            elif s * F1 % 8 == 0:
-                run1 = w1_ptr + (block * F1 + ((part + s) * F1 // 8 * RUN + cut))
-                w1 = tl.load(run1 + w1_offs)
-            if F2 == 0:
-                w2 = w0
-            elif s * F2 % 8 == 0:
-                run2 = w2_ptr + (block * F2 + ((part + s) * F2 // 8 * RUN + cut))
-                w2 = tl.load(run2 + w2_offs)
+            run0 = w0_ptr + (block * F0 + ((part + s) * F0 // 8 * RUN + cut))
+            run1 = w1_ptr + (block * F1 + ((part + s) * F1 // 8 * RUN + cut))
+            run2 = w2_ptr + (block * F2 + ((part + s) * F2 // 8 * RUN + cut))
+            w0 = hold_run(w0, run0, w0_offs, s, F0)
+            w1 = hold_run(w1, run1, w1_offs, s, F1)
+            w2 = hold_run(w2, run2, w2_offs, s, F2)
             if X_TMA:
                 x = x_ptr.load([pid_m * BLOCK_M, k + s * SLICE])
             else:
                 x = tl.load(x_ptr + (k + s * SLICE) + x_offs)
             codes = join_fields(w0, w1, w2, s, F0, F1, F2, INTERP)
             acc = tl.dot(codes, x.T, acc, out_dtype=tl.int32)
-            if GROUPED:
-                # a turn of whole groups closes each where it ends; else the end is found at run time
-                if (
-                    (s + 1) % GROUP_SLICES == 0
-                    if TURN % GROUP_SLICES == 0
-                    else (turn * TURN + s + 1) % GROUP_SLICES == 0
-                ):
-                    g = (turn * TURN + s) // GROUP_SLICES
-                    total += _scaled(
-                        acc, g, GROUP_SIZE, GROUPS, MULTIPLIER, rows_m, rows_n,
-                        x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
-                    )  # fmt: skip
-                    acc = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
+            total, acc = _close_group(
+                total, acc, turn * TURN, s, GROUP_SIZE, GROUPS, TURN, GROUP_SLICES, MULTIPLIER,
+                rows_m, rows_n, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
+            )  # fmt: skip
 
-    part = total if GROUPED else acc
-    mine = True
-    if SPLITS > 1:
-        tile = tl.program_id(0)
-        slot = (tile * SPLITS).to(tl.int64) * (BLOCK_N * BLOCK_M) + partial_ptr
-        offs_slot = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tl.store(slot + tl.program_id(1) * (BLOCK_N * BLOCK_M) + offs_slot, part)
-        # the barrier puts the stores of all threads before the release of the one that counts
-        tl.debug_barrier()
-        mine = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
-        if mine:
-            part = tl.load(slot + offs_slot, cache_modifier=".cg")
-            for split in tl.range(1, SPLITS):
-                part += tl.load(
-                    slot + split * (BLOCK_N * BLOCK_M) + offs_slot, cache_modifier=".cg"
-                )
-            tl.store(arrivals_ptr + tile, 0)
+    whole, mine = sum_splits(
+        total if GROUPED else acc, partial_ptr, arrivals_ptr, BLOCK_N, BLOCK_M, SPLITS
+    )
     if mine:
-        scaled = part
+        y = whole
         if not GROUPED:
-            scaled = _scaled(
-                part, 0, GROUP_SIZE, GROUPS, MULTIPLIER, rows_m, rows_n,
+            y = _scaled(
+                whole, 0, GROUP_SIZE, GROUPS, MULTIPLIER, rows_m, rows_n,
                 x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
             )  # fmt: skip
-        y = scaled * tl.load(x_scale_ptr + rows_m)[None, :]
+        y = y * tl.load(x_scale_ptr + rows_m)[None, :]
         mask_n = offs_n < N
         if HAS_BIAS:
             y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
         out_ptrs = out_ptr + offs_n[:, None] + offs_m.to(tl.int64)[None, :] * stride_om
         mask = mask_n[:, None] & (offs_m < M)[None, :]
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _close_group(
+    total, acc, first, S: tl.constexpr, GROUP_SIZE, GROUPS,
+    TURN: tl.constexpr,
+    GROUP_SLICES: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    rows_m, rows_n, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
+):  # fmt: skip
+    """Move the sums of a group to the total where slice `first + S` is its last."""
+    if GROUP_SLICES > 0:
+        # a turn of whole groups closes each at a known place; else it is found at run time
+        KNOWN: tl.constexpr = TURN % GROUP_SLICES == 0
+        if (S + 1) % GROUP_SLICES == 0 if KNOWN else (first + S + 1) % GROUP_SLICES == 0:
+            total += _scaled(
+                acc, (first + S) // GROUP_SLICES, GROUP_SIZE, GROUPS, MULTIPLIER,
+                rows_m, rows_n, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
+            )  # fmt: skip
+            acc = tl.full(acc.shape, 0, tl.int32)
+    return total, acc
 
 
 @triton.jit
@@ -321,16 +314,6 @@ def _tile_of(pid, M, NP, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: 
     return within // height, first_m + within % height
 
 
-@triton.jit
-def _share_of(split, turns, TURN: tl.constexpr, GROUP_SLICES: tl.constexpr, SPLITS: tl.constexpr):
-    """First turn of a split and the one after its last; a group is never cut."""
-    if SPLITS == 1:
-        return 0, turns
-    UNIT: tl.constexpr = GROUP_SLICES if GROUP_SLICES > 0 else 1
-    share = (turns + UNIT * SPLITS - 1) // (UNIT * SPLITS) * UNIT
-    return tl.minimum(split * share, turns), tl.minimum((split + 1) * share, turns)
-
-
 def _shape_of(m: int, weight: SlicedWeight) -> TileShape:
     return TileShape(
         # an unpacked weight has fields of 8 bits
@@ -344,7 +327,7 @@ def _shape_of(m: int, weight: SlicedWeight) -> TileShape:
 
 
 def _tiles(config: LaunchConfig, m: int, padded_n: int) -> int:
-    return triton.cdiv(m, config.block_m) * triton.cdiv(padded_n, config.block_n)
+    return -(-m // config.block_m) * -(-padded_n // config.block_n)
 
 
 def _check_operands(tokens: TokenCodes, weight: SlicedWeight) -> None:

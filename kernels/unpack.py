@@ -1,6 +1,6 @@
-"""Sliced weights written out: int8 codes in slices for integer products, 16 bits a weight for others.
+"""Sliced weights written out: int8 codes for integer products, 16 bits a weight for others.
 
-    unpack_int8    byte j of run s of a block  =  code of k = kb 8G + s G + j      one field of 8 bits
+    unpack_int8    byte j of run s of a block  =  code of k = kb 8G + s G + j
     unpack_half    W[n,k] = s_w[n,g] (c u_w[n,k] - z_w[n,g])                rounded once, to 16 bits
 
 Both pay where many tokens share one pass over the weights.
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.field_codes import join_fields
+from kernels.field_codes import hold_run, join_fields
 from kernels.sliced import SlicedWeight
 
 __all__ = ["unpack_half", "unpack_half_reference", "unpack_int8"]
@@ -111,17 +111,14 @@ def _unpack_int8_kernel(
     RUN: tl.constexpr = STORED_N * SLICE
     tile = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, STORED_N)[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
+    w0, w1, w2 = 0, 0, 0
     for s in tl.static_range(8):
-        if s * F0 % 8 == 0:
-            w0 = tl.load(w0_ptr + tile * (F0 * RUN) + s * F0 // 8 * RUN + offs)
-        if F1 == 0:
-            w1 = w0
-        elif s * F1 % 8 == 0:
-            w1 = tl.load(w1_ptr + tile * (F1 * RUN) + s * F1 // 8 * RUN + offs)
-        if F2 == 0:
-            w2 = w0
-        elif s * F2 % 8 == 0:
-            w2 = tl.load(w2_ptr + tile * (F2 * RUN) + s * F2 // 8 * RUN + offs)
+        run0 = w0_ptr + tile * (F0 * RUN) + s * F0 // 8 * RUN
+        run1 = w1_ptr + tile * (F1 * RUN) + s * F1 // 8 * RUN
+        run2 = w2_ptr + tile * (F2 * RUN) + s * F2 // 8 * RUN
+        w0 = hold_run(w0, run0, offs, s, F0)
+        w1 = hold_run(w1, run1, offs, s, F1)
+        w2 = hold_run(w2, run2, offs, s, F2)
         codes = join_fields(w0, w1, w2, s, F0, F1, F2, INTERP)
         tl.store(out_ptr + tile * (8 * RUN) + s * RUN + offs, codes.to(tl.uint8, bitcast=True))
 
@@ -149,17 +146,14 @@ def _unpack_half_kernel(
     rows = tl.arange(0, STORED_N)
     offs_n = pid % TILES * STORED_N + rows
     offs = rows[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
+    w0, w1, w2 = 0, 0, 0
     for s in tl.static_range(8):
-        if s * F0 % 8 == 0:
-            w0 = tl.load(w0_ptr + tile * (F0 * RUN) + s * F0 // 8 * RUN + offs)
-        if F1 == 0:
-            w1 = w0
-        elif s * F1 % 8 == 0:
-            w1 = tl.load(w1_ptr + tile * (F1 * RUN) + s * F1 // 8 * RUN + offs)
-        if F2 == 0:
-            w2 = w0
-        elif s * F2 % 8 == 0:
-            w2 = tl.load(w2_ptr + tile * (F2 * RUN) + s * F2 // 8 * RUN + offs)
+        run0 = w0_ptr + tile * (F0 * RUN) + s * F0 // 8 * RUN
+        run1 = w1_ptr + tile * (F1 * RUN) + s * F1 // 8 * RUN
+        run2 = w2_ptr + tile * (F2 * RUN) + s * F2 // 8 * RUN
+        w0 = hold_run(w0, run0, offs, s, F0)
+        w1 = hold_run(w1, run1, offs, s, F1)
+        w2 = hold_run(w2, run2, offs, s, F2)
         codes = join_fields(w0, w1, w2, s, F0, F1, F2, INTERP).to(tl.int32) * MULTIPLIER
         g = block * 0
         if GROUP_SLICES > 0:

@@ -1,12 +1,12 @@
-import re
-
 import numpy as np
 import pytest
 import torch
 
-from kernels.half_linear import HalfConfig, centred_assembly, half_configs
 from kernels.field_codes import join_assembly
+from kernels.half_codes import centred_assembly
+from kernels.half_linear import HalfConfig, half_configs
 from kernels.sliced import field_widths
+from tests.kernels.assembly import run_assembly
 from tests.kernels.tile_cases import load_kernel_modules, random_codes, sliced_weight
 
 SMALL = HalfConfig(block_m=8, block_n=64, block_k=64, num_warps=4, num_stages=3)
@@ -14,7 +14,7 @@ SMALL = HalfConfig(block_m=8, block_n=64, block_k=64, num_warps=4, num_stages=3)
 
 @pytest.fixture
 def half_linear(monkeypatch, device):
-    names = ["field_codes", "unpack", "half_linear"]
+    names = ["field_codes", "unpack", "split_sum", "half_codes", "half_linear"]
     return load_kernel_modules(names, interpreted=device == "cpu", monkeypatch=monkeypatch)
 
 
@@ -126,38 +126,6 @@ def test_activations_that_do_not_fit_are_refused(half_linear):
 # ---- the assembly that the interpreter cannot run, step by step in NumPy
 
 
-def run_assembly(text, words):
-    """Run the handful of instructions that the kernels use on arrays of 32-bit words."""
-    registers = {f"${i + 1}": word.astype(np.uint64) for i, word in enumerate(words)}
-    operations = {
-        "shr.b32": lambda a, b: a >> b,
-        "shl.b32": lambda a, b: a << b,
-        "and.b32": lambda a, b: a & b,
-        "or.b32": lambda a, b: a | b,
-        "xor.b32": lambda a, b: a ^ b,
-        "mov.b32": lambda a: a,
-        "sub.f16x2": lambda a, b: lanes(a, torch.float16) - lanes(b, torch.float16),
-        "fma.rn.bf16x2": lambda a, b, c: (
-            lanes(a, torch.bfloat16) * lanes(b, torch.bfloat16) + lanes(c, torch.bfloat16)
-        ),
-    }
-    for step in re.findall(r"[^;{}]+;", text):
-        name, *rest = step.strip(" ;").replace(",", " ").split()
-        if name == ".reg":
-            continue
-        values = [
-            registers[r] if r in registers else np.full_like(registers["$1"], int(r, 0))
-            for r in rest[1:]
-        ]
-        result = operations[name](*values)
-        registers[rest[0]] = result if isinstance(result, torch.Tensor) else result & 0xFFFFFFFF
-    return registers["$0"]
-
-
-def lanes(words, dtype):
-    return torch.from_numpy(words.astype(np.uint32).view(np.int16)).view(dtype).double()
-
-
 def every_field(bits):
     """Runs of random bytes, one for each field, padded to three."""
     words = [np.random.default_rng(bits + i).integers(0, 2**32, 500) for i in range(3)]
@@ -182,9 +150,7 @@ def test_the_assembly_joins_the_fields_of_four_codes(bits, s):
 
     result = run_assembly(join_assembly(*widths, s), words)
 
-    assert np.array_equal(
-        result.astype(np.uint32).view(np.uint8), expected_codes(words, widths, s)
-    )
+    assert np.array_equal(result.astype(np.uint32).view(np.uint8), expected_codes(words, widths, s))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

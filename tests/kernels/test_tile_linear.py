@@ -16,7 +16,7 @@ SMALL = LaunchConfig(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages
 
 @pytest.fixture
 def tile_linear(monkeypatch, device):
-    names = ["field_codes", "tile_linear"]
+    names = ["field_codes", "split_sum", "tile_linear"]
     return load_kernel_modules(names, interpreted=device == "cpu", monkeypatch=monkeypatch)
 
 
@@ -38,10 +38,10 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
-def equal_to_int64(module, tokens, weight, codes, config, bias=None, dtype=torch.float32):
-    actual = module.tile_linear(tokens, weight, bias, dtype=dtype, config=config)
+def equal_to_int64(module, tokens, weight, codes, config, bias=None):
+    actual = module.tile_linear(tokens, weight, bias, out_dtype=torch.float32, config=config)
     expected = module.tile_linear_reference(tokens, codes, weight, bias)
-    return torch.equal(actual, expected.to(dtype))
+    return torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -91,7 +91,7 @@ def test_splitting_k_changes_no_bit_and_leaves_the_workspace_clean(
 
     for _ in range(2):
         actual = tile_linear.tile_linear(
-            tokens, weight, dtype=torch.float32, config=config, workspace=workspace
+            tokens, weight, out_dtype=torch.float32, config=config, workspace=workspace
         )
 
         assert torch.equal(actual, expected)
@@ -102,9 +102,7 @@ def test_splitting_k_changes_no_bit_and_leaves_the_workspace_clean(
 @pytest.mark.parametrize(("bits", "k", "groups"), [
     (1, 256, 2), (2, 256, 2), (4, 512, 4), (6, 256, 4), (7, 256, 8), (8, 256, 2), (4, 480, 5),
 ])  # fmt: skip
-def test_group_scales_are_summed_in_rising_order(
-    tile_linear, device, bits, k, groups
-):
+def test_group_scales_are_summed_in_rising_order(tile_linear, device, bits, k, groups):
     half_step = bits in (1, 2, 4)
     weight, codes = sliced_weight(
         random_codes(70, k, bits), bits, groups=groups, half_step=half_step,
@@ -122,7 +120,7 @@ def test_group_scales_split_over_programs_stay_within_rounding(tile_linear, devi
     tokens = token_codes(5, weight, 8, device=device)
     config = dataclasses.replace(SMALL, splits=2)
 
-    actual = tile_linear.tile_linear(tokens, weight, dtype=torch.float32, config=config)
+    actual = tile_linear.tile_linear(tokens, weight, out_dtype=torch.float32, config=config)
 
     expected = tile_linear.tile_linear_reference(tokens, codes, weight)
     # four terms: each sum of two rounds once, at most the sum of their magnitudes
@@ -158,7 +156,7 @@ def test_short_outputs_are_the_rounded_float32(tile_linear, device, dtype):
     weight, codes = sliced_weight(random_codes(64, 256, 2), 2, device=device)
     tokens = token_codes(4, weight, 4, device=device)
 
-    actual = tile_linear.tile_linear(tokens, weight, dtype=dtype, config=SMALL)
+    actual = tile_linear.tile_linear(tokens, weight, out_dtype=dtype, config=SMALL)
 
     expected = tile_linear.tile_linear_reference(tokens, codes, weight)
     assert actual.dtype == dtype
@@ -207,8 +205,8 @@ def test_operands_that_do_not_fit_are_refused(tile_linear):
 
     with pytest.raises(ValueError, match="256 columns, the weight 512"):
         tile_linear.tile_linear(tokens, weight)
+    config = dataclasses.replace(SMALL, splits=2)
     with pytest.raises(ValueError, match="the workspace has 0"):
-        config = dataclasses.replace(SMALL, splits=2)
         tile_linear.tile_linear(tokens, other, config=config, workspace=small)
 
 

@@ -1,0 +1,203 @@
+"""Run the Gluon prefill kernel on NumPy, as Gluon has no interpreter.
+
+The kernel's file runs as Python with stand-ins for Gluon. Copies land at once or only when they are
+waited for, and a product reads its operands as late as the waits allow: a buffer that is filled too
+early or read too soon gives wrong results. Layouts are not modelled; machine code shows those.
+"""
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+
+from tests.kernels.assembly import run_assembly
+
+SOURCE = Path(__file__).parents[2] / "kernels" / "prefill_linear.py"
+GARBAGE = 0x55
+
+
+class Tensor(np.ndarray):
+    def to(self, dtype):
+        return self.astype(dtype)
+
+
+class Pointer:
+    def __init__(self, tensor, offsets=0):
+        self.tensor, self.offsets = tensor, offsets
+        self.dtype = SimpleNamespace(element_ty=tensor.numpy().dtype)
+
+    def __add__(self, offsets):
+        return Pointer(self.tensor, self.offsets + offsets)
+
+
+class Memory:
+    """A view of shared memory."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def index(self, i):
+        return Memory(self.array[i])
+
+    def permute(self, order):
+        return Memory(self.array.transpose(order))
+
+    def reinterpret(self, dtype, shape, layout):
+        return Memory(self.array.reshape(shape))
+
+    def load(self, layout):
+        return self.array.copy()
+
+
+class Barrier:
+    def __init__(self):
+        self.copies, self.expected, self.waited = [], None, 0
+
+    def index(self, i):
+        return self
+
+
+class Descriptor:
+    def __init__(self, tensor, shape, strides, box, layout):
+        view = torch.as_strided(tensor, shape, strides).numpy()
+        self.array, self.layout, self.dtype = view, layout, view.dtype
+        self.block_type = SimpleNamespace(shape=list(box))
+
+    def box(self, place):
+        """The elements of a box, zero beyond the tensor."""
+        out = np.zeros(self.block_type.shape, self.dtype)
+        ends = [
+            min(p + b, n)
+            for p, b, n in zip(place, self.block_type.shape, self.array.shape, strict=True)
+        ]
+        inside = self.array[tuple(slice(p, e) for p, e in zip(place, ends, strict=True))]
+        out[tuple(slice(0, size) for size in inside.shape)] = inside
+        return out
+
+
+class Machine:
+    """One program at a time, its outstanding products and the moment that copies land."""
+
+    def __init__(self, late):
+        self.late, self.program, self.programs, self.products = late, 0, 1, []
+
+    def copy(self, descriptor, place, barrier, target, pred):
+        if pred:
+            data = descriptor.box(place)
+            target.array[...] = GARBAGE if self.late else data
+            barrier.copies.append((target.array, data))
+
+    def expect(self, barrier, size, pred):
+        if pred:
+            assert barrier.expected is None, "a stage is ordered before it was read"
+            barrier.expected = size
+
+    def wait(self, barrier, phase):
+        assert barrier.waited & 1 == phase
+        assert barrier.expected == sum(data.nbytes for _, data in barrier.copies)
+        for target, data in barrier.copies:
+            target[...] = data
+        barrier.copies, barrier.expected, barrier.waited = [], None, barrier.waited + 1
+
+    def multiply(self, left, right, acc, is_async):
+        self.products.append((left, right, acc))
+        return acc
+
+    def wait_products(self, outstanding, deps):
+        while len(self.products) > outstanding:
+            left, right, acc = self.products.pop(0)
+            left = left.array if isinstance(left, Memory) else left
+            acc += (left.astype(np.float64) @ right.array.astype(np.float64)).astype(np.int32)
+        return deps[0]
+
+
+class Kernel:
+    def __init__(self, function, machine):
+        self.function, self.machine = function, machine
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __getitem__(self, grid):
+        def launch(*args, enable_fp_fusion, **constants):
+            args = [Pointer(a.view(-1)) if isinstance(a, torch.Tensor) else a for a in args]
+            self.machine.programs = grid[0]
+            for self.machine.program in range(grid[0]):
+                self.function(*args, **constants)
+                assert not self.machine.products
+
+        return launch
+
+
+def allocate(dtype, shape, layout):
+    if layout == "barrier":
+        barriers = [Barrier() for _ in range(shape[0])]
+        return SimpleNamespace(index=lambda i: barriers[i])
+    return Memory(np.full(shape, GARBAGE, dtype))
+
+
+def load(pointer, mask, other):
+    places = np.where(mask, pointer.offsets, 0)
+    return np.where(mask, pointer.tensor.numpy()[places], other).view(Tensor)
+
+
+def store(pointer, value, mask):
+    pointer.tensor.numpy()[np.broadcast_to(pointer.offsets, mask.shape)[mask]] = value[mask]
+
+
+def inline_assembly(text, constraints, args, dtype, is_pure, pack):
+    words = [np.ascontiguousarray(arg).view(np.uint32) for arg in args]
+    return run_assembly(text, words).astype(np.uint32).view(np.int8)
+
+
+def language(machine):
+    gl = ModuleType("language")
+    gl.constexpr = lambda value: value
+    gl.shared_memory_descriptor = Memory
+    gl.barrier = lambda: None
+    gl.program_id = lambda axis: machine.program
+    gl.num_programs = lambda axis: machine.programs
+    gl.static_range, gl.cdiv = range, lambda a, b: -(-a // b)
+    gl.minimum, gl.maximum = min, max
+    gl.int32, gl.int64, gl.float32, gl.int8 = np.int32, np.int64, np.float32, np.int8
+    gl.arange = lambda start, stop, layout: np.arange(start, stop).view(Tensor)
+    gl.zeros = lambda shape, dtype, layout: np.zeros(shape, dtype).view(Tensor)
+    gl.convert_layout = lambda value, layout: value
+    gl.allocate_shared_memory, gl.load, gl.store = allocate, load, store
+    gl.inline_asm_elementwise = inline_assembly
+    for name in ("NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout", "SliceLayout"):
+        setattr(gl, name, lambda *args, **kwargs: None)
+    gl.NVMMASharedLayout = gl.BlockedLayout
+    return gl
+
+
+def emulated_prefill(*, late):
+    """Return the `prefill_linear` of the file, its kernel a Python function."""
+    machine = Machine(late)
+    gluon = ModuleType("gluon")
+    gluon.jit = lambda function: Kernel(function, machine)
+    gluon.language = language(machine)
+    hopper = ModuleType("hopper")
+    hopper.tma = SimpleNamespace(async_load=machine.copy)
+    hopper.mbarrier = SimpleNamespace(
+        MBarrierLayout=lambda: "barrier",
+        init=lambda barrier, count: None,
+        expect=machine.expect,
+        wait=machine.wait,
+    )
+    hopper.warpgroup_mma, hopper.warpgroup_mma_wait = machine.multiply, machine.wait_products
+    hopper.TensorDescriptor = Descriptor
+    root = "triton.experimental"
+    stand_ins = {
+        root: SimpleNamespace(gluon=gluon),
+        f"{root}.gluon": gluon,
+        f"{root}.gluon.language.nvidia.hopper": hopper,
+        f"{root}.gluon.nvidia.hopper": hopper,
+    }
+    scope = {"__name__": "emulated"}
+    with mock.patch.dict(sys.modules, stand_ins):
+        exec(compile(SOURCE.read_text(), str(SOURCE), "exec"), scope)  # noqa: S102  our own file
+    return scope["prefill_linear"]

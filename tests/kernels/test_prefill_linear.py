@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from kernels.prefill_config import PrefillConfig, prefill_configs
+from kernels.prefill_linear import prefill_linear
+from kernels.sliced import field_widths
+from kernels.tile_linear import tile_linear_reference
+from tests.kernels.hopper_emulator import emulated_prefill
+from tests.kernels.tile_cases import random_codes, sliced_weight, token_codes
+
+SHARED_BYTES = 227 * 1024
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("slice_bytes", [32, 64, 128])
+def test_candidates_fit_shared_memory_and_start_with_many_outputs(bits, slice_bytes):
+    configs = prefill_configs(field_widths(bits), slice_bytes)
+
+    assert configs[0].block_n == 256
+    assert configs[0].block_m == 128
+    assert all(c.shared_bytes(field_widths(bits)) < SHARED_BYTES for c in configs)
+    assert all(c.block_k <= slice_bytes and c.stages > 1 for c in configs)
+
+
+def test_group_scales_are_refused():
+    weight, _ = sliced_weight(random_codes(64, 256, 4), 4, groups=2)
+
+    with pytest.raises(ValueError, match="2 groups"):
+        prefill_linear(token_codes(2, weight, 8), weight)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_orders_bring_every_byte_in_time_and_no_buffer_is_filled_too_early(bits, late):
+    block_rows = 64 if bits % 2 else 128
+    weight, codes = sliced_weight(random_codes(300, 600, bits), bits, block_rows=block_rows)
+    tokens = token_codes(70, weight, 8)
+    bias = torch.randn(300)
+    config = PrefillConfig(
+        block_m=64, block_n=256 if bits < 5 else 128, block_k=32, stages=2 + bits % 3,
+        programs=3, group_m=2,
+    )  # fmt: skip
+
+    actual = emulated_prefill(late=late)(
+        tokens, weight, bias, out_dtype=torch.float32, config=config
+    )
+
+    assert torch.equal(actual, tile_linear_reference(tokens, codes, weight, bias))
+
+
+def test_half_step_grids_double_their_codes():
+    weight, codes = sliced_weight(random_codes(64, 256, 3), 3, half_step=True)
+    tokens = token_codes(5, weight, 4)
+    config = PrefillConfig(block_m=64, block_n=128, block_k=32, stages=3)
+
+    actual = emulated_prefill(late=True)(tokens, weight, out_dtype=torch.float32, config=config)
+
+    assert torch.equal(actual, tile_linear_reference(tokens, codes, weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("block_rows", [64, 128])
+def test_prefill_equals_an_int64_product(bits, block_rows):
+    weight, codes = sliced_weight(
+        random_codes(700, 1100, bits), bits, device="cuda", block_rows=block_rows
+    )
+    tokens = token_codes(300, weight, 8, device="cuda")
+    bias = torch.randn(700, device="cuda")
+    expected = tile_linear_reference(tokens, codes, weight, bias)
+
+    for config in prefill_configs(weight.field_bits, weight.slice_bytes):
+        actual = prefill_linear(tokens, weight, bias, out_dtype=torch.float32, config=config)
+
+        assert torch.equal(actual, expected), config
+
+
+@pytest.mark.gpu
+def test_few_programs_walk_many_tiles():
+    weight, codes = sliced_weight(random_codes(1024, 512, 4), 4, device="cuda")
+    tokens = token_codes(1000, weight, 8, device="cuda")
+    config = PrefillConfig(block_m=128, block_n=128, block_k=64, stages=3, programs=5, group_m=3)
+
+    actual = prefill_linear(tokens, weight, out_dtype=torch.float32, config=config)
+
+    assert torch.equal(actual, tile_linear_reference(tokens, codes, weight))
