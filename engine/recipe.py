@@ -24,9 +24,6 @@ __all__ = [
 
 
 FULL_BITS = 16
-COARSE_INPUTS = 6
-"""Bits of activations from which on rotation is worth a transform at run time: at eight bits and
-more a token's own range is fine enough."""
 
 
 class Recipe(StrEnum):
@@ -185,11 +182,12 @@ def resolve(
 
 
 def _answers(recipe: Recipe, a_bits: int, *, per_channel: bool) -> Resolved:
-    coarse_inputs = a_bits <= COARSE_INPUTS
+    rounds_inputs = a_bits < FULL_BITS
     fast = Resolved(
-        # measured: it helps whole channels and coarse inputs, and costs groups of weights a little
-        rotation=per_channel or coarse_inputs,
-        online_hadamard=coarse_inputs,
+        # measured (docs/calibration.md): groups of weights alone gain nothing from the first, and
+        # the second pays for its transform at run time wherever inputs are rounded
+        rotation=per_channel or rounds_inputs,
+        online_hadamard=rounds_inputs,
         clipping=Clipping.SEARCHED,
         second_order=SecondOrder.GPTAQ,
     )

@@ -23,7 +23,7 @@ from engine.spec import QuantSpec
 
 __all__ = ["ENGINE_VERSION", "BlockStore", "SavedBlock", "Tuning", "fingerprint"]
 
-ENGINE_VERSION = "0.3.0"
+ENGINE_VERSION = "0.3.1"
 """Raised with every change that alters what a calibration writes."""
 TUNED = 99_999
 """The number under which the last stage is kept, behind every block."""

@@ -21,7 +21,7 @@ import torch
 
 from engine.numerics.straight_through import FakeQuantize
 from engine.spec import PER_CHANNEL, WeightGrid
-from kernels.activation_quant import MIN_ACTIVATION_SCALE
+from kernels.activation_rounding import round_activations
 
 __all__ = [
     "AffineParams",
@@ -179,14 +179,7 @@ def fake_quantize_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         float32 ``[..., K]``.
     """
-    max_code = (1 << bits) - 1
-    x = x.float()
-    low = x.amin(-1, keepdim=True).clamp(max=0)
-    high = x.amax(-1, keepdim=True).clamp(min=0)
-    scale = _divide(high - low, max_code).clamp(min=MIN_ACTIVATION_SCALE)
-    zero_point = torch.round(-low / scale).clamp(0, max_code).detach()
-    q = (round_through(x / scale) + zero_point).clamp(0, max_code)
-    return (q - zero_point) * scale
+    return round_activations(x, bits)
 
 
 def round_through(x: torch.Tensor) -> torch.Tensor:

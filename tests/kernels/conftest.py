@@ -49,3 +49,10 @@ def column_rounding(monkeypatch, device):
 def compiled_column_rounding(monkeypatch):
     """`kernels.column_rounding` whose Triton kernel can be compiled for any GPU."""
     return load_kernel_module("column_rounding", interpreted=False, monkeypatch=monkeypatch)
+
+
+@pytest.fixture
+def activation_rounding(monkeypatch, device):
+    """`kernels.activation_rounding` whose Triton kernels run here."""
+    name = "activation_rounding"
+    return load_kernel_module(name, interpreted=device == "cpu", monkeypatch=monkeypatch)

@@ -71,13 +71,12 @@ def test_what_is_answered_reaches_the_method(name):
     [
         (16, True, True, False),
         (16, False, False, False),
-        (8, True, True, False),
-        (8, False, False, False),
-        (6, True, True, True),
+        (8, True, True, True),
+        (8, False, True, True),
         (4, False, True, True),
     ],
 )
-def test_whole_channels_and_coarse_inputs_are_rotated(
+def test_whole_channels_and_rounded_inputs_are_rotated(
     a_bits, per_channel, rotates, transforms_online
 ):
     for recipe in (Recipe.FAST, Recipe.DEFAULT, Recipe.ACCURATE):
