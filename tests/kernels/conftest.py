@@ -21,6 +21,13 @@ def load_kernel_module(name, *, interpreted, monkeypatch):
     return module
 
 
+@pytest.fixture(autouse=True)
+def skip_without_gpu(request):
+    """A test that is marked `gpu` runs where there is one."""
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
