@@ -5,8 +5,8 @@
 
 A shape that was not measured takes the entry of the same activations, group and bucket whose width
 is nearest from above (a launch that holds wider codes holds narrower ones too), and among those the
-one whose N*K is nearest as a ratio. Where there is none, and on a GPU that was never measured,
-there is no answer: the kernel's own default holds.
+one whose N*K is nearest as a ratio, up to 16 times. Where there is none, and on a GPU that was
+never measured, there is no answer: the kernel's own default holds.
 Activations of 2..7 bits run the kernels of 8, so `a8` answers for them, unless an entry of
 their own and of exactly that weight width says that a narrower route is faster.
 
@@ -42,6 +42,8 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 CONFIGS = Path(__file__).parent / "configs"
 WHOLE_ROW = -1
 GROUPS = (WHOLE_ROW, 32, 64, 128)
+MOST_TIMES = 16
+"""What was measured of one weight says nothing of one that is so many times smaller or larger."""
 BYTE_BITS = 8
 HALF_BITS = 16
 KEY = re.compile(r"a(\d+) w(\d+) g(-1|\d+) (\d+)x(\d+) m(\d+)")
@@ -170,6 +172,7 @@ class ConfigTable:
             if (other.a_bits, other.group, other.m) == (key.a_bits, key.group, key.m)
             and (other.w_bits == key.w_bits or (any_width and other.w_bits > key.w_bits))
             and entry.route in routes
+            and _times(key, other) <= MOST_TIMES
         ]
         return min(alike, key=lambda entry: _distance(key, entry.key), default=None)
 
@@ -252,6 +255,12 @@ def _read_entry(text: str, value: object) -> TableEntry:
     ):
         raise InvalidTableError(f"{text}: config {config!r} is no set of whole numbers and names")
     return TableEntry(key=key, route=Route(value["route"]), us=float(value["us"]), config=config)
+
+
+def _times(key: TableKey, other: TableKey) -> float:
+    """How many times one weight is as large as the other."""
+    sizes = sorted((key.n * key.k, other.n * other.k))
+    return sizes[1] / sizes[0]
 
 
 def _distance(wanted: TableKey, other: TableKey) -> tuple[int, float, TableKey]:

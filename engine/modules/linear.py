@@ -7,12 +7,20 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from engine.modules.operand import Operand, derive_operand, multiply, operand_bytes, pack_operand
+from engine.modules.operand import (
+    Operand,
+    can_be_sliced,
+    derive_operand,
+    multiply,
+    operand_bytes,
+    pack_operand,
+)
 from engine.modules.rotated import OnlineHadamard
 from engine.numerics.affine import AffineParams, dequantize_weight, quantize_weight
 from engine.spec import FULL_BITS, WeightGrid
 from kernels.int_linear import PackedWeight
 from kernels.layouts import pack_codes, packed_words, unpack_codes
+from kernels.sliced import SlicedWeight, slice_weight
 
 __all__ = ["QuantLinear"]
 
@@ -24,8 +32,8 @@ class QuantLinear(nn.Module):
     ``[P, N, ceil(K / 32)]``, ``weight_scale`` float16 ``[N, S]``, ``weight_zero_point`` uint8
     ``[N, S]`` and ``bias`` ``[N]`` or None. What the machine multiplies with is derived from them
     by `prepare`: int8 columns on a CPU (one byte a weight; `kernels.cpu_linear` says why), a
-    dequantized float32 weight on a CPU where activations stay in full precision, and the packed
-    planes themselves on a GPU.
+    dequantized float32 weight on a CPU where activations stay in full precision, and slices of
+    fields on a GPU (`kernels.sliced`). A layer that is not prepared multiplies the planes.
 
     With `input_hadamard`, the block of a Hadamard transform, inputs are transformed before they are
     rounded and multiplied; the codes are those of the transformed weight
@@ -153,8 +161,22 @@ class QuantLinear(nn.Module):
         # a dense weight kept on the GPU would undo the packing
         on_gpu = self.weight_packed.device.type != "cpu"
         keeps_packed = self.a_bits == FULL_BITS and on_gpu and not dense
-        self._operand = None if keeps_packed else self._derive()
+        slices = on_gpu and self.a_bits != FULL_BITS and can_be_sliced(*self._row)
+        if keeps_packed:
+            self._operand = None
+        else:
+            self._operand = self.sliced() if slices else self._derive()
         return self
+
+    def sliced(self) -> SlicedWeight:
+        """Derive the layout that the fast kernels of a GPU read, on the device of the buffers."""
+        return slice_weight(
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.in_features,
+            half_step=self.grid.half_step,
+        )
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,6 +211,11 @@ class QuantLinear(nn.Module):
             f"a_bits={self.a_bits}, group_size={self.grid.group_size}, "
             f"input_hadamard={self.input_hadamard}"
         )
+
+    @property
+    def _row(self) -> tuple[int, int]:
+        """Columns and groups."""
+        return self.in_features, self.weight_scale.shape[1]
 
     def _derive(self) -> Operand:
         on_cpu = self.weight_packed.device.type == "cpu"

@@ -65,6 +65,14 @@ def test_another_shape_gets_the_entry_nearest_in_size():
     assert table(small, large).lookup(key(n=6144)) is small
 
 
+def test_a_weight_sixteen_times_as_large_says_nothing():
+    measured = entry(key(n=4096, k=4096))
+
+    assert table(measured).lookup(key(n=1024, k=1024)) is measured
+    assert table(measured).lookup(key(n=1024, k=960)) is None
+    assert table(measured).lookup(key(n=65536, k=4160)) is None
+
+
 def test_the_width_counts_before_the_size():
     same_width, same_size = entry(key(w_bits=3)), entry(key(w_bits=4, n=22016))
 

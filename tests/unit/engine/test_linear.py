@@ -4,6 +4,7 @@ from torch import nn
 
 from engine.modules.fake_quant import FakeQuantLinear
 from engine.modules.linear import QuantLinear
+from engine.modules.operand import can_be_sliced, multiply
 from engine.modules.swap import (
     named_linears,
     prepare_model,
@@ -50,6 +51,55 @@ def test_any_leading_shape_is_kept(notation, shape):
     layer, _ = layer_of(notation)
 
     assert layer.prepare()(torch.randn(shape)).shape == (*shape[:-1], 20)
+
+
+@pytest.mark.parametrize("notation", ["w4a8", "w3a6", "w2*a8", "w1*a4", "w8a8", "w5a2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96,), (2, 3, 96), (0, 96)])
+def test_slices_for_a_gpu_give_the_bits_of_the_processor(notation, dtype, shape):
+    layer, _ = layer_of(notation)
+    x = torch.randn(shape, dtype=dtype)
+
+    found = multiply(x, layer.sliced(), layer.a_bits, layer.bias)
+
+    assert torch.equal(found, layer.prepare()(x))
+
+
+@pytest.mark.parametrize("notation", ["w4a8g32", "w2a4g32", "w8a8g32"])
+def test_slices_in_groups_differ_by_the_order_of_a_sum_at_most(notation):
+    layer, _ = layer_of(notation)
+    x = torch.randn(4, 96)
+
+    found = multiply(x, layer.sliced(), layer.a_bits, layer.bias)
+
+    torch.testing.assert_close(found, layer.prepare()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_slices_on_a_half_step_grid_need_no_doubled_codes():
+    spec = QuantSpec(w_bits=2, a_bits=8, half_step=True)
+    twin = FakeQuantLinear(nn.Linear(96, 20), spec.weight_grid("any"), 8)
+    layer, x = twin.to_quant_linear(), torch.randn(4, 96)
+
+    sliced = layer.sliced()
+
+    assert sliced.field_bits == (2,)
+    found = multiply(x, sliced, 8, layer.bias)
+    torch.testing.assert_close(found, layer.prepare()(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("columns", "groups", "fits"),
+    [
+        (4096, 1, True),
+        (4096, 32, True),
+        (96, 1, True),
+        (192, 2, False),
+        (512, 2, False),
+        (40000, 1, False),
+    ],
+)
+def test_the_fast_kernels_take_whole_rows_and_the_usual_groups(columns, groups, fits):
+    assert can_be_sliced(columns, groups) == fits
 
 
 def test_an_unprepared_layer_computes_the_same():
