@@ -52,8 +52,7 @@ def half_decode_kernel(
     FULL: gl.constexpr = gl.BlockedLayout(
         [1, ROW_TILES, 1, 4], [1, 1, 32, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0]
     )
-    if PDL:
-        _control("griddepcontrol.launch_dependents; // $0")
+    _control("griddepcontrol.launch_dependents; // $0", PDL)
     warp = _axis(WARPS, FULL, 1, 2, 3)
     tile = _axis(ROW_TILES, FULL, 0, 2, 3)
     lane = _axis(32, FULL, 0, 1, 3)
@@ -73,15 +72,8 @@ def half_decode_kernel(
         w_ptrs, w_offs, run_words, scale_ptrs, zero_ptrs, unit,
         F0, F1, F2, GROUPS, BLOCK_ROWS, G, UNITS, WARPS, STEPS, EVEN,
     )  # fmt: skip
-    # what a row needs at the end; with groups, a turn has brought it
-    w_scale, w_zero, bias = lane, lane, lane
-    if GROUPS == 1:
-        w_scale = gl.load(scale_ptrs).to(gl.float32)
-        w_zero = gl.load(w_zero_ptr + n)
-    if HAS_BIAS:
-        bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
-    if PDL:
-        _control("griddepcontrol.wait; // $0")
+    rows = _load_rows(scale_ptrs, w_zero_ptr, bias_ptr, n, N, HAS_BIAS, GROUPS)
+    _control("griddepcontrol.wait; // $0", PDL)
     # columns of the product beyond the last token repeat it and are not stored
     token = gl.minimum(lane // 4, M - 1)
     x_ptrs = x_ptr + token.to(gl.int64) * stride_xm + word
@@ -90,41 +82,34 @@ def half_decode_kernel(
     x_zero = gl.full([WARPS, 1, 32, 4], 0.0, gl.float32, FULL)
     total = zero
     sums = (x_zero,) * 4
-    sums0, sums1, sums2 = (zero,) * 4, (zero,) * 4, (zero,) * 4
+    chains = ((zero,) * 4, (zero,) * 4, (zero,) * 4)
     for turn in range(TURNS):
         held = data
         here = unit + turn * (4 * SLOTS)
         if TURNS > 1:
             data = _load_turn(
                 w_ptrs, w_offs, run_words, scale_ptrs, zero_ptrs, here + 4 * SLOTS,
-                F0, F1, F2, GROUPS, BLOCK_ROWS, G, UNITS, WARPS, STEPS, False,
+                F0, F1, F2, GROUPS, BLOCK_ROWS, G, UNITS, WARPS, STEPS, EVEN=False,
             )  # fmt: skip
         for step in gl.static_range(STEPS):
             words = _words_of(held, step, F0 + F1 + F2)
+            at = here + 4 * WARPS * step
             if GROUPS > 1:
                 total += _sum_groups(
                     words, held[-2 * STEPS + 2 * step], held[-2 * STEPS + 2 * step + 1], x_ptrs,
-                    here + 4 * WARPS * step, K, zero, x_zero,
-                    F0, F1, F2, IS_HALF, G, UNITS, EVEN, EVEN_K,
+                    at, K, zero, x_zero, F0, F1, F2, IS_HALF, G, UNITS, EVEN, EVEN_K,
                 )  # fmt: skip
             else:
-                for s in gl.static_range(8):
-                    x = _load_tokens(
-                        x_ptrs, here + 4 * WARPS * step, K, s, G, UNITS, EVEN, EVEN_K
-                    )
-                    sums = _add_tokens(sums, x, s, IS_HALF)
-                    sums0 = _add_slice(sums0, words, x, s, 0, F0, IS_HALF)
-                    if F1 > 0:
-                        sums1 = _add_slice(sums1, words, x, s, F0, F1, IS_HALF)
-                    if F2 > 0:
-                        sums2 = _add_slice(sums2, words, x, s, F0 + F1, F2, IS_HALF)
+                sums, chains = _add_slices(
+                    sums, chains, words, x_ptrs, at, K, 0, 8,
+                    F0, F1, F2, IS_HALF, G, UNITS, EVEN, EVEN_K,
+                )  # fmt: skip
     if GROUPS == 1:
-        total = MULTIPLIER * _joined(sums0, sums1, sums2, F0, F1, F2, IS_HALF)
-        x_sum = (sums[0] + sums[1]) + (sums[2] + sums[3])
-        offset = w_zero + MULTIPLIER * (128 if F0 == 8 else 0)
-        total = (total - offset.to(gl.float32) * x_sum) * w_scale
+        offset = rows[1] + MULTIPLIER * (128 if F0 == 8 else 0)
+        total = MULTIPLIER * _joined(chains, F0, F1, F2, IS_HALF)
+        total = (total - offset.to(gl.float32) * _joined_tokens(sums)) * rows[0]
     y = gl.expand_dims(gl.sum(total, 0), 0)
-    y = y + bias if HAS_BIAS else y
+    y = y + rows[2] if HAS_BIAS else y
     m = 2 * (lane % 4) + word % 2
     ptrs = out_ptr + m.to(gl.int64) * stride_om + n
     gl.store(ptrs, y.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))
@@ -160,12 +145,35 @@ def _load_turn(
                         gl.load(at, mask=unit < UNITS, other=0, eviction_policy="evict_first"),
                     )
     if GROUPS > 1:
-        for step in gl.static_range(STEPS):
-            unit = gl.minimum(first_unit + 4 * WARPS * step, UNITS - 1)
-            # the four groups of a block lie beside each other
-            kb = unit // (G // 16)
-            data += (gl.load(scale_ptrs + kb), gl.load(zero_ptrs + kb))  # type: ignore[assignment]  # as above
+        data += _load_groups(scale_ptrs, zero_ptrs, first_unit, G, UNITS, WARPS, STEPS)
     return data
+
+
+@gluon.jit
+def _load_groups(
+    scale_ptrs, zero_ptrs, first_unit, G: gl.constexpr, UNITS: gl.constexpr, WARPS: gl.constexpr,
+    STEPS: gl.constexpr,
+):  # fmt: skip
+    """Load scales and zero-points of the four groups of a block, which lie beside each other."""
+    data = ()
+    for step in gl.static_range(STEPS):
+        kb = gl.minimum(first_unit + 4 * WARPS * step, UNITS - 1) // (G // 16)
+        data += (gl.load(scale_ptrs + kb), gl.load(zero_ptrs + kb))  # type: ignore[assignment]  # Triton's tuples grow
+    return data
+
+
+@gluon.jit
+def _load_rows(
+    scale_ptrs, w_zero_ptr, bias_ptr, n, N, HAS_BIAS: gl.constexpr, GROUPS: gl.constexpr
+):
+    """Load what a row needs at the end: scale, zero-point, bias; with groups, a turn brings it."""
+    scale, zero, bias = n, n, n
+    if GROUPS == 1:
+        scale = gl.load(scale_ptrs).to(gl.float32)
+        zero = gl.load(w_zero_ptr + n)
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+    return scale, zero, bias
 
 
 @gluon.jit
@@ -205,22 +213,34 @@ def _sum_groups(
     """Scale the product of each of the four groups of a block, two slices a group."""
     total = zero
     for part in gl.static_range(4):
-        sums = (x_zero,) * 4
-        sums0, sums1, sums2 = (zero,) * 4, (zero,) * 4, (zero,) * 4
-        for i in gl.static_range(2):
-            x = _load_tokens(x_ptrs, unit, K, 2 * part + i, G, UNITS, EVEN, EVEN_K)
-            sums = _add_tokens(sums, x, 2 * part + i, IS_HALF)
-            sums0 = _add_slice(sums0, words, x, 2 * part + i, 0, F0, IS_HALF)
-            if F1 > 0:
-                sums1 = _add_slice(sums1, words, x, 2 * part + i, F0, F1, IS_HALF)
-            if F2 > 0:
-                sums2 = _add_slice(sums2, words, x, 2 * part + i, F0 + F1, F2, IS_HALF)
-        product = _joined(sums0, sums1, sums2, F0, F1, F2, IS_HALF)
-        x_sum = (sums[0] + sums[1]) + (sums[2] + sums[3])
+        sums, chains = _add_slices(
+            (x_zero,) * 4, ((zero,) * 4, (zero,) * 4, (zero,) * 4), words, x_ptrs, unit, K,
+            2 * part, 2, F0, F1, F2, IS_HALF, G, UNITS, EVEN, EVEN_K,
+        )  # fmt: skip
+        product, x_sum = _joined(chains, F0, F1, F2, IS_HALF), _joined_tokens(sums)
         scale = (scales >> (16 * part)).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
         offset = ((zeros >> (8 * part)) & 255).to(gl.float32)
         total += (product - offset * x_sum) * scale
     return total
+
+
+@gluon.jit
+def _add_slices(
+    sums, chains, words, x_ptrs, unit, K, FIRST: gl.constexpr, COUNT: gl.constexpr,
+    F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, IS_HALF: gl.constexpr, G: gl.constexpr,
+    UNITS: gl.constexpr, EVEN: gl.constexpr, EVEN_K: gl.constexpr,
+):  # fmt: skip
+    """Carry on the chains of tokens and of every field by COUNT slices."""
+    chains0, chains1, chains2 = chains
+    for s in gl.static_range(FIRST, FIRST + COUNT):
+        x = _load_tokens(x_ptrs, unit, K, s, G, UNITS, EVEN, EVEN_K)
+        sums = _add_tokens(sums, x, s, IS_HALF)
+        chains0 = _add_slice(chains0, words, x, s, 0, F0, IS_HALF)
+        if F1 > 0:
+            chains1 = _add_slice(chains1, words, x, s, F0, F1, IS_HALF)
+        if F2 > 0:
+            chains2 = _add_slice(chains2, words, x, s, F0 + F1, F2, IS_HALF)
+    return sums, (chains0, chains1, chains2)
 
 
 @gluon.jit
@@ -258,25 +278,27 @@ def _add_tokens(sums, x, S: gl.constexpr, IS_HALF: gl.constexpr):
 
 
 @gluon.jit
-def _replaced(sums, new, I: gl.constexpr):
+def _replaced(sums, new, AT: gl.constexpr):
     chains = ()
     for i in gl.static_range(4):
-        chains += (new if i == I else sums[i],)  # type: ignore[assignment]  # Triton's tuples grow
+        chains += (new if i == AT else sums[i],)  # type: ignore[assignment]  # Triton's tuples grow
     return chains
 
 
 @gluon.jit
-def _joined(
-    sums0, sums1, sums2, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr,
-    IS_HALF: gl.constexpr,
-):  # fmt: skip
+def _joined_tokens(sums):
+    return (sums[0] + sums[1]) + (sums[2] + sums[3])
+
+
+@gluon.jit
+def _joined(chains, F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, IS_HALF: gl.constexpr):
     """Put the chains of every field in their places, by powers of two."""
     UNIT: gl.constexpr = 2.0**24 if IS_HALF else 1.0
-    total = _joined_field(sums0, UNIT, F0, IS_HALF)
+    total = _joined_field(chains[0], UNIT, F0, IS_HALF)
     if F1 > 0:
-        total += _joined_field(sums1, UNIT * 2**F0, F1, IS_HALF)
+        total += _joined_field(chains[1], UNIT * 2**F0, F1, IS_HALF)
     if F2 > 0:
-        total += _joined_field(sums2, UNIT * 2 ** (F0 + F1), F2, IS_HALF)
+        total += _joined_field(chains[2], UNIT * 2 ** (F0 + F1), F2, IS_HALF)
     return total
 
 
@@ -353,9 +375,10 @@ def _multiply(is_half: bool, sums: int) -> str:  # noqa: FBT001  known at compil
 
 
 @gluon.jit
-def _control(ASSEMBLY: gl.constexpr):
+def _control(ASSEMBLY: gl.constexpr, PDL: gl.constexpr):
     """Let the kernel that follows start, or wait for the one before and what it wrote."""
-    gl.inline_asm_elementwise(ASSEMBLY, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    if PDL:
+        gl.inline_asm_elementwise(ASSEMBLY, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

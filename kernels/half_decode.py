@@ -38,6 +38,7 @@ __all__ = [
     "MAX_TOKENS",
     "HalfDecodeConfig",
     "HalfDecodeShape",
+    "can_group",
     "can_half_decode",
     "half_decode",
     "half_decode_configs",
@@ -114,7 +115,18 @@ def can_half_decode(x: torch.Tensor, weight: SlicedWeight) -> bool:
     """
     m, k = x.shape
     aligned = x.data_ptr() % ALIGNMENT == 0 and (m == 1 or x.stride(0) % BYTE_BITS == 0)
-    return m <= MAX_TOKENS and aligned and k % TILE_ROWS == 0 and _can_group(weight)
+    whole = weight.groups == 1 or (
+        can_group(weight.groups, weight.group_size, weight.slice_bytes)
+        and weight.multiplier == 1
+        and weight.scale.dtype is torch.float16
+    )
+    return m <= MAX_TOKENS and aligned and k % TILE_ROWS == 0 and whole
+
+
+def can_group(groups: int, group_size: int, slice_bytes: int) -> bool:
+    """Whether blocks of 8 slices hold four groups each, which a lane reads at once."""
+    block = SLICES * slice_bytes
+    return block == GROUPS_A_BLOCK * group_size and block >= STEP and groups % GROUPS_A_BLOCK == 0
 
 
 def half_decode(
@@ -209,19 +221,6 @@ def _best(shape: HalfDecodeShape) -> HalfDecodeConfig:
     return half_decode_configs(shape, limit=2)[0]
 
 
-def _can_group(weight: SlicedWeight) -> bool:
-    if weight.groups == 1:
-        return True
-    block = SLICES * weight.slice_bytes
-    return (
-        weight.group_size * GROUPS_A_BLOCK == block
-        and block >= STEP
-        and weight.groups % GROUPS_A_BLOCK == 0
-        and weight.multiplier == 1
-        and weight.scale.dtype is torch.float16
-    )
-
-
 def _fitting(shape: HalfDecodeShape) -> Iterator[HalfDecodeConfig]:
     """Launches that registers suffice for and in which no warp is idle."""
     for tiles, warps, steps in product((1, 2, 4), (1, 2, 4, 8, 16), (1, 2, 3, 4)):
@@ -239,7 +238,10 @@ def _registers(config: HalfDecodeConfig, shape: HalfDecodeShape) -> int:
     """Estimate the registers of a thread, as read from compiled kernels."""
     held = 8 * config.row_tiles * shape.bits * config.steps
     sums = 16 * config.row_tiles * len(field_widths(shape.bits)) + 16
-    return 48 + held * min(2, _turns(config, shape)) + sums
+    # the compiler fetches the tokens of whole steps ahead
+    ahead = 96 if shape.grouped else 40 + 16 * config.steps
+    again = _turns(config, shape) > 1
+    return ahead + (2 * held + 48 if again else held) + sums
 
 
 def _issued(config: HalfDecodeConfig, shape: HalfDecodeShape) -> float:
@@ -272,7 +274,12 @@ def _microseconds(config: HalfDecodeConfig, shape: HalfDecodeShape) -> float:
     issued = programs / PROCESSORS * uneven * config.warps * issue / 4 / CYCLES_PER_US
     # the last program of a processor computes alone, about every other cycle
     alone = issue * 2 / CYCLES_PER_US
-    return max(memory, issued * padding**0.5) + 0.15 * issued + alone + 0.02 * config.warps
+    return (
+        max(memory, issued * max(1.0, 0.5 + 0.5 * padding))
+        + 0.15 * issued
+        + alone
+        + 0.02 * config.warps
+    )
 
 
 def _check(x: torch.Tensor, weight: SlicedWeight, config: HalfDecodeConfig) -> None:

@@ -119,8 +119,7 @@ def _run_half(asm, outputs, words, dtype):
     """Run what the half kernel writes: on every element, or on the four words of a lane."""
     parts = [[word] if outputs == 1 else np.moveaxis(word, -1, 0) for word in words]
     registers = {
-        f"${i}": _as_register(part)
-        for i, part in enumerate(itertools.chain(*parts), start=outputs)
+        f"${i}": _as_register(part) for i, part in enumerate(itertools.chain(*parts), start=outputs)
     }
     run_statements(asm, registers)
     if outputs == 1:
@@ -173,7 +172,8 @@ def _language(program):
         expand_dims=np.expand_dims, reshape=np.reshape, permute=np.transpose,
         convert_layout=lambda x, layout: x,
         sum=lambda x, axis: np.sum(x, axis, dtype=x.dtype),
-        program_id=lambda axis: np.array(program[axis], np.int32).view(Tensor), inline_asm_elementwise=inline_asm_elementwise,
+        program_id=lambda axis: np.array(program[axis], np.int32).view(Tensor),
+        inline_asm_elementwise=inline_asm_elementwise,
     )  # fmt: skip
 
 

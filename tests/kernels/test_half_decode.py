@@ -41,7 +41,7 @@ def poisoned_empty(monkeypatch):
 def within_the_bound(actual, x, codes, weight, bias=None, warps=2):
     """The bound of the module, and one rounding of the result."""
     expected = half_linear_reference(x, codes, weight, bias)
-    n, k = codes.shape
+    n = len(codes)
     chain = -(-weight.columns // (64 * warps)) + 8
     u = weight.multiplier * (1 << weight.bits) + weight.zero_point[:n].abs().double() + 256
     size = x.double().abs().view(len(x), weight.groups, -1).sum(2)
