@@ -20,6 +20,8 @@ G bytes in a slice, W = G / 4, KB blocks of 8G columns, S scale groups.
 import triton
 import triton.language as tl
 
+from kernels._decode_products import add_codes, multiply_slices
+
 __all__ = ["decode_linear_kernel"]
 
 
@@ -115,7 +117,7 @@ def decode_linear_kernel(
                 F0, F1, F2, MULTIPLIER, GROUPS, GROUP_SIZE, W, RT, MP, INTERP,
             )  # fmt: skip
         else:
-            parts = _multiply(
+            parts = multiply_slices(
                 data, turn_ptrs, stride_xm, M, 0, 8, F0, F1, F2, W, RT, MP, INTERP
             )
         totals = _added(totals, parts)
@@ -155,7 +157,8 @@ def _joined_rows(totals, GROUPED: tl.constexpr, RL: tl.constexpr, COUNT: tl.cons
         rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005  as above
     # one sum over the warps serves all: the first tile and the one half a tuple later become
     # neighbours, and so on
-    rows = _paired(_paired(_paired(_paired(_paired(_paired(rows))))))
+    rows = _paired(_paired(_paired(_paired(rows))))
+    rows = _paired(_paired(_paired(rows)))
     return tl.reshape(tl.sum(rows[0], axis=0), (RL, COUNT))
 
 
@@ -167,7 +170,7 @@ def _paired(rows):
     if HALF > 0:
         pairs = ()
         for i in tl.static_range(HALF):
-            pairs = pairs + (tl.join(rows[i], rows[i + HALF]),)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
+            pairs = pairs + (tl.join(rows[i], rows[i + HALF]),)  # noqa: RUF005  no stars in Triton
     return pairs
 
 
@@ -240,16 +243,31 @@ def _load_turn(
                 )
             data = data + (words,)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
     if GROUPS > 1:
-        PARTS: tl.constexpr = 8 // (GROUP_SIZE // (4 * W))
-        for t in tl.static_range(RT):
-            for part in tl.static_range(PARTS):
-                group = kb * PARTS + part
-                # a group beyond the last counts nothing
-                counts = (valid & (group < GROUPS))[:, None]
-                group = t * RL * GROUPS + tl.minimum(group, GROUPS - 1)[:, None]
-                scale = tl.load(scale_ptrs + group).to(tl.float32)
-                zero = tl.load(zero_ptrs + group)
-                data = data + (tl.where(counts, scale, 0.0), zero)  # type: ignore[assignment]  # noqa: RUF005
+        data = data + _load_groups(
+            scale_ptrs, zero_ptrs, kb, valid, GROUPS, 8 // (GROUP_SIZE // (4 * W)), RT, RL
+        )  # fmt: skip
+    return data
+
+
+@triton.jit
+def _load_groups(
+    scale_ptrs, zero_ptrs, kb, valid,
+    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    RT: tl.constexpr,
+    RL: tl.constexpr,
+):  # fmt: skip
+    """Load scale and zero-point of every group of a turn, for one tile of rows after the other."""
+    data = ()
+    for t in tl.static_range(RT):
+        for part in tl.static_range(PARTS):
+            group = kb * PARTS + part
+            # a group beyond the last counts nothing
+            counts = (valid & (group < GROUPS))[:, None]
+            group = t * RL * GROUPS + tl.minimum(group, GROUPS - 1)[:, None]
+            scale = tl.load(scale_ptrs + group).to(tl.float32)
+            zero = tl.load(zero_ptrs + group)
+            data = data + (tl.where(counts, scale, 0.0), zero)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
     return data
 
 
@@ -272,168 +290,28 @@ def _sum_groups(
     COUNT: tl.constexpr = 8 // PARTS
     SHIFT: tl.constexpr = 128 if F0 == 8 else 0
     RUNS: tl.constexpr = F0 + F1 + F2
+    x_zeros = ()
+    for m in tl.static_range(MP):
+        x_zeros = x_zeros + (tl.load(x_zero_ptr + tl.minimum(m, M - 1)),)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
     results = (tl.full((1, 1), 0, tl.float32),) * (RT * MP)
     for part in tl.static_range(PARTS):
-        dots = _multiply(
+        dots = multiply_slices(
             data, x_ptrs, stride_xm, M, part * COUNT, COUNT, F0, F1, F2, W, RT, MP, INTERP
         )
         group = tl.minimum(kb * PARTS + part, GROUPS - 1)[:, None]
+        x_sums = ()
+        for m in tl.static_range(MP):
+            x_sum = tl.load(x_sums_ptr + tl.minimum(m, M - 1) * GROUPS + group)
+            x_sums = x_sums + (x_sum - GROUP_SIZE * x_zeros[m],)  # type: ignore[assignment]  # noqa: RUF005  as above
         terms = ()
         for t in tl.static_range(RT):
-            codes = _add_codes(data, t * RUNS, part * COUNT, COUNT, F0, F1, F2, INTERP)
-            SCALE: tl.constexpr = RT * RUNS + 2 * (t * PARTS + part)
-            zero = MULTIPLIER * (data[SCALE + 1].to(tl.int32) - SHIFT) + MULTIPLIER - 1
+            codes = add_codes(data, t * RUNS, part * COUNT, COUNT, F0, F1, F2, INTERP)
+            scale = data[RT * RUNS + 2 * (t * PARTS + part)]
+            zero = data[RT * RUNS + 2 * (t * PARTS + part) + 1].to(tl.int32) - SHIFT
+            zero = MULTIPLIER * zero + MULTIPLIER - 1
             for m in tl.static_range(MP):
-                token = tl.minimum(m, M - 1)
-                x_zero = tl.load(x_zero_ptr + token)
-                x_sum = tl.load(x_sums_ptr + token * GROUPS + group) - GROUP_SIZE * x_zero
-                dot = tl.sum(dots[t * MP + m] - codes * x_zero, axis=2)
-                integer = MULTIPLIER * dot - zero * x_sum
-                terms = terms + (integer.to(tl.float32) * data[SCALE],)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
+                dot = tl.sum(dots[t * MP + m] - codes * x_zeros[m], axis=2)
+                integer = MULTIPLIER * dot - zero * x_sums[m]
+                terms = terms + (integer.to(tl.float32) * scale,)  # type: ignore[assignment]  # noqa: RUF005  as above
         results = _added(results, terms)
     return results
-
-
-@triton.jit
-def _multiply(
-    data, x_ptrs, stride_xm, M,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    F0: tl.constexpr,
-    F1: tl.constexpr,
-    F2: tl.constexpr,
-    W: tl.constexpr,
-    RT: tl.constexpr,
-    MP: tl.constexpr,
-    INTERP: tl.constexpr,
-):  # fmt: skip
-    """Sum codes times activations over COUNT slices, one chain a field: RT x MP tiles.
-
-    Over whole blocks, codes of odd slices stay where a mask finds them, F bits up: one exact shift
-    of their sums, in the middle of the chain, stands for a shift of every word.
-    """
-    IN_PLACE: tl.constexpr = COUNT == 8 and F0 < 8
-    RUNS: tl.constexpr = F0 + F1 + F2
-    none = tl.full((1, 1, 1), 0, tl.int32)
-    sums = ((none, none, none),) * (RT * MP)
-    for even in tl.static_range(2):
-        for s in tl.static_range(FIRST, FIRST + COUNT):
-            if s % 2 != even:
-                tokens = ()
-                for m in tl.static_range(MP):
-                    at = x_ptrs + (tl.minimum(m, M - 1) * stride_xm + s * W)
-                    tokens = tokens + (tl.load(at, eviction_policy="evict_last"),)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
-                new = ()
-                for t in tl.static_range(RT):
-                    for m in tl.static_range(MP):
-                        one = _add_slice(
-                            data, t * RUNS, tokens[m], sums[t * MP + m], s,
-                            F0, F1, F2, IN_PLACE, INTERP,
-                        )  # fmt: skip
-                        new = new + (one,)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
-                sums = new
-        if even == 0 and IN_PLACE:
-            down = ()
-            for i in tl.static_range(RT * MP):
-                down = down + ((sums[i][0] >> F0, sums[i][1] >> F1, sums[i][2] >> F2),)  # type: ignore[assignment]  # noqa: RUF005  as above
-            sums = down
-    dots = ()
-    for i in tl.static_range(RT * MP):
-        dots = dots + (_joined(sums[i], F0, F1, F2),)  # type: ignore[assignment]  # noqa: RUF005  as above
-    return dots
-
-
-@triton.jit
-def _add_codes(
-    data,
-    FIRST_RUN: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    F0: tl.constexpr,
-    F1: tl.constexpr,
-    F2: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    """Sum the codes of COUNT slices: int32 ``[KB, RL, W]``."""
-    none = tl.full((1, 1, 1), 0, tl.int32)
-    sums = (none, none, none)
-    for s in tl.static_range(FIRST, FIRST + COUNT):
-        sums = _add_slice(
-            data, FIRST_RUN, none + 0x01010101, sums, s, F0, F1, F2, IN_PLACE=False, INTERP=INTERP
-        )
-    return _joined(sums, F0, F1, F2)
-
-
-@triton.jit
-def _add_slice(
-    data,
-    FIRST_RUN: tl.constexpr,
-    x, sums,
-    s: tl.constexpr,
-    F0: tl.constexpr,
-    F1: tl.constexpr,
-    F2: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    INTERP: tl.constexpr,
-):  # fmt: skip
-    """Carry the chain of every field on by one slice."""
-    sum0, sum1, sum2 = sums
-    sum0 = _dp4a(_codes(data, s, FIRST_RUN, F0, IN_PLACE), x, sum0, F0 == 8, INTERP)
-    if F1:
-        codes = _codes(data, s, FIRST_RUN + F0, F1, IN_PLACE)
-        sum1 = _dp4a(codes, x, sum1, F1 == 8, INTERP)
-    if F2:
-        codes = _codes(data, s, FIRST_RUN + F0 + F1, F2, IN_PLACE)
-        sum2 = _dp4a(codes, x, sum2, F2 == 8, INTERP)
-    return sum0, sum1, sum2
-
-
-@triton.jit
-def _codes(
-    data,
-    s: tl.constexpr,
-    FIRST_RUN: tl.constexpr,
-    F: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-):
-    """Four codes a word of one slice; in place, those of odd slices F bits up."""
-    words = data[FIRST_RUN + s // (8 // F)]
-    if F < 8:
-        PLACE: tl.constexpr = s % (8 // F)
-        UP: tl.constexpr = PLACE % 2 if IN_PLACE else 0
-        MASK: tl.constexpr = (0x01010101 * ((1 << F) - 1)) << (F * UP)
-        # the mask as a signed word
-        SIGNED: tl.constexpr = (MASK ^ 0x80000000) - 0x80000000
-        words = (words >> (F * (PLACE - UP))) & SIGNED
-    return words
-
-
-@triton.jit
-def _joined(sums, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr):
-    """Put the sums of fields in their places."""
-    total, sum1, sum2 = sums
-    if F1:
-        total += sum1 << F0
-    if F2:
-        total += sum2 << (F0 + F1)
-    return total
-
-
-@triton.jit
-def _dp4a(codes, x, acc, SIGNED: tl.constexpr, INTERP: tl.constexpr):
-    """Add the product of four codes and four signed bytes to every element."""
-    if INTERP:
-        for lane in tl.static_range(4):
-            code = (codes << (24 - 8 * lane)) >> 24
-            acc += (code if SIGNED else code & 255) * ((x << (24 - 8 * lane)) >> 24)
-        return acc
-    elif SIGNED:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip

@@ -104,6 +104,20 @@ def test_several_tokens_share_the_weights_without_spills(bits, m):
     loads = weights_of_a_thread(config, 4096) / turns * bits / 128
     assert code.count("LDG.E.EF") == code.count("LDG.E.EF.128") == loads * min(2, turns)
     assert not code.spills
+    assert code.count("BAR") <= 3
+
+
+@pytest.mark.parametrize(("thread_rows", "m"), [(1, 1), (2, 1), (4, 1), (2, 4)])
+def test_rows_and_tokens_share_one_layout(thread_rows, m):
+    config = dataclasses.replace(ONE_TURN, thread_rows=thread_rows)
+
+    code = code_of(config, bits=2, m=m)
+
+    # every 16 bytes of activations serve all tiles of rows
+    assert code.count("LDG.E.EL.128") == code.count("LDG.E.EL") == 8 * m
+    # shared memory joins the sums of the warps at the end and does nothing else
+    assert code.count("BAR") <= 3
+    assert places(code, "STS")[0] > places(code, "IDP.4A")[-1]
 
 
 def test_splits_are_added_by_the_last_program():
