@@ -103,7 +103,7 @@ def half_decode_configs(shape: HalfDecodeShape, limit: int = 20) -> list[HalfDec
         shape: the product.
         limit: how many at most; the last is the first without dependent launch.
     """
-    ranked = sorted(_fitting(shape), key=lambda config: _microseconds(config, shape))
+    ranked = sorted(dict.fromkeys(_fitting(shape)), key=lambda one: _microseconds(one, shape))
     return [*ranked[: limit - 1], replace(ranked[0], launch_pdl=False)]
 
 
@@ -222,12 +222,15 @@ def _best(shape: HalfDecodeShape) -> HalfDecodeConfig:
 
 
 def _fitting(shape: HalfDecodeShape) -> Iterator[HalfDecodeConfig]:
-    """Launches that registers suffice for and in which no warp is idle."""
+    """Launches that registers suffice for and in which no warp is idle, or one that does work."""
     for tiles, warps, steps in product((1, 2, 4), (1, 2, 4, 8, 16), (1, 2, 3, 4)):
         config = HalfDecodeConfig(row_tiles=tiles, warps=warps, steps=steps)
         busy = warps * (steps - 1) < shape.steps and warps <= shape.steps
+        # what is read ahead of a turn holds registers enough
+        busy &= steps == 1 or _turns(config, shape) == 1
         if busy and _registers(config, shape) <= min(MAX_REGISTERS, REGISTERS // (WARP * warps)):
             yield config
+    yield HalfDecodeConfig(row_tiles=1, warps=min(4, 1 << (shape.steps.bit_length() - 1)), steps=1)
 
 
 def _turns(config: HalfDecodeConfig, shape: HalfDecodeShape) -> int:
@@ -239,7 +242,7 @@ def _registers(config: HalfDecodeConfig, shape: HalfDecodeShape) -> int:
     held = 8 * config.row_tiles * shape.bits * config.steps
     sums = 16 * config.row_tiles * len(field_widths(shape.bits)) + 16
     # the compiler fetches the tokens of whole steps ahead
-    ahead = 96 if shape.grouped else 40 + 16 * config.steps
+    ahead = 96 * config.steps - 40 if shape.grouped else 40 + 16 * config.steps
     again = _turns(config, shape) > 1
     return ahead + (2 * held + 48 if again else held) + sums
 
