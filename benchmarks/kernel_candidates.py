@@ -7,6 +7,7 @@ from kernels import binary_linear
 from kernels.binary_linear import ProductShape, binary_configs
 from kernels.decode_config import MAX_TOKENS, decode_configs
 from kernels.fragments import ColumnOrder, columns_a_token
+from kernels.half_decode import HalfDecodeShape, can_group, half_decode_configs
 from kernels.half_linear import half_configs
 from kernels.linear import Plan
 from kernels.prefill_config import prefill_configs
@@ -83,10 +84,22 @@ def _half_plans(case: KernelCase) -> Iterator[Plan]:
     # more tokens dequantize once and ask cuBLAS: nothing to choose
     if case.m > MOST_HALF_TOKENS:
         return
-    for config in half_configs(
-        bits=case.w_bits, m=case.m, n=_padded_rows(case), columns=_columns(case)
-    ):
+    decoded = list(_half_decode_plans(case))
+    yield from decoded
+    tiled = half_configs(bits=case.w_bits, m=case.m, n=_padded_rows(case), columns=_columns(case))
+    for config in tiled[: MOST_SINGLE_TILES if decoded else None]:
         yield Plan(route=Route.HALF, config=config)
+
+
+def _half_decode_plans(case: KernelCase) -> Iterator[Plan]:
+    whole = case.groups == 1 or can_group(case.groups, case.group_size, _slice_bytes(case))
+    if case.m > MAX_TOKENS or not whole:
+        return
+    shape = HalfDecodeShape(
+        bits=case.w_bits, n=case.n, columns=_columns(case), grouped=case.groups > 1
+    )
+    for config in half_decode_configs(shape):
+        yield Plan(route=Route.HALF_DECODE, config=config)
 
 
 def _binary_plans(case: KernelCase) -> Iterator[Plan]:

@@ -19,11 +19,11 @@ from benchmarks.timing import Check, Method, copies_to_rotate
 from benchmarks.token_products import TokenCase, prepare_tokens
 from kernels.binary_linear import ProductShape, select_config
 from kernels.fragments import ColumnOrder, FragmentTokens, FragmentWeight
-from kernels.half_linear import half_linear
 from kernels.linear import (
     Plan,
     column_order,
     launch_binary,
+    launch_half,
     launch_plan,
     make_counters,
     plan_linear,
@@ -125,9 +125,9 @@ def plan_product(rotation: Rotation, plan: Plan) -> Product:
 
 def _half_product(rotation: Rotation, plan: Plan, x: torch.Tensor) -> Product:
     return Product(
-        op=f"{plan.route}_linear",
+        op=plan.route if plan.route is Route.HALF_DECODE else f"{plan.route}_linear",
         copies=len(rotation.weights),
-        launch=lambda index: half_linear(x, rotation.weights[index], config=plan.config),
+        launch=lambda index: launch_half(plan, x, rotation.weights[index]),
         check=rotation.check,
     )
 

@@ -5,10 +5,13 @@ multiplies by one word of int8 activations. Nothing is shuffled, converted or st
 Reading the weights is all the time there is, so a program issues every load of a turn before its
 first use and meets no barrier until its sums are complete; the next turn is read meanwhile.
 
-Layout of a tile: int32 ``[MP, RT, KB, RL, W]``. Lanes run over the W words of a slice, then over RL
-rows, then over blocks of columns, so that a warp reads whole 128-byte lines; warps take further
-blocks of columns. The RT rows of a thread share its activations. With group scales, C is summed
-from the codes in registers: reading it would cost more bytes than a narrow weight can spare.
+Layout of a tile: int32 ``[KB, RL, W]``. Lanes run over the W words of a slice, then over RL rows,
+then over blocks of columns, so that a warp reads whole 128-byte lines; warps take further blocks of
+columns. The RT tiles of rows of a thread share its activations, the MP tokens its weights: those
+are tuples of tiles and no axes, so that all tiles have one layout. As axes, the compiler gave
+activations a layout of their own and brought them into that of the weights through shared memory,
+two barriers a slice. With group scales, C is summed from the codes in registers: reading it would
+cost more bytes than a narrow weight can spare.
 
 Shape legend: M tokens, MP their next power of two, N outputs, NP rows padded to BN, L columns,
 G bytes in a slice, W = G / 4, KB blocks of 8G columns, S scale groups.
@@ -16,6 +19,8 @@ G bytes in a slice, W = G / 4, KB blocks of 8G columns, S scale groups.
 
 import triton
 import triton.language as tl
+
+from kernels._decode_products import add_codes, multiply_slices
 
 __all__ = ["decode_linear_kernel"]
 
@@ -55,70 +60,70 @@ def decode_linear_kernel(
     EVEN: tl.constexpr = TURNS * KB * SPLIT_K == K_BLOCKS
     GROUPED: tl.constexpr = GROUPS > 1
     _start_next(PDL)
+    COUNT: tl.constexpr = RT * MP
     first_row = tl.program_id(0).to(tl.int64) * (RT * RL)
     first_kb = tl.program_id(1) * SPLIT_BLOCKS
     end_kb = tl.minimum(first_kb + SPLIT_BLOCKS, K_BLOCKS)
-    lane = tl.arange(0, RL)[None, None, :]
-    row = (tl.arange(0, RT) * RL)[None, :, None] + lane
-    offs_n = first_row + row
-    offs_w = tl.arange(0, W)[None, None, None, None, :]
+    lane = tl.arange(0, RL)
+    offs_w = tl.arange(0, W)
     offs_kb = tl.arange(0, KB)
     # a tile lies inside one block of BLOCK_ROWS rows
-    in_run = ((first_row % BLOCK_ROWS).to(tl.int32) + row)[:, :, None, :, None] * W + offs_w
+    in_block = (first_row % BLOCK_ROWS).to(tl.int32) + lane
+    in_run = in_block[None, :, None] * W + offs_w[None, None, :]
     run = first_row // BLOCK_ROWS * (BLOCK_ROWS * W)
     w0_ptrs = w0_ptr + run * F0 + in_run
     w1_ptrs = w1_ptr + run * F1 + in_run
     w2_ptrs = w2_ptr + run * F2 + in_run
-    scale_ptrs = w_scale_ptr + offs_n * GROUPS
-    zero_ptrs = zero_codes_ptr + offs_n * GROUPS
+    scale_ptrs = w_scale_ptr + (first_row + lane)[None, :] * GROUPS
+    zero_ptrs = zero_codes_ptr + (first_row + lane)[None, :] * GROUPS
 
     data = _load_turn(
         w0_ptrs, w1_ptrs, w2_ptrs, run_words, scale_ptrs, zero_ptrs, first_kb + offs_kb, end_kb,
-        F0, F1, F2, GROUPS, GROUP_SIZE, BLOCK_ROWS, W, EVEN,
+        F0, F1, F2, GROUPS, GROUP_SIZE, BLOCK_ROWS, W, RT, RL, EVEN,
     )  # fmt: skip
-    # what a row needs at the end; with groups, a turn has brought it
-    w_scale = 0.0 if GROUPED else tl.load(scale_ptrs).to(tl.float32)
+    # what a row needs at the end, every token beside the others; with groups, a turn has brought it
+    place = tl.arange(0, COUNT)[None, :]
+    offs_n = first_row + place // MP * RL + lane[:, None]
+    mask_n = offs_n < N
+    w_scale = 0.0 if GROUPED else tl.load(w_scale_ptr + offs_n).to(tl.float32)
     w_zero = 0 if GROUPED else tl.load(w_zero_ptr + offs_n)
     w_sum = 0 if GROUPED else tl.load(w_sums_ptr + offs_n)
-    mask_n = offs_n < N
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
     _wait_for_tokens(PDL)
     # tokens beyond the last repeat it and are not stored
-    offs_m = tl.arange(0, MP)[:, None, None]
+    offs_m = place % MP
     token = tl.minimum(offs_m, M - 1)
     x_zero = tl.load(x_zero_ptr + token)
     x_scale = tl.load(x_scale_ptr + token)
-    x_sum_ptrs = x_sums_ptr + token * GROUPS
-    x_sum = 0 if GROUPED else tl.load(x_sum_ptrs) - GROUP_SIZE * x_zero
+    x_sum = 0 if GROUPED else tl.load(x_sums_ptr + token) - GROUP_SIZE * x_zero
     # every lane loads what it multiplies: the rows of a warp read one address
-    x_rows = x_ptr + token[:, :, None, :, None] * stride_xm
-    x_rows = x_rows + (lane * 0)[:, :, None, :, None] + offs_w
+    x_ptrs = x_ptr + (lane * 0)[None, :, None] + offs_w[None, None, :]
 
-    total = (
-        tl.full((MP, RT, KB, RL), 0, tl.float32)
-        if GROUPED
-        else tl.full((MP, RT, KB, RL, W), 0, tl.int32)
-    )
+    none = tl.full((KB, RL), 0.0, tl.float32) if GROUPED else tl.full((KB, RL, W), 0, tl.int32)
+    totals = (none,) * COUNT
     for turn in range(TURNS):
         kb = first_kb + turn * KB + offs_kb
         next_data = data
         if TURNS > 1:
             next_data = _load_turn(
                 w0_ptrs, w1_ptrs, w2_ptrs, run_words, scale_ptrs, zero_ptrs, kb + KB, end_kb,
-                F0, F1, F2, GROUPS, GROUP_SIZE, BLOCK_ROWS, W, EVEN=False,
+                F0, F1, F2, GROUPS, GROUP_SIZE, BLOCK_ROWS, W, RT, RL, EVEN=False,
             )  # fmt: skip
         # a block beyond the last has no weights: any activations will do
-        x_ptrs = x_rows + (tl.minimum(kb, K_BLOCKS - 1) * (8 * W))[None, None, :, None, None]
+        turn_ptrs = x_ptrs + (tl.minimum(kb, K_BLOCKS - 1) * (8 * W))[:, None, None]
         if GROUPED:
-            total += _sum_groups(
-                data, x_ptrs, x_sum_ptrs, x_zero, kb,
-                F0, F1, F2, MULTIPLIER, GROUPS, GROUP_SIZE, W, INTERP,
+            parts = _sum_groups(
+                data, turn_ptrs, stride_xm, x_sums_ptr, x_zero_ptr, kb, M,
+                F0, F1, F2, MULTIPLIER, GROUPS, GROUP_SIZE, W, RT, MP, INTERP,
             )  # fmt: skip
         else:
-            total += _multiply(data, x_ptrs, 0, 8, F0, F1, F2, W, INTERP)
+            parts = multiply_slices(
+                data, turn_ptrs, stride_xm, M, 0, 8, F0, F1, F2, W, RT, MP, INTERP
+            )
+        totals = _added(totals, parts)
         data = next_data
 
-    total = tl.sum(total if GROUPED else tl.sum(total, axis=4), axis=2)
+    total = _joined_rows(totals, GROUPED, RL, COUNT)
     last = True
     if SPLIT_K > 1:
         partial_ptrs = partials_ptr + offs_m * stride_pm + offs_n
@@ -132,6 +137,41 @@ def decode_linear_kernel(
         y = y + bias if HAS_BIAS else y
         out_ptrs = out_ptr + offs_m * stride_om + offs_n
         tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(offs_m < M) & mask_n)
+
+
+@triton.jit
+def _added(totals, parts):
+    """Add two tuples of tiles."""
+    sums = ()
+    for i in tl.static_range(len(totals)):
+        sums = sums + (totals[i] + parts[i],)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
+    return sums
+
+
+@triton.jit
+def _joined_rows(totals, GROUPED: tl.constexpr, RL: tl.constexpr, COUNT: tl.constexpr):
+    """Sum every tile over its columns and put all beside each other: ``[RL, COUNT]``."""
+    rows = ()
+    for i in tl.static_range(COUNT):
+        row = totals[i] if GROUPED else tl.sum(totals[i], axis=2)
+        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005  as above
+    # one sum over the warps serves all: the first tile and the one half a tuple later become
+    # neighbours, and so on
+    rows = _paired(_paired(_paired(_paired(rows))))
+    rows = _paired(_paired(_paired(rows)))
+    return tl.reshape(tl.sum(rows[0], axis=0), (RL, COUNT))
+
+
+@triton.jit
+def _paired(rows):
+    """Join the tiles of the first half to those of the second, unless there is only one."""
+    HALF: tl.constexpr = len(rows) // 2
+    pairs = rows
+    if HALF > 0:
+        pairs = ()
+        for i in tl.static_range(HALF):
+            pairs = pairs + (tl.join(rows[i], rows[i + HALF]),)  # noqa: RUF005  no stars in Triton
+    return pairs
 
 
 @triton.jit
@@ -175,44 +215,65 @@ def _load_turn(
     GROUP_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     W: tl.constexpr,
+    RT: tl.constexpr,
+    RL: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Load every run of a turn, lowest field first, then scales and zero-points of its groups."""
+    """Load every run of a turn, lowest field first, then scales and zero-points of its groups.
+
+    All of the first tile of rows come before those of the second.
+    """
     RUN: tl.constexpr = BLOCK_ROWS * W
     valid = kb < end_kb
-    offs = (kb * run_words)[None, None, :, None, None]
+    offs = (kb * run_words)[:, None, None]
     data = ()
-    for r in tl.static_range(F0 + F1 + F2):
-        if r < F0:
-            ptrs = w0_ptrs + (offs * F0 + r * RUN)
-        elif r < F0 + F1:
-            ptrs = w1_ptrs + (offs * F1 + (r - F0) * RUN)
-        else:
-            ptrs = w2_ptrs + (offs * F2 + (r - F0 - F1) * RUN)
-        if EVEN:
-            words = tl.load(ptrs, eviction_policy="evict_first")
-        else:
-            words = tl.load(
-                ptrs, mask=valid[None, None, :, None, None], other=0, eviction_policy="evict_first"
-            )
-        data = data + (words,)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
+    for t in tl.static_range(RT):
+        for r in tl.static_range(F0 + F1 + F2):
+            if r < F0:
+                ptrs = w0_ptrs + (offs * F0 + (r * RUN + t * RL * W))
+            elif r < F0 + F1:
+                ptrs = w1_ptrs + (offs * F1 + ((r - F0) * RUN + t * RL * W))
+            else:
+                ptrs = w2_ptrs + (offs * F2 + ((r - F0 - F1) * RUN + t * RL * W))
+            if EVEN:
+                words = tl.load(ptrs, eviction_policy="evict_first")
+            else:
+                words = tl.load(
+                    ptrs, mask=valid[:, None, None], other=0, eviction_policy="evict_first"
+                )
+            data = data + (words,)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
     if GROUPS > 1:
-        SLICES: tl.constexpr = GROUP_SIZE // (4 * W)
-        PARTS: tl.constexpr = 8 // SLICES
+        data = data + _load_groups(
+            scale_ptrs, zero_ptrs, kb, valid, GROUPS, 8 // (GROUP_SIZE // (4 * W)), RT, RL
+        )  # fmt: skip
+    return data
+
+
+@triton.jit
+def _load_groups(
+    scale_ptrs, zero_ptrs, kb, valid,
+    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    RT: tl.constexpr,
+    RL: tl.constexpr,
+):  # fmt: skip
+    """Load scale and zero-point of every group of a turn, for one tile of rows after the other."""
+    data = ()
+    for t in tl.static_range(RT):
         for part in tl.static_range(PARTS):
             group = kb * PARTS + part
             # a group beyond the last counts nothing
-            counts = (valid & (group < GROUPS))[None, None, :, None]
-            group = tl.minimum(group, GROUPS - 1)[None, None, :, None]
-            scale = tl.load(scale_ptrs[:, :, None, :] + group).to(tl.float32)
-            zero = tl.load(zero_ptrs[:, :, None, :] + group)
-            data = data + (tl.where(counts, scale, 0.0), zero)  # type: ignore[assignment]  # noqa: RUF005
+            counts = (valid & (group < GROUPS))[:, None]
+            group = t * RL * GROUPS + tl.minimum(group, GROUPS - 1)[:, None]
+            scale = tl.load(scale_ptrs + group).to(tl.float32)
+            zero = tl.load(zero_ptrs + group)
+            data = data + (tl.where(counts, scale, 0.0), zero)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
     return data
 
 
 @triton.jit
 def _sum_groups(
-    data, x_ptrs, x_sum_ptrs, x_zero, kb,
+    data, x_ptrs, stride_xm, x_sums_ptr, x_zero_ptr, kb, M,
     F0: tl.constexpr,
     F1: tl.constexpr,
     F2: tl.constexpr,
@@ -220,143 +281,37 @@ def _sum_groups(
     GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     W: tl.constexpr,
+    RT: tl.constexpr,
+    MP: tl.constexpr,
     INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Scale the exact integer of every group of a turn: float32 ``[MP, RT, KB, RL]``."""
-    SLICES: tl.constexpr = GROUP_SIZE // (4 * W)
-    PARTS: tl.constexpr = 8 // SLICES
+    """Scale the exact integer of every group of a turn: RT x MP tiles of float32 ``[KB, RL]``."""
+    PARTS: tl.constexpr = 8 // (GROUP_SIZE // (4 * W))
     COUNT: tl.constexpr = 8 // PARTS
     SHIFT: tl.constexpr = 128 if F0 == 8 else 0
     RUNS: tl.constexpr = F0 + F1 + F2
-    x_zero = x_zero[:, :, None, :]
-    result = tl.full((1, 1, 1, 1), 0, tl.float32)
+    x_zeros = ()
+    for m in tl.static_range(MP):
+        x_zeros = x_zeros + (tl.load(x_zero_ptr + tl.minimum(m, M - 1)),)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
+    results = (tl.full((1, 1), 0, tl.float32),) * (RT * MP)
     for part in tl.static_range(PARTS):
-        dot = _multiply(data, x_ptrs, part * COUNT, COUNT, F0, F1, F2, W, INTERP)
-        codes = _add_codes(data, part * COUNT, COUNT, F0, F1, F2, INTERP)
-        dot = tl.sum(dot - codes * x_zero[:, :, :, :, None], axis=4)
-        group = tl.minimum(kb * PARTS + part, GROUPS - 1)[None, None, :, None]
-        x_sum = tl.load(x_sum_ptrs[:, :, None, :] + group) - GROUP_SIZE * x_zero
-        zero = MULTIPLIER * (data[RUNS + 2 * part + 1].to(tl.int32) - SHIFT) + MULTIPLIER - 1
-        integer = MULTIPLIER * dot - zero * x_sum
-        result += integer.to(tl.float32) * data[RUNS + 2 * part]
-    return result
-
-
-@triton.jit
-def _multiply(
-    data, x_ptrs,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    F0: tl.constexpr,
-    F1: tl.constexpr,
-    F2: tl.constexpr,
-    W: tl.constexpr,
-    INTERP: tl.constexpr,
-):  # fmt: skip
-    """Sum codes times activations over COUNT slices, one chain a field: ``[MP, RT, KB, RL, W]``.
-
-    Over whole blocks, codes of odd slices stay where a mask finds them, F bits up: one exact shift
-    of their sums, in the middle of the chain, stands for a shift of every word.
-    """
-    IN_PLACE: tl.constexpr = COUNT == 8 and F0 < 8
-    none = tl.full((1, 1, 1, 1, 1), 0, tl.int32)
-    sums = (none, none, none)
-    for even in tl.static_range(2):
-        for s in tl.static_range(FIRST, FIRST + COUNT):
-            if s % 2 != even:
-                x = tl.load(x_ptrs + s * W, eviction_policy="evict_last")
-                sums = _add_slice(data, x, sums, s, F0, F1, F2, IN_PLACE, INTERP)
-        if even == 0 and IN_PLACE:
-            sums = (sums[0] >> F0, sums[1] >> F1, sums[2] >> F2)
-    return _joined(sums, F0, F1, F2)
-
-
-@triton.jit
-def _add_codes(
-    data,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    F0: tl.constexpr,
-    F1: tl.constexpr,
-    F2: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    """Sum the codes of COUNT slices: int32 ``[1, RT, KB, RL, W]``."""
-    none = tl.full((1, 1, 1, 1, 1), 0, tl.int32)
-    sums = (none, none, none)
-    for s in tl.static_range(FIRST, FIRST + COUNT):
-        sums = _add_slice(
-            data, none + 0x01010101, sums, s, F0, F1, F2, IN_PLACE=False, INTERP=INTERP
+        dots = multiply_slices(
+            data, x_ptrs, stride_xm, M, part * COUNT, COUNT, F0, F1, F2, W, RT, MP, INTERP
         )
-    return _joined(sums, F0, F1, F2)
-
-
-@triton.jit
-def _add_slice(
-    data, x, sums,
-    s: tl.constexpr,
-    F0: tl.constexpr,
-    F1: tl.constexpr,
-    F2: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    INTERP: tl.constexpr,
-):  # fmt: skip
-    """Carry the chain of every field on by one slice."""
-    sum0, sum1, sum2 = sums
-    sum0 = _dp4a(_codes(data, s, 0, F0, IN_PLACE), x, sum0, F0 == 8, INTERP)
-    if F1:
-        sum1 = _dp4a(_codes(data, s, F0, F1, IN_PLACE), x, sum1, F1 == 8, INTERP)
-    if F2:
-        sum2 = _dp4a(_codes(data, s, F0 + F1, F2, IN_PLACE), x, sum2, F2 == 8, INTERP)
-    return sum0, sum1, sum2
-
-
-@triton.jit
-def _codes(
-    data,
-    s: tl.constexpr,
-    FIRST_RUN: tl.constexpr,
-    F: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-):
-    """Four codes a word of one slice; in place, those of odd slices F bits up."""
-    words = data[FIRST_RUN + s // (8 // F)]
-    if F < 8:
-        PLACE: tl.constexpr = s % (8 // F)
-        UP: tl.constexpr = PLACE % 2 if IN_PLACE else 0
-        MASK: tl.constexpr = (0x01010101 * ((1 << F) - 1)) << (F * UP)
-        # the mask as a signed word
-        SIGNED: tl.constexpr = (MASK ^ 0x80000000) - 0x80000000
-        words = (words >> (F * (PLACE - UP))) & SIGNED
-    return words
-
-
-@triton.jit
-def _joined(sums, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr):
-    """Put the sums of fields in their places."""
-    total, sum1, sum2 = sums
-    if F1:
-        total += sum1 << F0
-    if F2:
-        total += sum2 << (F0 + F1)
-    return total
-
-
-@triton.jit
-def _dp4a(codes, x, acc, SIGNED: tl.constexpr, INTERP: tl.constexpr):
-    """Add the product of four codes and four signed bytes to every element."""
-    if INTERP:
-        for lane in tl.static_range(4):
-            code = (codes << (24 - 8 * lane)) >> 24
-            acc += (code if SIGNED else code & 255) * ((x << (24 - 8 * lane)) >> 24)
-        return acc
-    elif SIGNED:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+        group = tl.minimum(kb * PARTS + part, GROUPS - 1)[:, None]
+        x_sums = ()
+        for m in tl.static_range(MP):
+            x_sum = tl.load(x_sums_ptr + tl.minimum(m, M - 1) * GROUPS + group)
+            x_sums = x_sums + (x_sum - GROUP_SIZE * x_zeros[m],)  # type: ignore[assignment]  # noqa: RUF005  as above
+        terms = ()
+        for t in tl.static_range(RT):
+            codes = add_codes(data, t * RUNS, part * COUNT, COUNT, F0, F1, F2, INTERP)
+            scale = data[RT * RUNS + 2 * (t * PARTS + part)]
+            zero = data[RT * RUNS + 2 * (t * PARTS + part) + 1].to(tl.int32) - SHIFT
+            zero = MULTIPLIER * zero + MULTIPLIER - 1
+            for m in tl.static_range(MP):
+                dot = tl.sum(dots[t * MP + m] - codes * x_zeros[m], axis=2)
+                integer = MULTIPLIER * dot - zero * x_sums[m]
+                terms = terms + (integer.to(tl.float32) * scale,)  # type: ignore[assignment]  # noqa: RUF005  as above
+        results = _added(results, terms)
+    return results

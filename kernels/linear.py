@@ -5,7 +5,8 @@
                   more                       int8 tensor cores          `tile_linear`
                   many, a scale a row        the same, pipelined        `prefill_linear`
                   where both have few bits   binary tensor cores        `binary_linear`
-    16 bits       any                        16-bit tensor cores        `half_linear`
+    16 bits       few                        16-bit tensor cores        `half_decode`
+                  more                       the same, by tiles         `half_linear`
     any           on a CPU                   plain torch                `sliced_reference`
 
 A table of the GPU says which and with which configuration (`kernels.tables`); without one the
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from kernels import binary_linear as binary
-from kernels import decode_config, half_linear, prefill_config, tile_config
+from kernels import decode_config, half_decode, half_linear, prefill_config, tile_config
 from kernels.decode_linear import decode_linear
 from kernels.fragments import ColumnOrder, FragmentTokens, FragmentWeight
 from kernels.prefill_linear import prefill_linear
@@ -49,6 +50,7 @@ __all__ = [
     "integer_linear",
     "key_of",
     "launch_binary",
+    "launch_half",
     "launch_plan",
     "make_counters",
     "plan_linear",
@@ -68,6 +70,7 @@ CONFIGS: Mapping[Route, Callable[..., Any]] = {
     Route.UNPACKED: prefill_config.PrefillConfig,
     Route.BINARY: binary.LaunchConfig,
     Route.HALF: half_linear.HalfConfig,
+    Route.HALF_DECODE: half_decode.HalfDecodeConfig,
 }
 ALL_ROUTES = frozenset(Route)
 SLICED_ROUTES = ALL_ROUTES - {Route.BINARY}
@@ -147,7 +150,9 @@ def weight_only_linear(
         return torch.nn.functional.linear(x_MK, w_NK, bias)
     key = key_of(weight, m=max(1, len(x_MK)), a_bits=HALF_BITS)
     plan = plan_linear(key, _table_of(device.index or 0))
-    return half_linear.half_linear(x_MK, weight, bias, config=plan.config)
+    if plan.route is Route.HALF_DECODE and not half_decode.can_half_decode(x_MK, weight):
+        plan = Plan(route=Route.HALF)
+    return launch_half(plan, x_MK, weight, bias)
 
 
 def make_counters(device: torch.device) -> torch.Tensor:
@@ -242,6 +247,23 @@ def launch_binary(
     return binary.binary_linear(tokens, fragments, bias, out=out, config=config)
 
 
+def launch_half(
+    plan: Plan, x_MK: torch.Tensor, weight: SlicedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Run the kernel of a plan for 16-bit activations on a GPU; see `weight_only_linear`.
+
+    Raises:
+        ValueError: if the operands do not fit each other or the route.
+    """
+    match plan.route:
+        case Route.HALF_DECODE:
+            return half_decode.half_decode(x_MK, weight, bias, config=plan.config)
+        case Route.HALF:
+            return half_linear.half_linear(x_MK, weight, bias, config=plan.config)
+        case _:
+            raise ValueError(f"route {plan.route} does not multiply 16-bit activations")
+
+
 def wants_fragments(key: TableKey, table: ConfigTable) -> bool:
     """Whether the binary tensor core answers for any number of tokens of a product."""
     answers = (table.lookup(replace(key, m=bucket)) for bucket in BUCKETS)
@@ -255,7 +277,7 @@ def column_order(config: binary.LaunchConfig) -> ColumnOrder:
 
 def _default_route(key: TableKey) -> Route:
     if key.a_bits == HALF_BITS:
-        return Route.HALF
+        return Route.HALF_DECODE if key.m <= half_decode.MAX_TOKENS else Route.HALF
     few = key.m <= DECODE_TOKENS.get(key.w_bits, decode_config.MAX_TOKENS)
     return Route.DECODE if few else Route.TILE
 

@@ -70,6 +70,8 @@ class Route(StrEnum):
     """`kernels.binary_linear`: the binary tensor core."""
     HALF = "half"
     """`kernels.half_linear`: 16-bit activations."""
+    HALF_DECODE = "half_decode"
+    """`kernels.half_decode`: the same for a few tokens, in one launch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

@@ -1,4 +1,4 @@
-"""Run the Gluon kernels of binary products on NumPy, as Gluon has no interpreter.
+"""Run Gluon kernels that multiply by whole warps on NumPy, as Gluon has no interpreter.
 
 The kernel's file is executed as Python with stand-ins for `gluon` and `gl`: a tensor is an array
 of all its elements, and an instruction in inline assembly acts on its last two axes, lane and
@@ -14,6 +14,9 @@ from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import torch
+
+from tests.kernels.half_assembly import run_statements
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 LANE = np.arange(32)
@@ -96,9 +99,13 @@ def store(pointer, value, mask=None):
 
 
 def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
+    if asm.startswith("griddepcontrol"):
+        return None
+    words = [*np.broadcast_arrays(*args)]
+    if "l" in constraints:
+        return _run_half(asm, constraints.count("="), words, dtype)
     assert not is_pure
     assert pack == 4
-    words = [*np.broadcast_arrays(*args)]
     registers = dict(enumerate(np.moveaxis(np.concatenate(words, -1), -1, 0), start=4))
     if "shfl" in asm or "mma" not in asm:
         return _sum_over_lanes(asm, registers)
@@ -106,6 +113,23 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
     a, b, c = ([registers[r] for r in group] for group in lists[1:])
     assert len(b) == {"m16n8k256": 2, "m16n8k128": 1}[re.search(r"m\d+n\d+k\d+", asm)[0]]
     return _mma(a, b, c)
+
+
+def _run_half(asm, outputs, words, dtype):
+    """Run what the half kernel writes: on every element, or on the four words of a lane."""
+    parts = [[word] if outputs == 1 else np.moveaxis(word, -1, 0) for word in words]
+    registers = {
+        f"${i}": _as_register(part) for i, part in enumerate(itertools.chain(*parts), start=outputs)
+    }
+    run_statements(asm, registers)
+    if outputs == 1:
+        return registers["$0"].astype(dtype).view(Tensor)
+    return np.stack([registers[f"${i}"] for i in range(outputs)], -1).astype(dtype).view(Tensor)
+
+
+def _as_register(array):
+    array = np.ascontiguousarray(array).view(np.ndarray)
+    return array.view(np.uint32) if array.dtype == np.int32 else array
 
 
 def _mma(a, b, c):
@@ -139,7 +163,8 @@ def _language(program):
         return np.full(shape, value, dtype).view(Tensor)
 
     return SimpleNamespace(
-        constexpr=object, int32=np.int32, int64=np.int64, uint32=np.uint32, float32=np.float32,
+        constexpr=object, int16=np.int16, int32=np.int32, int64=np.int64, uint32=np.uint32,
+        float16=np.float16, float32=np.float32, minimum=np.minimum,
         BlockedLayout=lambda *parts: None, SliceLayout=lambda *parts: None,
         SwizzledSharedLayout=lambda *parts: None, static_range=range, load=load, store=store,
         allocate_shared_memory=allocate_shared_memory, full=full,
@@ -147,31 +172,46 @@ def _language(program):
         expand_dims=np.expand_dims, reshape=np.reshape, permute=np.transpose,
         convert_layout=lambda x, layout: x,
         sum=lambda x, axis: np.sum(x, axis, dtype=x.dtype),
-        program_id=lambda axis: program[axis], inline_asm_elementwise=inline_asm_elementwise,
+        program_id=lambda axis: np.array(program[axis], np.int32).view(Tensor),
+        inline_asm_elementwise=inline_asm_elementwise,
     )  # fmt: skip
 
 
 class EmulatedKernel:
     """Launched as a jitted kernel is; runs every program in turn."""
 
-    def __init__(self, name, *, early=False):
-        self.name, self.early = name, early
+    def __init__(self, name, *, early=False, file="_binary_linear_kernel.py"):
+        self.name, self.early, self.file = name, early, file
 
     def __getitem__(self, grid):
         def launch(*args, num_warps, maxnreg, enable_fp_fusion, **constants):
-            arrays = [_argument(value) for value in args]
+            # NumPy has no bfloat16
+            held = {i: value.float() for i, value in enumerate(args) if _is_bfloat16(value)}
+            arrays = [_argument(held.get(i, value)) for i, value in enumerate(args)]
             for program in itertools.product(*map(range, grid)):
-                _kernel(self.name, program, self.early)(*arrays, **constants)
+                _kernel(self, program)(*arrays, **constants)
+            for i, value in held.items():
+                args[i].copy_(value)
 
         return launch
 
 
+def _is_bfloat16(value):
+    return getattr(value, "dtype", None) is torch.bfloat16
+
+
 def _argument(value):
-    return Pointer(value.numpy()) if hasattr(value, "numpy") else value
+    if not hasattr(value, "numpy"):
+        return value
+    if value.is_contiguous():
+        return Pointer(value.numpy())
+    # all that lies between the first element and the last
+    span = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    return Pointer(value.as_strided((span,), (1,)).numpy())
 
 
-def _kernel(name, program, early):
-    copies = Copies(early)
+def _kernel(emulated, program):
+    copies = Copies(emulated.early)
     package = ModuleType("triton.experimental.gluon")
     package.jit = lambda function: function
     package.language = _language(program)
@@ -184,8 +224,8 @@ def _kernel(name, program, early):
         package.__name__: package,
         ampere.__name__: ampere,
     }
-    file = KERNELS / "_binary_linear_kernel.py"
+    file = KERNELS / emulated.file
     namespace = {"__name__": "emulated"}
     with mock.patch.dict(sys.modules, modules):
         exec(compile(file.read_text(), str(file), "exec"), namespace)  # noqa: S102  our own file
-    return namespace[name]
+    return namespace[emulated.name]

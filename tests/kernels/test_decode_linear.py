@@ -8,13 +8,13 @@ from kernels.decode_linear import decode_linear
 from kernels.sliced import choose_slice_bytes, slice_weight, unslice_codes
 from kernels.sliced_reference import sliced_linear_reference
 from kernels.tokens import TokenCodes
-from tests.kernels.conftest import load_kernel_module
 from tests.kernels.integer_cases import (
     product_in_int64,
     random_tokens,
     random_weight,
     weight_of,
 )
+from tests.kernels.tile_cases import load_kernel_modules
 
 ONE_TURN = LaunchConfig(lane_rows=16, thread_rows=4, turn_blocks=2, num_warps=4)
 WIDTHS = [
@@ -36,9 +36,8 @@ def decode(monkeypatch, device):
         fresh = original(*args, **kwargs)
         return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh.fill_(77)
 
-    module = load_kernel_module(
-        "_decode_kernel", interpreted=device == "cpu", monkeypatch=monkeypatch
-    )
+    names = ["_decode_products", "_decode_kernel"]
+    module = load_kernel_modules(names, interpreted=device == "cpu", monkeypatch=monkeypatch)
     kernel = module.decode_linear_kernel
     monkeypatch.setattr("kernels.decode_linear.decode_linear_kernel", kernel)
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)

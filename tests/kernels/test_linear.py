@@ -8,6 +8,7 @@ from kernels.linear import (
     Plan,
     integer_linear,
     key_of,
+    launch_half,
     plan_linear,
     wants_fragments,
     weight_only_linear,
@@ -90,8 +91,16 @@ def test_every_route_has_a_configuration():
     assert set(linear.CONFIGS) == set(Route)
 
 
-def test_16_bit_activations_have_one_route():
-    assert plan_linear(key(m=1, a_bits=16), EMPTY) == Plan(route=Route.HALF)
+@pytest.mark.parametrize(("m", "route"), [(1, "half_decode"), (8, "half_decode"), (9, "half")])
+def test_few_tokens_of_16_bits_decode_too(m, route):
+    assert plan_linear(key(m=m, a_bits=16), EMPTY) == Plan(route=Route(route))
+
+
+def test_routes_of_codes_do_not_multiply_16_bit_activations():
+    _, weight = operands()
+
+    with pytest.raises(ValueError, match="route tile does not multiply 16-bit"):
+        launch_half(Plan(route=Route.TILE), torch.zeros(1, 96).half(), weight)
 
 
 @pytest.mark.parametrize("bits", [3, 8])

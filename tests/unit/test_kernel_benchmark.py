@@ -366,7 +366,8 @@ def test_a_shape_without_a_right_launch_stays_out_of_the_table(tmp_path, planned
             KernelCase(n=4096, k=4096, m=2048, w_bits=2, a_bits=2),
             {"tile", "prefill", "unpacked", "binary"},
         ),
-        (KernelCase(n=4096, k=4096, m=1, w_bits=4, a_bits=16), {"half"}),
+        (KernelCase(n=4096, k=4096, m=1, w_bits=4, a_bits=16), {"half", "half_decode"}),
+        (KernelCase(n=4096, k=4096, m=16, w_bits=4, a_bits=16), {"half"}),
     ],
 )
 def test_every_kernel_that_can_answer_proposes_launches(case, routes):
