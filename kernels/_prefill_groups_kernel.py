@@ -85,7 +85,6 @@ def prefill_groups_kernel(
     BAND: gl.constexpr = 16 * num_warps
     BANDS: gl.constexpr = BLOCK_N // BAND
     PARTS: gl.constexpr = BLOCK_M // PART_M
-    PIECES: gl.constexpr = BANDS * PARTS
     TURNS: gl.constexpr = max(1, ROUND // TURN)
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, PART_M, 32]
@@ -105,84 +104,75 @@ def prefill_groups_kernel(
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(NP, BLOCK_N)
     steps = BLOCKS * NARROWEST
     # orders run ahead: their step in their tile, the tile and its place
-    order_step, order_tile = 0, gl.program_id(0)
-    order_n, order_m = tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
-    for i in gl.static_range(STAGES - 1):
-        order_turn(
-            x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
-            ready, i, order_tile < tiles, order_n, order_m, order_step, NP,
-            F0, F1, F2, TURN, 1, BYTES,
-        )  # fmt: skip
-        order_step, order_tile, order_n, order_m = next_step(
-            order_step, order_tile, order_n, order_m, steps, M, NP, BLOCK_M, BLOCK_N, GROUP_M
-        )
+    order_step, order_tile, order_n, order_m = _order_ahead(
+        x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
+        ready, tiles, steps, M, NP,
+        F0, F1, F2, TURN, BYTES, BLOCK_M, BLOCK_N, STAGES, GROUP_M,
+    )  # fmt: skip
     # the stage of a turn, whether it was filled an even number of times, the stage before
     stage, phase, before = 0, 0, STAGES - 1
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         tile_n, tile_m = tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
         first_n = tile_n * BLOCK_N
-        zeros = gl.zeros((BAND, PART_M), gl.float32, MMA)
-        totals = ()
-        for _ in gl.static_range(PIECES):
-            totals += (zeros,)
+        totals = (gl.zeros((BAND, PART_M), gl.float32, MMA),) * (BANDS * PARTS)
         # the piece whose products run, and the one whose sums have been scaled
         running = gl.zeros((BAND, PART_M), gl.int32, MMA)
         spare = running
         scale = gl.zeros((BAND,), gl.float32, gl.SliceLayout(1, MMA))
         group = 0
-        words = _read_rows(rows_ptr, group, first_n, GROUPS, NP, BAND, BANDS, MMA)
+        next_words = _read_rows(rows_ptr, 0, first_n, GROUPS, NP, BAND, MMA)
+        words = next_words
         for _round in range(steps // TURNS):
             for _turn in gl.static_range(TURNS):
                 mbarrier.wait(ready.index(stage), phase)
-                for i in gl.static_range(TURN // GROUP_SLICES):
-                    next_words = _read_rows(
-                        rows_ptr, group + 1, first_n, GROUPS, NP, BAND, BANDS, MMA
-                    )
-                    for piece in gl.static_range(PIECES):
-                        if piece % PARTS == 0:
-                            codes = _unpack_group(
-                                w0_tiles, w1_tiles, w2_tiles, words[piece // PARTS], stage,
-                                i * GROUP_SLICES, piece // PARTS, BANDS,
-                                F0, F1, F2, TURN, GROUP_SLICES, MULTIPLIER, LEFT,
-                            )  # fmt: skip
-                        for s in gl.static_range(GROUP_SLICES):
-                            at = (stage * TURN + i * GROUP_SLICES + s) * PARTS + piece % PARTS
-                            x = x_tiles.index(at).permute((1, 0))
-                            spare = warpgroup_mma(codes[s], x, spare, use_acc=s > 0, is_async=True)
-                        running, spare = warpgroup_mma_wait(GROUP_SLICES, deps=(running, spare))
-                        if i == 0 and piece == 0:
-                            # every warp has ended the products of the turn before
-                            meet()
-                            order_turn(
-                                x_desc, w0_desc, w1_desc, w2_desc,
-                                x_stages, w0_stages, w1_stages, w2_stages,
-                                ready, before, order_tile < tiles, order_n, order_m, order_step,
-                                NP, F0, F1, F2, TURN, 1, BYTES,
-                            )  # fmt: skip
-                            order_step, order_tile, order_n, order_m = next_step(
-                                order_step, order_tile, order_n, order_m, steps, M, NP,
-                                BLOCK_M, BLOCK_N, GROUP_M,
-                            )  # fmt: skip
-                        # the piece before, of the group before where this is the first
-                        totals = _promote(
-                            totals, (piece - 1) % PIECES, running, scale, group - (piece == 0),
-                            BOUND, PIECES, SUBNORMAL,
+                codes = ()
+                for piece in gl.static_range(TURN // GROUP_SLICES * BANDS * PARTS):
+                    if piece % PARTS == 0:
+                        # then come the rows of the next band, or of the first in the next group
+                        words = next_words
+                        next_words = _read_rows(
+                            rows_ptr, group + (piece // PARTS % BANDS + 1) // BANDS,
+                            first_n + (piece // PARTS + 1) % BANDS * BAND,
+                            GROUPS, NP, BAND, MMA,
                         )  # fmt: skip
-                        scale = _scale_of(words[piece // PARTS], SUBNORMAL)
-                        running, spare = spare, running
-                    words = next_words
-                    group += 1
+                        codes = _unpack_group(
+                            w0_tiles, w1_tiles, w2_tiles, words, stage,
+                            piece // (BANDS * PARTS) * GROUP_SLICES, piece // PARTS % BANDS, BANDS,
+                            F0, F1, F2, TURN, GROUP_SLICES, MULTIPLIER, LEFT,
+                        )  # fmt: skip
+                    spare = _multiply_group(
+                        codes, x_tiles, spare,
+                        stage * TURN + piece // (BANDS * PARTS) * GROUP_SLICES,
+                        piece % PARTS, PARTS, GROUP_SLICES,
+                    )  # fmt: skip
+                    running, spare = warpgroup_mma_wait(GROUP_SLICES, deps=(running, spare))
+                    if piece == 0:
+                        # every warp has ended the products of the turn before
+                        meet()
+                        order_turn(
+                            x_desc, w0_desc, w1_desc, w2_desc,
+                            x_stages, w0_stages, w1_stages, w2_stages,
+                            ready, before, order_tile < tiles, order_n, order_m, order_step,
+                            NP, F0, F1, F2, TURN, 1, BYTES,
+                        )  # fmt: skip
+                        order_step, order_tile, order_n, order_m = next_step(
+                            order_step, order_tile, order_n, order_m, steps, M, NP,
+                            BLOCK_M, BLOCK_N, GROUP_M,
+                        )  # fmt: skip
+                    # the piece before, of the group before where this is the first
+                    totals = _promote(
+                        totals, (piece - 1) % (BANDS * PARTS), running, scale,
+                        group - (piece % (BANDS * PARTS) == 0), BOUND, SUBNORMAL,
+                    )  # fmt: skip
+                    scale = _scale_of(words, SUBNORMAL)
+                    group += (piece + 1) % (BANDS * PARTS) == 0
+                    running, spare = spare, running
                 before = stage
-                stage += 1
-                if stage == STAGES:
-                    stage = 0
-                    phase ^= 1
+                stage, phase = _next_stage(stage, phase, STAGES)
             # the compiler follows no product into the next turn of a loop: it would wait for each
             running = warpgroup_mma_wait(0, deps=(running,))
-        totals = _promote(
-            totals, PIECES - 1, running, scale, group - 1, BOUND, PIECES, SUBNORMAL
-        )
-        for piece in gl.static_range(PIECES):
+        totals = _promote(totals, BANDS * PARTS - 1, running, scale, group - 1, BOUND, SUBNORMAL)
+        for piece in gl.static_range(BANDS * PARTS):
             _finish_piece(
                 totals[piece], first_n + piece // PARTS * BAND,
                 tile_m * BLOCK_M + piece % PARTS * PART_M,
@@ -192,18 +182,41 @@ def prefill_groups_kernel(
 
 
 @gluon.jit
-def _read_rows(
-    rows_ptr, group, first_n, GROUPS, NP,
-    BAND: gl.constexpr, BANDS: gl.constexpr, MMA: gl.constexpr,
+def _order_ahead(
+    x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
+    ready, tiles, steps, M, NP,
+    F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, TURN: gl.constexpr, BYTES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """Scale and zero-point of a group for every row: int32 ``[BAND]`` each, zero beyond."""
+    """Fill all stages but one; returns what is to be ordered next."""
+    step, tile = 0, gl.program_id(0)
+    tile_n, tile_m = tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+    for i in gl.static_range(STAGES - 1):
+        order_turn(
+            x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
+            ready, i, tile < tiles, tile_n, tile_m, step, NP, F0, F1, F2, TURN, 1, BYTES,
+        )  # fmt: skip
+        step, tile, tile_n, tile_m = next_step(
+            step, tile, tile_n, tile_m, steps, M, NP, BLOCK_M, BLOCK_N, GROUP_M
+        )
+    return step, tile, tile_n, tile_m
+
+
+@gluon.jit
+def _next_stage(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def _read_rows(rows_ptr, group, first_n, GROUPS, NP, BAND: gl.constexpr, MMA: gl.constexpr):
+    """Words of a group for a band of rows: int32 ``[BAND]``, zero beyond the edge."""
     offs_n = first_n + gl.arange(0, BAND, gl.SliceLayout(1, MMA))
-    group_ptr = rows_ptr + group * NP
-    words = (gl.load(group_ptr + offs_n, mask=(offs_n < NP) & (group < GROUPS), other=0),)
-    if BANDS == 2:
-        offs_n += BAND
-        words += (gl.load(group_ptr + offs_n, mask=(offs_n < NP) & (group < GROUPS), other=0),)
-    return words
+    mask = (offs_n < NP) & (group < GROUPS)
+    return gl.load(rows_ptr + group * NP + offs_n, mask=mask, other=0)
 
 
 @gluon.jit
@@ -222,7 +235,8 @@ def _unpack_group(
         w0 = _hold_run(w0, w0_tiles, stage, FIRST + s, F0, TURN, BAND_AT, BANDS, s, LEFT)
         w1 = _hold_run(w1, w1_tiles, stage, FIRST + s, F1, TURN, BAND_AT, BANDS, s, LEFT)
         w2 = _hold_run(w2, w2_tiles, stage, FIRST + s, F2, TURN, BAND_AT, BANDS, s, LEFT)
-        codes += (_centre_codes(w0, w1, w2, centre, FIRST + s, F0, F1, F2, MULTIPLIER),)
+        code = _centre_codes(w0, w1, w2, centre, FIRST + s, F0, F1, F2, MULTIPLIER)
+        codes += (code,)  # type: ignore[assignment]
     return codes
 
 
@@ -232,7 +246,7 @@ def _hold_run(
     S: gl.constexpr, FIELD: gl.constexpr, TURN: gl.constexpr,
     BAND_AT: gl.constexpr, BANDS: gl.constexpr, NTH: gl.constexpr, LEFT: gl.constexpr,
 ):  # fmt: skip
-    """Bytes of the run that holds a field of slice S, the NTH of its group, for one band of rows."""
+    """Bytes of a band that hold a field of slice S, the NTH of its group."""
     run = held
     if FIELD > 0 and (NTH == 0 or S * FIELD % 8 == 0):
         RUNS: gl.constexpr = FIELD * TURN // 8
@@ -260,27 +274,34 @@ def _centre_codes(
 
 
 @gluon.jit
+def _multiply_group(
+    codes, x_tiles, acc, first,
+    PART: gl.constexpr, PARTS: gl.constexpr, GROUP_SLICES: gl.constexpr,
+):  # fmt: skip
+    """Start the products of a piece over the slices of a group; what acc held does not count."""
+    for s in gl.static_range(GROUP_SLICES):
+        x = x_tiles.index((first + s) * PARTS + PART).permute((1, 0))
+        acc = warpgroup_mma(codes[s], x, acc, use_acc=s > 0, is_async=True)
+    return acc
+
+
+@gluon.jit
 def _scale_of(words, SUBNORMAL: gl.constexpr):
     scale = (words & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
     return scale * 2.0**100 if SUBNORMAL else scale
 
 
 @gluon.jit
-def _promote(
-    totals, PIECE: gl.constexpr, acc, scale, group, BOUND,
-    PIECES: gl.constexpr, SUBNORMAL: gl.constexpr,
-):  # fmt: skip
+def _promote(totals, PIECE: gl.constexpr, acc, scale, group, BOUND, SUBNORMAL: gl.constexpr):
     """Add the scaled sums of a piece to its total."""
     if SUBNORMAL:
         odd = group & 1
-        values = (acc * (1 - 2 * odd) + (BOUND + (odd << 31))).to(gl.float32, bitcast=True)
+        values = (acc * (1 - 2 * odd) + (BOUND - (odd << 31))).to(gl.float32, bitcast=True)
     else:
         values = (acc + 0x4B400000).to(gl.float32, bitcast=True) - 12582912.0
     total = gl.fma(values, scale[:, None], totals[PIECE])
-    parts = ()
-    for i in gl.static_range(PIECES):
-        parts += (total if i == PIECE else totals[i],)
-    return parts
+    # the compiler has no other way
+    return totals[:PIECE] + (total,) + totals[PIECE + 1 :]  # noqa: RUF005
 
 
 @gluon.jit
@@ -292,9 +313,7 @@ def _finish_piece(
 ):  # fmt: skip
     """Take back what the bound has added, correct the tokens' zero-points, scale, store."""
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    OUT: gl.constexpr = gl.BlockedLayout(
-        [8, 1], [BAND // 8, 256 // BAND], [1, num_warps], [0, 1]
-    )
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [BAND // 8, 256 // BAND], [1, num_warps], [0, 1])
     offs_m = first_m + gl.arange(0, PART_M, ROW)
     offs_n = first_n + gl.arange(0, BAND, ROW)
     mask_m, mask_n = offs_m < M, offs_n < NP

@@ -88,7 +88,7 @@ def _move_fields(f0: int, f1: int, f2: int, s: int, up: int) -> str:
         moves += move_field(1, s * f1 % 8, f1, f0 + up, EVERY_BYTE)
     if f2:
         moves += move_field(2, s * f2 % 8, f2, f0 + f1 + up, EVERY_BYTE)
-    return moves
+    return str(moves)
 
 
 @triton.constexpr_function

@@ -12,14 +12,14 @@ so one product is always under way, and what an order costs hides behind it. Pro
 persistent: orders run on into the next tile while the results of this one are stored.
 
 Packed weights make tiles of many outputs cheap: for each column 256 outputs by 128 tokens read 128
-bytes of tokens and 32 p of weights, a third less for each product than 128 by 128. Per-channel
-scales only; the interpreter cannot run Gluon, `kernels.tile_linear` gives the same bits.
+bytes of tokens and 32 p of weights, a third less for each product than 128 by 128. The interpreter
+cannot run Gluon; with a scale a row `kernels.tile_linear` gives the same bits. Scales in groups
+have a kernel of their own, `kernels._prefill_groups_kernel`.
 
 Shape legend: M tokens, N outputs (NP with padding), K inputs (L with padding).
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels._prefill_groups_kernel import prefill_groups_kernel
 from kernels._prefill_orders import (
     along,
     down,
@@ -41,7 +42,12 @@ from kernels._prefill_orders import (
     tile_of,
 )
 from kernels.field_codes import join_assembly
-from kernels.prefill_config import PrefillConfig, prefill_configs
+from kernels.prefill_config import (
+    GroupShape,
+    PrefillConfig,
+    group_configs,
+    prefill_configs,
+)
 from kernels.sliced import SlicedWeight
 from kernels.tokens import TokenCodes
 
@@ -56,80 +62,142 @@ def prefill_linear(
     out_dtype: torch.dtype = torch.bfloat16,
     config: PrefillConfig | None = None,
 ) -> torch.Tensor:
-    """Multiply many quantized tokens by a sliced weight of per-channel scales.
+    """Multiply many quantized tokens by a sliced weight.
 
     Args:
         tokens: M tokens of L codes, rows contiguous.
-        weight: N outputs of L codes.
+        weight: N outputs of L codes; with groups only where it has `group_rows`.
         bias: float ``[N]`` or None.
         out_dtype: float16, bfloat16 or float32.
-        config: how to launch; None takes the first of `prefill_configs`.
+        config: how to launch; None takes the first of `prefill_configs` or `group_configs`.
 
     Returns:
         ``[M, N]`` of that dtype.
 
     Raises:
-        ValueError: if the weight has group scales or the columns differ.
+        ValueError: if the columns or groups differ, or the groups are not for this kernel.
     """
-    if weight.groups != 1 or tokens.codes.shape[1] != weight.columns:
-        raise ValueError(
-            f"{weight.groups} groups, or {tokens.codes.shape[1]} columns of tokens on"
-            f" {weight.columns} of the weight, are not for this kernel"
-        )
-    m, n = tokens.codes.shape[0], weight.out_features
-    out = tokens.codes.new_empty((m, n), dtype=out_dtype)
+    _check_operands(tokens, weight)
+    m = tokens.codes.shape[0]
+    out = tokens.codes.new_empty((m, weight.out_features), dtype=out_dtype)
     if not m:
         return out
+    if weight.groups > 1:
+        _launch_groups(tokens, weight, bias, out, config)
+    else:
+        _launch_rows(tokens, weight, bias, out, config)
+    return out
+
+
+def _launch_rows(
+    tokens: TokenCodes,
+    weight: SlicedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: PrefillConfig | None,
+) -> None:
+    m, n = out.shape
     config = config or prefill_configs(weight.field_bits, weight.slice_bytes)[0]
-    fields = [_field_descriptor(weight, i, config) for i in range(len(weight.fields))]
-    fields += [fields[0]] * (3 - len(fields))
-    field_bits = (*weight.field_bits, 0, 0)
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(weight.padded_rows, config.block_n)
-    _prefill_kernel[(min(tiles, config.programs),)](
-        _token_descriptor(tokens.codes, weight, config), *fields,
+    turn = 8 // weight.field_bits[-1]
+    _prefill_kernel[(_programs(config, m, weight),)](
+        *_descriptors(tokens, weight, config, turn),
         tokens.scale, tokens.zero_point, tokens.sums,
         weight.scale, weight.zero_point, weight.sums,
         bias if bias is not None else weight.scale,
         out, out.stride(0),
         m, n, weight.padded_rows, weight.columns // (8 * weight.slice_bytes), weight.in_features,
-        F0=field_bits[0],
-        F1=field_bits[1],
-        F2=field_bits[2],
-        TURN=8 // weight.field_bits[-1],
-        SLICE=weight.slice_bytes,
-        MULTIPLIER=weight.multiplier,
+        **_common_constants(weight, config),
+        TURN=turn,
         HAS_BIAS=bias is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        STAGES=config.stages,
-        GROUP_M=config.group_m,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return out
+
+
+def _launch_groups(
+    tokens: TokenCodes,
+    weight: SlicedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: PrefillConfig | None,
+) -> None:
+    rows, (m, n) = weight.group_rows, out.shape
+    assert rows is not None, "operands are checked"
+    group_slices = weight.group_size // weight.slice_bytes
+    if config is None:
+        shape = GroupShape(
+            field_bits=weight.field_bits, slice_bytes=weight.slice_bytes,
+            group_slices=group_slices, m=m, n=weight.padded_rows,
+        )  # fmt: skip
+        config = group_configs(shape)[0]
+    turn = config.turn_slices(weight.field_bits, group_slices)
+    prefill_groups_kernel[(_programs(config, m, weight),)](
+        *_descriptors(tokens, weight, config, turn),
+        tokens.scale, tokens.zero_point,
+        rows.rows, rows.terms,
+        bias if bias is not None else weight.scale,
+        out, out.stride(0),
+        m, n, weight.padded_rows, weight.columns // (8 * weight.slice_bytes),
+        weight.groups, rows.bound,
+        **_common_constants(weight, config),
+        TURN=turn,
+        GROUP_SLICES=group_slices,
+        HAS_BIAS=bias is not None,
+        SUBNORMAL=config.subnormal,
+        PART_M=config.part_m,
+        ROUND=config.round_slices,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _common_constants(weight: SlicedWeight, config: PrefillConfig) -> dict[str, int]:
+    return {
+        **dict(zip(("F0", "F1", "F2"), (*weight.field_bits, 0, 0), strict=False)),
+        "SLICE": weight.slice_bytes,
+        "MULTIPLIER": weight.multiplier,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.stages,
+        "GROUP_M": config.group_m,
+    }
+
+
+def _programs(config: PrefillConfig, m: int, weight: SlicedWeight) -> int:
+    tiles = -(-m // config.block_m) * -(-weight.padded_rows // config.block_n)
+    return min(tiles, config.programs)
+
+
+def _descriptors(
+    tokens: TokenCodes, weight: SlicedWeight, config: PrefillConfig, turn: int
+) -> list[TensorDescriptor]:
+    """Tokens and three fields; the first stands in for those that a code has not."""
+    fields = [_field_descriptor(weight, i, config, turn) for i in range(len(weight.fields))]
+    fields += [fields[0]] * (3 - len(fields))
+    return [_token_descriptor(tokens.codes, weight, config, turn), *fields]
 
 
 def _token_descriptor(
-    codes: torch.Tensor, weight: SlicedWeight, config: PrefillConfig
+    codes: torch.Tensor, weight: SlicedWeight, config: PrefillConfig, turn: int
 ) -> TensorDescriptor:
     """View tokens as ``[L / SLICE, M, SLICE]``: one box holds the slices of a turn."""
     m, columns = codes.shape
     width = weight.slice_bytes
-    box = [8 // weight.field_bits[-1], config.block_m, config.block_k]
+    box = [turn, config.block_m, config.block_k]
     shape, strides = [columns // width, m, width], [width, codes.stride(0), 1]
     return TensorDescriptor(codes, shape, strides, box, _box_layout(config, 3))
 
 
-def _field_descriptor(weight: SlicedWeight, i: int, config: PrefillConfig) -> TensorDescriptor:
+def _field_descriptor(
+    weight: SlicedWeight, i: int, config: PrefillConfig, turn: int
+) -> TensorDescriptor:
     """View a field as ``[f, tiles, BN, SLICE]``: one box holds the runs of a turn."""
     field, bits = weight.fields[i], weight.field_bits[i]
     blocks, tiles, _, stored_n, width = field.shape
     # a byte of 8 bits is a finished code
     field = field.view(torch.int8) if bits == 8 else field
-    box = [
-        bits // weight.field_bits[-1], config.block_n // stored_n, stored_n, config.block_k
-    ]  # fmt: skip
+    box = [bits * turn // 8, config.block_n // stored_n, stored_n, config.block_k]
     shape = [bits, blocks * tiles, stored_n, width]
     strides = [stored_n * width, bits * stored_n * width, width, 1]
     return TensorDescriptor(field, shape, strides, box, _box_layout(config, 4))
@@ -137,6 +205,20 @@ def _field_descriptor(weight: SlicedWeight, i: int, config: PrefillConfig) -> Te
 
 def _box_layout(config: PrefillConfig, rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=config.block_k, element_bitwidth=8, rank=rank)
+
+
+def _check_operands(tokens: TokenCodes, weight: SlicedWeight) -> None:
+    columns, groups = tokens.codes.shape[1], tokens.sums.shape[1]
+    if columns != weight.columns or groups != weight.groups:
+        raise ValueError(
+            f"tokens of {columns} columns in {groups} groups do not fit a weight of"
+            f" {weight.columns} in {weight.groups}"
+        )
+    if groups > 1 and weight.group_rows is None:
+        raise ValueError(
+            f"{groups} groups of {weight.group_size} columns and {weight.bits} bits are not for"
+            " this kernel"
+        )
 
 
 @gluon.jit
@@ -175,8 +257,12 @@ def _prefill_kernel(
 
     x_stages, x_tiles = make_stages(x_desc, STAGES, TURN, BLOCK_M, BLOCK_K)
     w0_stages, w0_tiles = make_stages(w0_desc, STAGES, R0, BLOCK_N, BLOCK_K)
-    w1_stages, w1_tiles = make_more_stages(w1_desc, w0_stages, w0_tiles, STAGES, R1, BLOCK_N, BLOCK_K)
-    w2_stages, w2_tiles = make_more_stages(w2_desc, w0_stages, w0_tiles, STAGES, R2, BLOCK_N, BLOCK_K)
+    w1_stages, w1_tiles = make_more_stages(
+        w1_desc, w0_stages, w0_tiles, STAGES, R1, BLOCK_N, BLOCK_K
+    )
+    w2_stages, w2_tiles = make_more_stages(
+        w2_desc, w0_stages, w0_tiles, STAGES, R2, BLOCK_N, BLOCK_K
+    )
     ready = make_barriers(STAGES)
 
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(NP, BLOCK_N)
