@@ -176,7 +176,7 @@ def prefill_groups_kernel(
             _finish_piece(
                 totals[piece], first_n + piece // PARTS * BAND,
                 tile_m * BLOCK_M + piece % PARTS * PART_M,
-                x_scale_ptr, x_zero_ptr, terms_ptr, bias_ptr, out_ptr, stride_om, M, N, NP,
+                x_scale_ptr, x_zero_ptr, terms_ptr, bias_ptr, out_ptr, stride_om, M, N, NP, BOUND,
                 MULTIPLIER, HAS_BIAS, SUBNORMAL, BAND, PART_M, MMA, num_warps,
             )  # fmt: skip
 
@@ -307,7 +307,7 @@ def _promote(totals, PIECE: gl.constexpr, acc, scale, group, BOUND, SUBNORMAL: g
 @gluon.jit
 def _finish_piece(
     total, first_n, first_m,
-    x_scale_ptr, x_zero_ptr, terms_ptr, bias_ptr, out_ptr, stride_om, M, N, NP,
+    x_scale_ptr, x_zero_ptr, terms_ptr, bias_ptr, out_ptr, stride_om, M, N, NP, BOUND,
     MULTIPLIER: gl.constexpr, HAS_BIAS: gl.constexpr, SUBNORMAL: gl.constexpr,
     BAND: gl.constexpr, PART_M: gl.constexpr, MMA: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -323,7 +323,7 @@ def _finish_piece(
     y = total
     if SUBNORMAL:
         added = gl.load(terms_ptr + (NP + offs_n), mask=mask_n, other=0.0)
-        y = y * 2.0**49 - down(added, MMA)
+        y = y * 2.0**49 - down(added * (BOUND * 1.0), MMA)
     # stored scales are those of whole steps
     y = y * (1.0 / MULTIPLIER) - down(w_sum, MMA) * along(x_zero, MMA)
     y = y * along(x_scale, MMA)

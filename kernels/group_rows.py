@@ -3,7 +3,7 @@
     v_w[n,k]  =  c u_w[n,k] - z_w[n,g]                             a signed byte for every code
     rows[g,n] =  bits of s_w[n,g] as float16  +  2^16 (128 - z_w[n,g])
     terms[0]  =  sum_g s_w[n,g] sum_{k in g} v_w[n,k]
-    terms[1]  =  B sum_g (-1)^g s_w[n,g]
+    terms[1]  =  sum_g (-1)^g s_w[n,g]
     B         =  the power of two from 128 G max |v_w| on: no sum of a group passes it
 
 Groups lie outermost, so that the rows of a tile are one contiguous piece. Scales of half-step grids
@@ -20,7 +20,8 @@ __all__ = ["GroupRows", "pack_group_rows"]
 
 BYTE_BITS = 8
 LARGEST_BYTE = 127
-TOKEN_REACH = 128
+TOKEN_BITS = 7
+TOKEN_REACH = 1 << TOKEN_BITS
 LARGEST_BOUND = 1 << 22
 """Twice as much still are the bits of a float32 that is exact."""
 GROUP_SIZES = (64, 128, 256)
@@ -38,6 +39,10 @@ class GroupRows:
     """float32 ``[2, NP]``."""
     bound: int
     """B."""
+
+    def bound_for(self, token_bits: int) -> int:
+        """B of tokens whose codes are narrower than a byte, and so reach less far."""
+        return self.bound >> max(0, TOKEN_BITS - token_bits)
 
 
 def pack_group_rows(
@@ -77,6 +82,6 @@ def pack_group_rows(
     steps_NS = scale.double()
     whole_NS = multiplier * sums.double() - group_size * zero_point
     signs_S = 1.0 - 2.0 * (torch.arange(scale.shape[1], device=scale.device) % 2)
-    terms = ((steps_NS * whole_NS).sum(1) / multiplier, bound * (steps_NS * signs_S).sum(1))
+    terms = ((steps_NS * whole_NS).sum(1) / multiplier, (steps_NS * signs_S).sum(1))
     words_NS = (scale.view(torch.int16).int() & 0xFFFF) | ((TOKEN_REACH - zero_point) << SCALE_BITS)
     return GroupRows(rows=words_NS.t().contiguous(), terms=torch.stack(terms).float(), bound=bound)

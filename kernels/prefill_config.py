@@ -30,7 +30,7 @@ ORDERING = 60
 """Instructions of a warp for an order."""
 ROOMY_OUTPUTS = 128 * 128
 SPILLS = 100
-"""Instructions of a warp and a group, where a tile of more outputs has rounds of several groups."""
+"""Instructions of a warp and a group that move registers to memory and back."""
 WIDE_PART = 64
 NARROW = 1.2
 """Unverified: what products of fewer tokens than 64 lose."""
@@ -149,8 +149,14 @@ def group_configs(shape: GroupShape) -> list[PrefillConfig]:
                 if shared + GROUP_SCRATCH_BYTES <= SHARED_BYTES:
                     found.append(config)
                     break
-    found.sort(key=lambda config: _predicted_clocks(config, shape))
+    found.sort(key=lambda each: (_spills(each, shape), _predicted_clocks(each, shape)))
     return [*found, *(replace(config, subnormal=False) for config in found[:1])]
+
+
+def _spills(config: PrefillConfig, shape: GroupShape) -> bool:
+    """Whether several groups in one turn of the loop ask for more registers than there are."""
+    groups_a_round = max(config.turn, config.round_slices) // shape.group_slices
+    return config.block_m * config.block_n > ROOMY_OUTPUTS and groups_a_round > 1
 
 
 def _predicted_clocks(config: PrefillConfig, shape: GroupShape) -> float:
@@ -162,7 +168,7 @@ def _predicted_clocks(config: PrefillConfig, shape: GroupShape) -> float:
     pieces = outputs / (16 * config.num_warps * config.part_m)
     unpacking = 3.5 + 2 * (len(shape.field_bits) - 1)
     bookkeeping = BOOKKEEPING * pieces + ORDERING * shape.group_slices / config.turn
-    if outputs > ROOMY_OUTPUTS and groups_a_round > 1:
+    if _spills(config, shape):
         bookkeeping += SPILLS
     instructions = (
         (2 if config.subnormal else 3) * outputs

@@ -139,7 +139,7 @@ def _launch_groups(
         bias if bias is not None else weight.scale,
         out, out.stride(0),
         m, n, weight.padded_rows, weight.columns // (8 * weight.slice_bytes),
-        weight.groups, rows.bound,
+        weight.groups, rows.bound_for(tokens.bits),
         **_common_constants(weight, config),
         TURN=turn,
         GROUP_SLICES=group_slices,
