@@ -9,8 +9,8 @@ from kernels.decode_config import MAX_TOKENS, decode_configs
 from kernels.fragments import ColumnOrder, columns_a_token
 from kernels.half_decode import HalfDecodeShape, can_group, half_decode_configs
 from kernels.half_linear import half_configs
-from kernels.linear import Plan
-from kernels.prefill_config import prefill_configs
+from kernels.linear import PREFILL_GROUPS, Plan
+from kernels.prefill_config import GroupShape, group_configs, prefill_configs
 from kernels.sliced import choose_slice_bytes, field_widths
 from kernels.tables import Route
 from kernels.tile_config import TileShape, tile_configs
@@ -70,7 +70,10 @@ def _tile_plans(case: KernelCase) -> Iterator[Plan]:
 
 
 def _prefill_plans(case: KernelCase) -> Iterator[Plan]:
-    if case.m < LEAST_PREFILL or case.groups > 1:
+    if case.m < LEAST_PREFILL:
+        return
+    if case.groups > 1:
+        yield from _grouped_prefill_plans(case)
         return
     for config in prefill_configs(field_widths(case.w_bits), _slice_bytes(case)):
         yield Plan(route=Route.PREFILL, config=config)
@@ -78,6 +81,18 @@ def _prefill_plans(case: KernelCase) -> Iterator[Plan]:
         return
     for config in prefill_configs((BYTE_BITS,), _slice_bytes(case)):
         yield Plan(route=Route.UNPACKED, config=config)
+
+
+def _grouped_prefill_plans(case: KernelCase) -> Iterator[Plan]:
+    if case.group_size not in PREFILL_GROUPS or case.w_bits == BYTE_BITS:
+        return
+    g = _slice_bytes(case)
+    shape = GroupShape(
+        field_bits=field_widths(case.w_bits), slice_bytes=g, group_slices=case.group_size // g,
+        m=case.m, n=_padded_rows(case),
+    )  # fmt: skip
+    for config in group_configs(shape):
+        yield Plan(route=Route.PREFILL, config=config)
 
 
 def _half_plans(case: KernelCase) -> Iterator[Plan]:

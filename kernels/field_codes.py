@@ -10,9 +10,10 @@ instruction of the machine.
 import triton
 import triton.language as tl
 
-__all__ = ["hold_run", "join_assembly", "join_fields", "move_field"]
+__all__ = ["centre_assembly", "hold_run", "join_assembly", "join_fields", "move_field"]
 
 EVERY_BYTE = 0x01010101
+EVERY_SIGN = 0x80808080
 
 
 @triton.jit
@@ -62,12 +63,32 @@ def join_fields(
 @triton.constexpr_function
 def join_assembly(f0: int, f1: int, f2: int, s: int) -> str:
     """Write the assembly of `join_fields` for one slice."""
-    moves = move_field(0, s * f0 % 8, f0, 0, EVERY_BYTE)
-    if f1:
-        moves += move_field(1, s * f1 % 8, f1, f0, EVERY_BYTE)
-    if f2:
-        moves += move_field(2, s * f2 % 8, f2, f0 + f1, EVERY_BYTE)
+    moves = _move_fields(f0, f1, f2, s, 0)
     return f"{{ .reg .b32 t, u; {moves}mov.b32 $0, u; }}"
+
+
+@triton.constexpr_function
+def centre_assembly(f0: int, f1: int, f2: int, s: int, multiplier: int) -> str:
+    """Write assembly that yields ``multiplier code - z`` as int8, four to an instruction.
+
+    Operands 1..3 are the bytes of the fields, operand 4 holds ``128 - z`` in every byte. No sum
+    leaves its byte where ``multiplier code - z`` fits int8, and flipping the top bit takes the 128
+    away again.
+    """
+    moves = _move_fields(f0, f1, f2, s, multiplier - 1)
+    centre = f"add.u32 u, u, $4; xor.b32 $0, u, {EVERY_SIGN}; "
+    return f"{{ .reg .b32 t, u; {moves}{centre}}}"
+
+
+@triton.constexpr_function
+def _move_fields(f0: int, f1: int, f2: int, s: int, up: int) -> str:
+    """Write the assembly that leaves the codes of one slice in u, `up` bits above the lowest."""
+    moves = move_field(0, s * f0 % 8, f0, up, EVERY_BYTE)
+    if f1:
+        moves += move_field(1, s * f1 % 8, f1, f0 + up, EVERY_BYTE)
+    if f2:
+        moves += move_field(2, s * f2 % 8, f2, f0 + f1 + up, EVERY_BYTE)
+    return str(moves)
 
 
 @triton.constexpr_function

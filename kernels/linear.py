@@ -3,7 +3,7 @@
     activations   tokens                     kernel                     module of `kernels`
     2..8 bits     few, by weight bits        dp4a product of rows       `decode_linear`
                   more                       int8 tensor cores          `tile_linear`
-                  many, a scale a row        the same, pipelined        `prefill_linear`
+                  many, on Hopper            the same, pipelined        `prefill_linear`
                   where both have few bits   binary tensor cores        `binary_linear`
     16 bits       few                        16-bit tensor cores        `half_decode`
                   more                       the same, by tiles         `half_linear`
@@ -63,6 +63,12 @@ MOST_TILES = 1 << 16
 """Of any launch that splits K: 57344 rows one by one."""
 DECODE_TOKENS: Mapping[int, int] = {1: 2, 2: 4, 3: 4}
 """Most tokens for dp4a without a table, by weight bits: its instructions fit the memory's time."""
+LEAST_PREFILL = 1024
+"""Tokens for the pipelined product without a table."""
+LEAST_PREFILL_GROUPED = 128
+"""The same where columns have scales in groups, which cost the other kernel four times the rest."""
+PREFILL_GROUPS = (64, 128)
+HOPPER = (9, 0)
 CONFIGS: Mapping[Route, Callable[..., Any]] = {
     Route.DECODE: decode_config.LaunchConfig,
     Route.TILE: tile_config.LaunchConfig,
@@ -72,6 +78,8 @@ CONFIGS: Mapping[Route, Callable[..., Any]] = {
     Route.HALF: half_linear.HalfConfig,
     Route.HALF_DECODE: half_decode.HalfDecodeConfig,
 }
+LEAST_PREFILL_OUTPUTS = 512
+"""Fewer do not fill two of its tiles."""
 ALL_ROUTES = frozenset(Route)
 SLICED_ROUTES = ALL_ROUTES - {Route.BINARY}
 
@@ -213,6 +221,10 @@ def launch_plan(
             return decode_linear(
                 tokens, weight, bias, out_dtype=out_dtype, config=config, counters=counters
             )
+        case Route.PREFILL if not _can_prefill(weight):
+            return launch_plan(
+                Plan(route=Route.TILE), tokens, weight, bias, out_dtype=out_dtype, counters=counters
+            )
         case Route.TILE:
             config = config or _select_tile(tokens, weight)
             workspace = _workspace(config, tokens, weight, counters)
@@ -222,8 +234,7 @@ def launch_plan(
         case Route.PREFILL | Route.UNPACKED:
             read = weight if plan.route is Route.PREFILL else unpack_int8(weight)
             if config is not None:
-                # a neighbour's slices may be wider than this weight's
-                config = replace(config, block_k=min(config.block_k, weight.slice_bytes))
+                config = config.fitted(read.field_bits, read.slice_bytes, _group_slices(read))
             return prefill_linear(tokens, read, bias, out_dtype=out_dtype, config=config)
         case _:
             raise ValueError(f"route {plan.route} does not multiply codes by sliced weights")
@@ -278,8 +289,25 @@ def column_order(config: binary.LaunchConfig) -> ColumnOrder:
 def _default_route(key: TableKey) -> Route:
     if key.a_bits == HALF_BITS:
         return Route.HALF_DECODE if key.m <= half_decode.MAX_TOKENS else Route.HALF
-    few = key.m <= DECODE_TOKENS.get(key.w_bits, decode_config.MAX_TOKENS)
-    return Route.DECODE if few else Route.TILE
+    if key.m <= DECODE_TOKENS.get(key.w_bits, decode_config.MAX_TOKENS):
+        return Route.DECODE
+    if key.n < LEAST_PREFILL_OUTPUTS:
+        return Route.TILE
+    if key.group == WHOLE_ROW:
+        return Route.PREFILL if key.m >= LEAST_PREFILL else Route.TILE
+    piped = key.group in PREFILL_GROUPS and key.w_bits < BYTE_BITS
+    return Route.PREFILL if piped and key.m >= LEAST_PREFILL_GROUPED else Route.TILE
+
+
+def _can_prefill(weight: SlicedWeight) -> bool:
+    """Whether the pipelined product knows the GPU and the groups."""
+    device = weight.scale.device
+    known = weight.groups == 1 or weight.group_rows is not None
+    return known and device.type == "cuda" and _capability(device.index or 0) == HOPPER
+
+
+def _group_slices(weight: SlicedWeight) -> int:
+    return weight.group_size // weight.slice_bytes if weight.groups > 1 else 0
 
 
 def _select_tile(tokens: TokenCodes, weight: SlicedWeight) -> tile_config.LaunchConfig:
@@ -312,3 +340,8 @@ def _workspace(
 @lru_cache(maxsize=16)
 def _table_of(device_index: int) -> ConfigTable:
     return load_table(torch.cuda.get_device_name(device_index))
+
+
+@lru_cache(maxsize=16)
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)

@@ -17,6 +17,7 @@ import torch
 
 from kernels import linear
 from kernels import quantize_tokens as token_kernels
+from kernels.group_rows import GroupRows
 from kernels.quantize_tokens import TokenForm
 from kernels.sliced import SlicedWeight
 from kernels.tokens import TokenCodes
@@ -164,17 +165,23 @@ def _tokens_of(parts: Tensors, bits: int) -> TokenCodes:
 
 def _tensors_of(weight: SlicedWeight) -> list[torch.Tensor]:
     per_group = [weight.scale, weight.zero_point, weight.zero_codes, weight.sums]
-    return [*per_group, *weight.fields]
+    rows = weight.group_rows
+    return [*per_group, *weight.fields, *([rows.rows, rows.terms] if rows else [])]
 
 
 def _numbers_of(weight: SlicedWeight) -> list[int]:
     sizes = [weight.in_features, weight.out_features, weight.columns, weight.bits]
-    return [*sizes, weight.multiplier, *weight.field_bits]
+    bound = weight.group_rows.bound if weight.group_rows else 0
+    return [*sizes, weight.multiplier, bound, *weight.field_bits]
 
 
 def _weight_of(tensors: Tensors, numbers: Sequence[int]) -> SlicedWeight:
     scale, zero_point, zero_codes, sums, *fields = tensors
-    in_features, out_features, columns, bits, multiplier, *field_bits = numbers
+    in_features, out_features, columns, bits, multiplier, bound, *field_bits = numbers
+    group_rows = None
+    if bound:
+        *fields, rows, terms = fields
+        group_rows = GroupRows(rows=rows, terms=terms, bound=bound)
     return SlicedWeight(
         fields=tuple(fields),
         field_bits=tuple(field_bits),
@@ -187,4 +194,5 @@ def _weight_of(tensors: Tensors, numbers: Sequence[int]) -> SlicedWeight:
         columns=columns,
         bits=bits,
         multiplier=multiplier,
+        group_rows=group_rows,
     )

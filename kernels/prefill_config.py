@@ -1,10 +1,56 @@
-"""How `kernels.prefill_linear` is launched."""
+"""How `kernels.prefill_linear` is launched.
 
-from dataclasses import dataclass
+Candidates for groups of scales are ordered by a model of an H100, none of it measured with that
+kernel. For one group of G columns of a tile, in clocks of a multiprocessor:
 
-__all__ = ["PrefillConfig", "prefill_configs"]
+    tensor cores       BN BM G / 4096, and 100 in which they wait for the first codes of a round
+    instructions       (2 BN BM + BN G / 4 (7/2 + 2 more for every further field)
+                       + 100 threads of bookkeeping for each warp and piece) / 128
+    bytes through L2   G (BM + p BN / 8) / 26
+
+The largest of the three counts, times the tiles of the busiest multiprocessor.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+__all__ = ["GroupShape", "PrefillConfig", "group_configs", "prefill_configs"]
 
 SHARED_BYTES = 227 * 1024
+SCRATCH_BYTES = 24 * 1024
+GROUP_SCRATCH_BYTES = 12 * 1024
+"""Results of a piece, not of a tile, change their layout in shared memory."""
+PRODUCTS_A_CLOCK = 4096
+LANES = 128
+L2_BYTES_A_CLOCK = 26
+IDLE_CLOCKS = 100
+BOOKKEEPING = 32
+"""Instructions of a warp for a piece."""
+ORDERING = 60
+"""Instructions of a warp for an order."""
+ROOMY_OUTPUTS = 128 * 128
+SPILLS = 100
+"""Instructions of a warp and a group that move registers to memory and back."""
+WIDE_PART = 64
+NARROW = 1.2
+"""Unverified: what products of fewer tokens than 64 lose."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupShape:
+    """What a launch with scales in groups is chosen by."""
+
+    field_bits: tuple[int, ...]
+    slice_bytes: int
+    group_slices: int
+    m: int
+    n: int
+    """NP."""
+
+    @property
+    def least_turn(self) -> int:
+        """Slices that hold whole runs and whole groups."""
+        return max(8 // self.field_bits[-1], self.group_slices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,19 +62,51 @@ class PrefillConfig:
     block_n: int
     """128 or 256 outputs."""
     block_k: int
-    """Columns of one product, 32, 64 or 128; a stored slice is cut to it."""
+    """Columns of one product, 32, 64 or 128; a stored slice is cut to it, with groups it is one."""
     stages: int
     num_warps: int = 8
     group_m: int = 8
     """Tiles of tokens walked before the next tile of weights."""
     programs: int = 132
     """One for each multiprocessor, or a multiple where registers and shared memory allow it."""
+    part_m: int = 64
+    """With groups: tokens of a piece, 32, 64 or 128. Two pieces or four need fewest registers."""
+    turn: int = 0
+    """With groups: slices of an order, 2, 4 or 8; as few as hold whole runs and groups where this
+    is less."""
+    round_slices: int = 8
+    """With groups: slices of one turn of the loop; few take fewer registers, many idle less."""
+    subnormal: bool = True
+    """With groups: read sums as subnormal floats, an instruction less for each."""
 
-    def shared_bytes(self, field_bits: tuple[int, ...]) -> int:
-        """Shared memory of the stages."""
-        turn = 8 // field_bits[-1]
+    def shared_bytes(self, field_bits: tuple[int, ...], turn: int | None = None) -> int:
+        """Shared memory of the stages, for orders of so many slices."""
+        turn = 8 // field_bits[-1] if turn is None else turn
         runs = sum(field_bits) * turn // 8
         return self.stages * self.block_k * (runs * self.block_n + turn * self.block_m)
+
+    def turn_slices(self, field_bits: tuple[int, ...], group_slices: int) -> int:
+        """Slices of an order with groups of so many slices."""
+        return max(8 // field_bits[-1], group_slices, self.turn)
+
+    def fitted(self, field_bits: tuple[int, ...], slice_bytes: int, group_slices: int = 0) -> Self:
+        """Hold products to a stored slice and stages to what shared memory has.
+
+        A table may have the launch of a neighbour whose slices are wider or whose codes are
+        narrower.
+
+        Args:
+            field_bits: of the weight.
+            slice_bytes: of the weight.
+            group_slices: slices of a group, 0 with one scale a row.
+        """
+        block_k = slice_bytes if group_slices else min(self.block_k, slice_bytes)
+        turn = self.turn_slices(field_bits, group_slices) if group_slices else None
+        room = SHARED_BYTES - (GROUP_SCRATCH_BYTES if group_slices else SCRATCH_BYTES)
+        one = replace(self, block_k=block_k, stages=1)
+        while 2 * one.shared_bytes(field_bits, turn) > room and one.block_m > 64:
+            one = replace(one, block_m=one.block_m // 2)
+        return replace(one, stages=min(self.stages, room // one.shared_bytes(field_bits, turn)))
 
 
 def prefill_configs(field_bits: tuple[int, ...], slice_bytes: int) -> list[PrefillConfig]:
@@ -47,7 +125,57 @@ def prefill_configs(field_bits: tuple[int, ...], slice_bytes: int) -> list[Prefi
                     block_m=block_m, block_n=block_n, block_k=block_k, stages=stages
                 )
                 # results change their layout in shared memory too
-                if config.shared_bytes(field_bits) + 24 * 1024 <= SHARED_BYTES:
+                if config.shared_bytes(field_bits) + SCRATCH_BYTES <= SHARED_BYTES:
                     found.append(config)
                     break
     return sorted(found, key=lambda c: (shapes.index((c.block_m, c.block_n)), c.stages < 3))
+
+
+def group_configs(shape: GroupShape) -> list[PrefillConfig]:
+    """Launches worth timing with scales in groups, best guess first."""
+    # tokens, outputs, tokens of a piece, slices of a round: long rounds spill in large tiles
+    tiles = [(256, 128, 64, 0), (128, 256, 32, 0), (128, 128, 64, 8), (64, 128, 64, 8)]
+    found = []
+    for block_m, block_n, part_m, round_slices in tiles:
+        if block_m >= 2 * max(shape.m, 64):
+            continue
+        for turn in sorted({shape.least_turn, max(4, shape.least_turn)}):
+            for stages in (4, 3, 2):
+                config = PrefillConfig(
+                    block_m=block_m, block_n=block_n, block_k=shape.slice_bytes, stages=stages,
+                    part_m=part_m, turn=turn, round_slices=round_slices,
+                )  # fmt: skip
+                shared = config.shared_bytes(shape.field_bits, turn)
+                if shared + GROUP_SCRATCH_BYTES <= SHARED_BYTES:
+                    found.append(config)
+                    break
+    found.sort(key=lambda each: (_spills(each, shape), _predicted_clocks(each, shape)))
+    return [*found, *(replace(config, subnormal=False) for config in found[:1])]
+
+
+def _spills(config: PrefillConfig, shape: GroupShape) -> bool:
+    """Whether several groups in one turn of the loop ask for more registers than there are."""
+    groups_a_round = max(config.turn, config.round_slices) // shape.group_slices
+    return config.block_m * config.block_n > ROOMY_OUTPUTS and groups_a_round > 1
+
+
+def _predicted_clocks(config: PrefillConfig, shape: GroupShape) -> float:
+    """Clocks of the busiest multiprocessor for one group of all of its tiles."""
+    tiles = -(-shape.m // config.block_m) * -(-shape.n // config.block_n)
+    group, outputs = shape.group_slices * config.block_k, config.block_m * config.block_n
+    groups_a_round = max(config.turn, config.round_slices) / shape.group_slices
+    tensor = outputs * group / PRODUCTS_A_CLOCK + IDLE_CLOCKS / groups_a_round
+    pieces = outputs / (16 * config.num_warps * config.part_m)
+    unpacking = 3.5 + 2 * (len(shape.field_bits) - 1)
+    bookkeeping = BOOKKEEPING * pieces + ORDERING * shape.group_slices / config.turn
+    if _spills(config, shape):
+        bookkeeping += SPILLS
+    instructions = (
+        (2 if config.subnormal else 3) * outputs
+        + config.block_n * group / 4 * unpacking
+        + 32 * config.num_warps * bookkeeping
+    ) / LANES
+    through_l2 = group * (config.block_m + sum(shape.field_bits) * config.block_n / 8)
+    narrow = NARROW if config.part_m < WIDE_PART else 1.0
+    busy = max(tensor, instructions, through_l2 / L2_BYTES_A_CLOCK)
+    return -(-tiles // config.programs) * busy * narrow

@@ -12,35 +12,46 @@ so one product is always under way, and what an order costs hides behind it. Pro
 persistent: orders run on into the next tile while the results of this one are stored.
 
 Packed weights make tiles of many outputs cheap: for each column 256 outputs by 128 tokens read 128
-bytes of tokens and 32 p of weights, a third less for each product than 128 by 128. Per-channel
-scales only; the interpreter cannot run Gluon, `kernels.tile_linear` gives the same bits.
+bytes of tokens and 32 p of weights, a third less for each product than 128 by 128. The interpreter
+cannot run Gluon; with a scale a row `kernels.tile_linear` gives the same bits. Scales in groups
+have a kernel of their own, `kernels._prefill_groups_kernel`.
 
 Shape legend: M tokens, N outputs (NP with padding), K inputs (L with padding).
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels._prefill_groups_kernel import prefill_groups_kernel
+from kernels._prefill_orders import (
+    along,
+    down,
+    make_barriers,
+    make_more_stages,
+    make_stages,
+    meet,
+    next_step,
+    order_turn,
+    tile_of,
+)
 from kernels.field_codes import join_assembly
-from kernels.prefill_config import PrefillConfig, prefill_configs
+from kernels.prefill_config import (
+    GroupShape,
+    PrefillConfig,
+    group_configs,
+    prefill_configs,
+)
 from kernels.sliced import SlicedWeight
 from kernels.tokens import TokenCodes
 
 __all__ = ["prefill_linear"]
-
-# names of Triton 3.6, and those that replaced them
-_order_bytes = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_meet = getattr(gl, "barrier", None) or gl.thread_barrier
-RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 def prefill_linear(
@@ -51,80 +62,142 @@ def prefill_linear(
     out_dtype: torch.dtype = torch.bfloat16,
     config: PrefillConfig | None = None,
 ) -> torch.Tensor:
-    """Multiply many quantized tokens by a sliced weight of per-channel scales.
+    """Multiply many quantized tokens by a sliced weight.
 
     Args:
         tokens: M tokens of L codes, rows contiguous.
-        weight: N outputs of L codes.
+        weight: N outputs of L codes; with groups only where it has `group_rows`.
         bias: float ``[N]`` or None.
         out_dtype: float16, bfloat16 or float32.
-        config: how to launch; None takes the first of `prefill_configs`.
+        config: how to launch; None takes the first of `prefill_configs` or `group_configs`.
 
     Returns:
         ``[M, N]`` of that dtype.
 
     Raises:
-        ValueError: if the weight has group scales or the columns differ.
+        ValueError: if the columns or groups differ, or the groups are not for this kernel.
     """
-    if weight.groups != 1 or tokens.codes.shape[1] != weight.columns:
-        raise ValueError(
-            f"{weight.groups} groups, or {tokens.codes.shape[1]} columns of tokens on"
-            f" {weight.columns} of the weight, are not for this kernel"
-        )
-    m, n = tokens.codes.shape[0], weight.out_features
-    out = tokens.codes.new_empty((m, n), dtype=out_dtype)
+    _check_operands(tokens, weight)
+    m = tokens.codes.shape[0]
+    out = tokens.codes.new_empty((m, weight.out_features), dtype=out_dtype)
     if not m:
         return out
+    if weight.groups > 1:
+        _launch_groups(tokens, weight, bias, out, config)
+    else:
+        _launch_rows(tokens, weight, bias, out, config)
+    return out
+
+
+def _launch_rows(
+    tokens: TokenCodes,
+    weight: SlicedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: PrefillConfig | None,
+) -> None:
+    m, n = out.shape
     config = config or prefill_configs(weight.field_bits, weight.slice_bytes)[0]
-    fields = [_field_descriptor(weight, i, config) for i in range(len(weight.fields))]
-    fields += [fields[0]] * (3 - len(fields))
-    field_bits = (*weight.field_bits, 0, 0)
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(weight.padded_rows, config.block_n)
-    _prefill_kernel[(min(tiles, config.programs),)](
-        _token_descriptor(tokens.codes, weight, config), *fields,
+    turn = 8 // weight.field_bits[-1]
+    _prefill_kernel[(_programs(config, m, weight),)](
+        *_descriptors(tokens, weight, config, turn),
         tokens.scale, tokens.zero_point, tokens.sums,
         weight.scale, weight.zero_point, weight.sums,
         bias if bias is not None else weight.scale,
         out, out.stride(0),
         m, n, weight.padded_rows, weight.columns // (8 * weight.slice_bytes), weight.in_features,
-        F0=field_bits[0],
-        F1=field_bits[1],
-        F2=field_bits[2],
-        TURN=8 // weight.field_bits[-1],
-        SLICE=weight.slice_bytes,
-        MULTIPLIER=weight.multiplier,
+        **_common_constants(weight, config),
+        TURN=turn,
         HAS_BIAS=bias is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        STAGES=config.stages,
-        GROUP_M=config.group_m,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return out
+
+
+def _launch_groups(
+    tokens: TokenCodes,
+    weight: SlicedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: PrefillConfig | None,
+) -> None:
+    rows, (m, n) = weight.group_rows, out.shape
+    assert rows is not None, "operands are checked"
+    group_slices = weight.group_size // weight.slice_bytes
+    if config is None:
+        shape = GroupShape(
+            field_bits=weight.field_bits, slice_bytes=weight.slice_bytes,
+            group_slices=group_slices, m=m, n=weight.padded_rows,
+        )  # fmt: skip
+        config = group_configs(shape)[0]
+    turn = config.turn_slices(weight.field_bits, group_slices)
+    prefill_groups_kernel[(_programs(config, m, weight),)](
+        *_descriptors(tokens, weight, config, turn),
+        tokens.scale, tokens.zero_point,
+        rows.rows, rows.terms,
+        bias if bias is not None else weight.scale,
+        out, out.stride(0),
+        m, n, weight.padded_rows, weight.columns // (8 * weight.slice_bytes),
+        weight.groups, rows.bound_for(tokens.bits),
+        **_common_constants(weight, config),
+        TURN=turn,
+        GROUP_SLICES=group_slices,
+        HAS_BIAS=bias is not None,
+        SUBNORMAL=config.subnormal,
+        PART_M=config.part_m,
+        ROUND=config.round_slices,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _common_constants(weight: SlicedWeight, config: PrefillConfig) -> dict[str, int]:
+    return {
+        **dict(zip(("F0", "F1", "F2"), (*weight.field_bits, 0, 0), strict=False)),
+        "SLICE": weight.slice_bytes,
+        "MULTIPLIER": weight.multiplier,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.stages,
+        "GROUP_M": config.group_m,
+    }
+
+
+def _programs(config: PrefillConfig, m: int, weight: SlicedWeight) -> int:
+    tiles = -(-m // config.block_m) * -(-weight.padded_rows // config.block_n)
+    return min(tiles, config.programs)
+
+
+def _descriptors(
+    tokens: TokenCodes, weight: SlicedWeight, config: PrefillConfig, turn: int
+) -> list[TensorDescriptor]:
+    """Tokens and three fields; the first stands in for those that a code has not."""
+    fields = [_field_descriptor(weight, i, config, turn) for i in range(len(weight.fields))]
+    fields += [fields[0]] * (3 - len(fields))
+    return [_token_descriptor(tokens.codes, weight, config, turn), *fields]
 
 
 def _token_descriptor(
-    codes: torch.Tensor, weight: SlicedWeight, config: PrefillConfig
+    codes: torch.Tensor, weight: SlicedWeight, config: PrefillConfig, turn: int
 ) -> TensorDescriptor:
     """View tokens as ``[L / SLICE, M, SLICE]``: one box holds the slices of a turn."""
     m, columns = codes.shape
     width = weight.slice_bytes
-    box = [8 // weight.field_bits[-1], config.block_m, config.block_k]
+    box = [turn, config.block_m, config.block_k]
     shape, strides = [columns // width, m, width], [width, codes.stride(0), 1]
     return TensorDescriptor(codes, shape, strides, box, _box_layout(config, 3))
 
 
-def _field_descriptor(weight: SlicedWeight, i: int, config: PrefillConfig) -> TensorDescriptor:
+def _field_descriptor(
+    weight: SlicedWeight, i: int, config: PrefillConfig, turn: int
+) -> TensorDescriptor:
     """View a field as ``[f, tiles, BN, SLICE]``: one box holds the runs of a turn."""
     field, bits = weight.fields[i], weight.field_bits[i]
     blocks, tiles, _, stored_n, width = field.shape
     # a byte of 8 bits is a finished code
     field = field.view(torch.int8) if bits == 8 else field
-    box = [
-        bits // weight.field_bits[-1], config.block_n // stored_n, stored_n, config.block_k
-    ]  # fmt: skip
+    box = [bits * turn // 8, config.block_n // stored_n, stored_n, config.block_k]
     shape = [bits, blocks * tiles, stored_n, width]
     strides = [stored_n * width, bits * stored_n * width, width, 1]
     return TensorDescriptor(field, shape, strides, box, _box_layout(config, 4))
@@ -132,6 +205,20 @@ def _field_descriptor(weight: SlicedWeight, i: int, config: PrefillConfig) -> Te
 
 def _box_layout(config: PrefillConfig, rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=config.block_k, element_bitwidth=8, rank=rank)
+
+
+def _check_operands(tokens: TokenCodes, weight: SlicedWeight) -> None:
+    columns, groups = tokens.codes.shape[1], tokens.sums.shape[1]
+    if columns != weight.columns or groups != weight.groups:
+        raise ValueError(
+            f"tokens of {columns} columns in {groups} groups do not fit a weight of"
+            f" {weight.columns} in {weight.groups}"
+        )
+    if groups > 1 and weight.group_rows is None:
+        raise ValueError(
+            f"{groups} groups of {weight.group_size} columns and {weight.bits} bits are not for"
+            " this kernel"
+        )
 
 
 @gluon.jit
@@ -168,25 +255,29 @@ def _prefill_kernel(
     )
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=4)
 
-    x_stages, x_tiles = _stages(x_desc, STAGES, TURN, BLOCK_M, BLOCK_K)
-    w0_stages, w0_tiles = _stages(w0_desc, STAGES, R0, BLOCK_N, BLOCK_K)
-    w1_stages, w1_tiles = _more_stages(w1_desc, w0_stages, w0_tiles, STAGES, R1, BLOCK_N, BLOCK_K)
-    w2_stages, w2_tiles = _more_stages(w2_desc, w0_stages, w0_tiles, STAGES, R2, BLOCK_N, BLOCK_K)
-    ready = _barriers(STAGES)
+    x_stages, x_tiles = make_stages(x_desc, STAGES, TURN, BLOCK_M, BLOCK_K)
+    w0_stages, w0_tiles = make_stages(w0_desc, STAGES, R0, BLOCK_N, BLOCK_K)
+    w1_stages, w1_tiles = make_more_stages(
+        w1_desc, w0_stages, w0_tiles, STAGES, R1, BLOCK_N, BLOCK_K
+    )
+    w2_stages, w2_tiles = make_more_stages(
+        w2_desc, w0_stages, w0_tiles, STAGES, R2, BLOCK_N, BLOCK_K
+    )
+    ready = make_barriers(STAGES)
 
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(NP, BLOCK_N)
     steps = BLOCKS * NARROWEST * CUTS
     # orders run ahead: their number, their step in their tile, the tile and its place
     order, order_step, order_tile = 0, 0, gl.program_id(0)
-    order_n, order_m = _tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+    order_n, order_m = tile_of(order_tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
     for _ in gl.static_range(STAGES - 1):
-        _order(
+        order_turn(
             x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
-            ready, order, order_tile < tiles, order_n, order_m, order_step, NP,
-            F0, F1, F2, TURN, CUTS, STAGES, BYTES,
+            ready, order % STAGES, order_tile < tiles, order_n, order_m, order_step, NP,
+            F0, F1, F2, TURN, CUTS, BYTES,
         )  # fmt: skip
         order += 1
-        order_step, order_tile, order_n, order_m = _next(
+        order_step, order_tile, order_n, order_m = next_step(
             order_step, order_tile, order_n, order_m, steps, M, NP, BLOCK_M, BLOCK_N, GROUP_M
         )
     n = 0
@@ -206,16 +297,16 @@ def _prefill_kernel(
                 acc = warpgroup_mma_wait(1, deps=(acc,))
                 if s == 0:
                     # every warp has ended the products of the turn before
-                    _meet()
-                    _order(
+                    meet()
+                    order_turn(
                         x_desc, w0_desc, w1_desc, w2_desc,
                         x_stages, w0_stages, w1_stages, w2_stages,
-                        ready, order, order_tile < tiles, order_n, order_m, order_step, NP,
-                        F0, F1, F2, TURN, CUTS, STAGES, BYTES,
+                        ready, order % STAGES, order_tile < tiles, order_n, order_m, order_step, NP,
+                        F0, F1, F2, TURN, CUTS, BYTES,
                     )  # fmt: skip
             n += 1
             order += 1
-            order_step, order_tile, order_n, order_m = _next(
+            order_step, order_tile, order_n, order_m = next_step(
                 order_step, order_tile, order_n, order_m, steps, M, NP, BLOCK_M, BLOCK_N, GROUP_M
             )
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -224,91 +315,6 @@ def _prefill_kernel(
             bias_ptr, out_ptr, stride_om, M, N, NP, K,
             MULTIPLIER, HAS_BIAS, BLOCK_M, BLOCK_N, GROUP_M, MMA, num_warps,
         )  # fmt: skip
-
-
-@gluon.jit
-def _stages(
-    desc, STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr
-):
-    """Buffers as orders fill them, a box a stage, and as products read them, a tile each."""
-    SHAPE: gl.constexpr = [STAGES] + desc.block_type.shape  # noqa: RUF005  no other way compiles
-    stages = gl.allocate_shared_memory(desc.dtype, SHAPE, desc.layout)
-    TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=WIDTH, element_bitwidth=8)
-    if RENAMED:
-        tiles = stages.reinterpret(desc.dtype, [STAGES * TILES, ROWS, WIDTH], TILE)
-    else:
-        # its name in Triton 3.6
-        tiles = stages._reinterpret(desc.dtype, [STAGES * TILES, ROWS, WIDTH], TILE)  # noqa: SLF001
-    return stages, tiles
-
-
-@gluon.jit
-def _more_stages(
-    desc, first_stages, first_tiles,
-    STAGES: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr,
-):  # fmt: skip
-    """Buffers of a further field; without one, those of the first stand in and are not used."""
-    if TILES > 0:
-        stages, tiles = _stages(desc, STAGES, TILES, ROWS, WIDTH)
-    else:
-        stages, tiles = first_stages, first_tiles
-    return stages, tiles
-
-
-@gluon.jit
-def _barriers(STAGES: gl.constexpr):
-    """One barrier a stage, which the bytes of its orders complete."""
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-    return ready
-
-
-@gluon.jit
-def _next(
-    step, tile, tile_n, tile_m, steps, M, NP,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
-):  # fmt: skip
-    """The step after this one, in this tile or in the next of this program."""
-    step += 1
-    if step == steps:
-        step = 0
-        tile += gl.num_programs(0)
-        tile_n, tile_m = _tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
-    return step, tile, tile_n, tile_m
-
-
-@gluon.jit
-def _order(
-    x_desc, w0_desc, w1_desc, w2_desc, x_stages, w0_stages, w1_stages, w2_stages,
-    ready, order, here, tile_n, tile_m, step, NP,
-    F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr,
-    TURN: gl.constexpr, CUTS: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
-):  # fmt: skip
-    """Order the bytes of one step of one tile."""
-    NARROWEST: gl.constexpr = 8 // TURN
-    BOX_N: gl.constexpr = w0_desc.block_type.shape[1]
-    STORED_N: gl.constexpr = w0_desc.block_type.shape[2]
-    BLOCK_K: gl.constexpr = w0_desc.block_type.shape[3]
-    BLOCK_M: gl.constexpr = x_desc.block_type.shape[1]
-    stage = order % STAGES
-    bar = ready.index(stage)
-    turn = step // CUTS
-    cut = step % CUTS * BLOCK_K
-    # tiles beyond the last row are those of the next block: read, never stored
-    at = turn // NARROWEST * (NP // STORED_N) + tile_n * BOX_N
-    part = turn % NARROWEST
-    mbarrier.expect(bar, BYTES, pred=here)
-    place = [part * (F0 // NARROWEST), at, 0, cut]
-    _order_bytes(w0_desc, place, bar, w0_stages.index(stage), pred=here)
-    if F1 > 0:
-        place1 = [part * (F1 // NARROWEST), at, 0, cut]
-        _order_bytes(w1_desc, place1, bar, w1_stages.index(stage), pred=here)
-    if F2 > 0:
-        place2 = [part * (F2 // NARROWEST), at, 0, cut]
-        _order_bytes(w2_desc, place2, bar, w2_stages.index(stage), pred=here)
-    place_x = [turn * TURN, tile_m * BLOCK_M, cut]
-    _order_bytes(x_desc, place_x, bar, x_stages.index(stage), pred=here)
 
 
 @gluon.jit
@@ -323,7 +329,7 @@ def _finish(
     OUT: gl.constexpr = gl.BlockedLayout(
         [8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, num_warps], [0, 1]
     )
-    pid_n, pid_m = _tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
+    pid_n, pid_m = tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, ROW)
     offs_n = pid_n * BLOCK_N + gl.arange(0, BLOCK_N, ROW)
     mask_m, mask_n = offs_m < M, offs_n < NP
@@ -334,39 +340,17 @@ def _finish(
     w_sum = gl.load(w_sums_ptr + offs_n, mask=mask_n, other=0)
     w_scale = gl.load(w_scale_ptr + offs_n, mask=mask_n, other=0.0).to(gl.float32)
     # int32 may wrap on the way; the result fits
-    whole = acc * MULTIPLIER - _down(w_zero, MMA) * _along(x_rest, MMA)
-    whole -= _down(w_sum, MMA) * _along(x_zero * MULTIPLIER, MMA)
-    y = whole.to(gl.float32) * _down(w_scale, MMA) * _along(x_scale, MMA)
+    whole = acc * MULTIPLIER - down(w_zero, MMA) * along(x_rest, MMA)
+    whole -= down(w_sum, MMA) * along(x_zero * MULTIPLIER, MMA)
+    y = whole.to(gl.float32) * down(w_scale, MMA) * along(x_scale, MMA)
     if HAS_BIAS:
         bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
-        y += _down(bias, MMA)
+        y += down(bias, MMA)
     y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), OUT)
     rows_n = pid_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
     rows_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
     out_ptrs = out_ptr + rows_n[:, None] + (rows_m.to(gl.int64) * stride_om)[None, :]
     gl.store(out_ptrs, y, mask=(rows_n < N)[:, None] & (rows_m < M)[None, :])
-
-
-@gluon.jit
-def _down(v, MMA: gl.constexpr):
-    return gl.convert_layout(v, gl.SliceLayout(1, MMA))[:, None]
-
-
-@gluon.jit
-def _along(v, MMA: gl.constexpr):
-    return gl.convert_layout(v, gl.SliceLayout(0, MMA))[None, :]
-
-
-@gluon.jit
-def _tile_of(pid, M, NP, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
-    """Walk GROUP_M tiles of tokens before the next tile of weights."""
-    tiles_m = gl.cdiv(M, BLOCK_M)
-    tiles_n = gl.cdiv(NP, BLOCK_N)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    # beyond the last tile nothing is ordered; one keeps the division defined
-    height = gl.maximum(gl.minimum(tiles_m - first_m, GROUP_M), 1)
-    within = pid % (GROUP_M * tiles_n)
-    return within // height, first_m + within % height
 
 
 @gluon.jit

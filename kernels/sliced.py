@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.group_rows import GroupRows, pack_group_rows
 from kernels.layouts import WORD_BITS, unpack_codes
 
 __all__ = [
@@ -75,6 +76,8 @@ class SlicedWeight:
     """L."""
     bits: int
     multiplier: int
+    group_rows: GroupRows | None = None
+    """Where columns have scales in groups and the pipelined product can serve them."""
 
     @property
     def slice_bytes(self) -> int:
@@ -177,11 +180,18 @@ def slice_weight(
     multiplier = 2 if half_step else 1
     zero = multiplier * (zero_point.to(torch.int32) - shift) + (multiplier - 1)
     _check_range(zero, bits, multiplier, in_features // groups)
+    scale, zero = _pad_rows(scale, np_rows), _pad_rows(zero, np_rows)
+    group_rows = None
+    if groups > 1:
+        group_rows = pack_group_rows(
+            scale, zero, sums, rows=n, bits=bits, multiplier=multiplier,
+            group_size=in_features // groups,
+        )  # fmt: skip
     return SlicedWeight(
         fields=tuple(fields),
         field_bits=widths,
-        scale=_pad_rows(scale.float() / 2 if half_step else scale, np_rows),
-        zero_point=_pad_rows(zero, np_rows),
+        scale=scale.float() / 2 if half_step else scale,
+        zero_point=zero,
         zero_codes=_pad_rows(zero_point, np_rows),
         sums=sums,
         in_features=in_features,
@@ -189,6 +199,7 @@ def slice_weight(
         columns=columns,
         bits=bits,
         multiplier=multiplier,
+        group_rows=group_rows,
     )
 
 

@@ -63,7 +63,7 @@ class Route(StrEnum):
     TILE = "tile"
     """`kernels.tile_linear`: int8 tensor cores."""
     PREFILL = "prefill"
-    """`kernels.prefill_linear`: int8 tensor cores, many tokens, a scale a row."""
+    """`kernels.prefill_linear`: int8 tensor cores, many tokens."""
     UNPACKED = "unpacked"
     """The same after `kernels.unpack` has given every code a byte."""
     BINARY = "binary"

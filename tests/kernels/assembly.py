@@ -15,6 +15,7 @@ def run_assembly(text, words):
         "and.b32": lambda a, b: a & b,
         "or.b32": lambda a, b: a | b,
         "xor.b32": lambda a, b: a ^ b,
+        "add.u32": lambda a, b: a + b,
         "mov.b32": lambda a: a,
         "sub.f16x2": lambda a, b: lanes(a, torch.float16) - lanes(b, torch.float16),
         "fma.rn.bf16x2": lambda a, b, c: (

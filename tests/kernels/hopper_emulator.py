@@ -1,6 +1,6 @@
-"""Run the Gluon prefill kernel on NumPy, as Gluon has no interpreter.
+"""Run the Gluon prefill kernels on NumPy, as Gluon has no interpreter.
 
-The kernel's file runs as Python with stand-ins for Gluon. Copies land at once or only when they are
+Their files run as Python with stand-ins for Gluon. Copies land at once or only when they are
 waited for, and a product reads its operands as late as the waits allow: a buffer that is filled too
 early or read too soon gives wrong results. Layouts are not modelled; machine code shows those.
 """
@@ -15,13 +15,14 @@ import torch
 
 from tests.kernels.assembly import run_assembly
 
-SOURCE = Path(__file__).parents[2] / "kernels" / "prefill_linear.py"
+KERNELS = Path(__file__).parents[2] / "kernels"
+MODULES = ("_prefill_orders", "_prefill_groups_kernel", "prefill_linear")
 GARBAGE = 0x55
 
 
 class Tensor(np.ndarray):
-    def to(self, dtype):
-        return self.astype(dtype)
+    def to(self, dtype, bitcast=False):
+        return self.view(dtype) if bitcast else self.astype(dtype)
 
 
 class Pointer:
@@ -102,16 +103,19 @@ class Machine:
             target[...] = data
         barrier.copies, barrier.expected, barrier.waited = [], None, barrier.waited + 1
 
-    def multiply(self, left, right, acc, is_async):
-        self.products.append((left, right, acc))
+    def multiply(self, left, right, acc, is_async, use_acc=True):
+        # what is not added to is written over, and is garbage until then
+        acc = acc if use_acc else np.full_like(acc, GARBAGE)
+        self.products.append((left, right, acc, use_acc))
         return acc
 
     def wait_products(self, outstanding, deps):
         while len(self.products) > outstanding:
-            left, right, acc = self.products.pop(0)
+            left, right, acc, use_acc = self.products.pop(0)
             left = left.array if isinstance(left, Memory) else left
-            acc += (left.astype(np.float64) @ right.array.astype(np.float64)).astype(np.int32)
-        return deps[0]
+            product = (left.astype(np.float64) @ right.array.astype(np.float64)).astype(np.int32)
+            acc[...] = product + acc if use_acc else product
+        return deps[0] if len(deps) == 1 else deps
 
 
 class Kernel:
@@ -149,8 +153,19 @@ def store(pointer, value, mask):
 
 
 def inline_assembly(text, constraints, args, dtype, is_pure, pack):
-    words = [np.ascontiguousarray(arg).view(np.uint32) for arg in args]
+    words = []
+    for arg in args:
+        if arg.itemsize == 1:
+            words.append(np.ascontiguousarray(arg).view(np.uint32))
+        else:
+            # the same word for all columns: each of the four elements has a register
+            assert arg.shape[1] == 1
+            words += [np.broadcast_to(arg.view(np.uint32), words[0].shape)] * 4
     return run_assembly(text, words).astype(np.uint32).view(np.int8)
+
+
+def multiply_add(a, b, c):
+    return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def language(machine):
@@ -162,7 +177,8 @@ def language(machine):
     gl.num_programs = lambda axis: machine.programs
     gl.static_range, gl.cdiv = range, lambda a, b: -(-a // b)
     gl.minimum, gl.maximum = min, max
-    gl.int32, gl.int64, gl.float32, gl.int8 = np.int32, np.int64, np.float32, np.int8
+    gl.int8, gl.int16, gl.int32, gl.int64 = np.int8, np.int16, np.int32, np.int64
+    gl.float16, gl.float32, gl.fma = np.float16, np.float32, multiply_add
     gl.arange = lambda start, stop, layout: np.arange(start, stop).view(Tensor)
     gl.zeros = lambda shape, dtype, layout: np.zeros(shape, dtype).view(Tensor)
     gl.convert_layout = lambda value, layout: value
@@ -197,7 +213,10 @@ def emulated_prefill(*, late):
         f"{root}.gluon.language.nvidia.hopper": hopper,
         f"{root}.gluon.nvidia.hopper": hopper,
     }
-    scope = {"__name__": "emulated"}
-    with mock.patch.dict(sys.modules, stand_ins):
-        exec(compile(SOURCE.read_text(), str(SOURCE), "exec"), scope)  # noqa: S102  our own file
-    return scope["prefill_linear"]
+    names = [f"kernels.{name}" for name in MODULES]
+    with mock.patch.dict(sys.modules, stand_ins | {name: ModuleType(name) for name in names}):
+        for name, qualified in zip(MODULES, names, strict=True):
+            file = KERNELS / f"{name}.py"
+            code = compile(file.read_text(), str(file), "exec")
+            exec(code, vars(sys.modules[qualified]))  # noqa: S102  our own file
+        return sys.modules[qualified].prefill_linear

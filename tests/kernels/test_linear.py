@@ -46,10 +46,31 @@ def operands(bits=3, n=70, k=96, m=3, groups=1):
 @pytest.mark.parametrize(
     ("w_bits", "m", "route"),
     [(1, 2, "decode"), (1, 3, "tile"), (2, 4, "decode"), (2, 5, "tile"), (4, 8, "decode"),
-     (4, 9, "tile"), (8, 8, "decode"), (2, 2048, "tile")],
+     (4, 9, "tile"), (8, 8, "decode"), (2, 512, "tile"), (2, 2048, "prefill")],
 )  # fmt: skip
-def test_without_a_table_few_tokens_decode(w_bits, m, route):
+def test_without_a_table_few_tokens_decode_and_many_are_pipelined(w_bits, m, route):
     assert plan_linear(key(w_bits, m), EMPTY) == Plan(route=Route(route))
+
+
+@pytest.mark.parametrize(
+    ("w_bits", "group", "m", "route"),
+    [(4, 128, 64, "tile"), (4, 128, 128, "prefill"), (2, 64, 2048, "prefill"),
+     (4, 32, 2048, "tile"), (8, 128, 2048, "tile")],
+)  # fmt: skip
+def test_without_a_table_groups_are_pipelined_where_codes_less_zero_points_are_bytes(
+    w_bits, group, m, route
+):
+    assert plan_linear(key(w_bits, m, group=group), EMPTY) == Plan(route=Route(route))
+
+
+def test_what_the_pipelined_kernel_cannot_run_goes_to_tiles(monkeypatch):
+    tokens, weight = operands(groups=3)
+    launched = []
+    monkeypatch.setattr(linear, "tile_linear", lambda *_, **options: launched.append(options))
+
+    linear.launch_plan(Plan(route=Route.PREFILL), tokens, weight)
+
+    assert len(launched) == 1
 
 
 def test_a_table_decides_route_and_configuration():
@@ -125,7 +146,7 @@ def test_fragments_are_wanted_where_the_binary_tensor_core_is_fastest():
     assert wants_fragments(key(m=1, a_bits=2), table)
     assert not wants_fragments(key(m=1, a_bits=8), table)
     assert plan_linear(asked, table, with_fragments=True).route is Route.BINARY
-    assert plan_linear(asked, table).route is Route.TILE
+    assert plan_linear(asked, table).route is Route.PREFILL
 
 
 def test_a_split_launch_counts_in_what_it_is_given():

@@ -42,6 +42,18 @@ def test_the_joint_operator_is_quantization_and_product(bits, groups, shape):
     assert torch.equal(out, expected(x, weight, bias, a_bits=6))
 
 
+def test_a_weight_comes_back_with_the_rows_of_its_groups():
+    weight = weight_of(3, k=256, groups=2)
+
+    back = ops._weight_of(ops._tensors_of(weight), ops._numbers_of(weight))  # noqa: SLF001  the operand form
+
+    assert torch.equal(back.group_rows.rows, weight.group_rows.rows)
+    assert torch.equal(back.group_rows.terms, weight.group_rows.terms)
+    assert back.group_rows.bound == weight.group_rows.bound
+    assert back.field_bits == weight.field_bits
+    assert all(map(torch.equal, back.fields, weight.fields))
+
+
 def test_both_operators_in_turn_give_the_same():
     x, weight = torch.randn(5, 96).bfloat16(), weight_of(2, half_step=True)
 

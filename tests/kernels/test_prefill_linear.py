@@ -22,10 +22,11 @@ def test_candidates_fit_shared_memory_and_start_with_many_outputs(bits, slice_by
     assert all(c.block_k <= slice_bytes and c.stages > 1 for c in configs)
 
 
-def test_group_scales_are_refused():
-    weight, _ = sliced_weight(random_codes(64, 256, 4), 4, groups=2)
+@pytest.mark.parametrize(("bits", "groups"), [(8, 2), (4, 8)])
+def test_groups_that_it_does_not_know_are_refused(bits, groups):
+    weight, _ = sliced_weight(random_codes(64, 256, bits), bits, groups=groups)
 
-    with pytest.raises(ValueError, match="2 groups"):
+    with pytest.raises(ValueError, match=f"{groups} groups of {256 // groups} columns"):
         prefill_linear(token_codes(2, weight, 8), weight)
 
 
