@@ -22,7 +22,7 @@ EMPTY = ConfigTable(gpu="none", entries={})
 
 
 def key(w_bits=2, m=1, **others):
-    return TableKey.of(**{"a_bits": 8, "w_bits": w_bits, "group": -1, "n": 64, "k": 64, "m": m,
+    return TableKey.of(**{"a_bits": 8, "w_bits": w_bits, "group": -1, "n": 512, "k": 512, "m": m,
                           **others})  # fmt: skip
 
 
@@ -63,6 +63,10 @@ def test_without_a_table_groups_are_pipelined_where_codes_less_zero_points_are_b
     assert plan_linear(key(w_bits, m, group=group), EMPTY) == Plan(route=Route(route))
 
 
+def test_without_a_table_few_outputs_are_not_pipelined():
+    assert plan_linear(key(4, 2048, n=511), EMPTY) == Plan(route=Route.TILE)
+
+
 def test_what_the_pipelined_kernel_cannot_run_goes_to_tiles(monkeypatch):
     tokens, weight = operands(groups=3)
     launched = []
@@ -86,7 +90,7 @@ def test_a_table_decides_route_and_configuration():
 
 
 def test_a_configuration_that_no_kernel_knows_is_refused_by_its_key():
-    with pytest.raises(InvalidTableError, match="some gpu: a8 w2 g-1 64x64 m1"):
+    with pytest.raises(InvalidTableError, match="some gpu: a8 w2 g-1 512x512 m1"):
         plan_linear(key(), table_of(key(), Route.DECODE, block_q=3))
 
 
