@@ -32,7 +32,7 @@ from kernels.split_sum import share_of_turns, sum_splits
 from kernels.tile_config import LaunchConfig, TileShape, select_config
 from kernels.tokens import TokenCodes
 
-__all__ = ["SplitWorkspace", "tile_linear", "tile_linear_reference"]
+__all__ = ["SplitWorkspace", "tile_linear"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,34 +132,6 @@ def tile_linear(
         **({"launch_pdl": True} if config.pdl else {}),
     )  # fmt: skip
     return out
-
-
-def tile_linear_reference(
-    tokens: TokenCodes,
-    codes_NK: torch.Tensor,
-    weight: SlicedWeight,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Compute `tile_linear` in float32 output from the codes of the weight, in int64.
-
-    Args:
-        tokens: as `tile_linear` takes them.
-        codes_NK: integer ``[N, K]``, 128 lower where the weight has 8 bits.
-        weight: its scales, zero-points and multiplier are read.
-        bias: float ``[N]`` or None.
-    """
-    n, k = codes_NK.shape
-    groups = weight.scale.shape[1]
-    u_x = tokens.codes[:, :k].long() - tokens.zero_point[:, None]
-    u_w = codes_NK.long().view(n, groups, k // groups) * weight.multiplier
-    u_w = u_w - weight.zero_point[:n, :, None]
-    out_MN = torch.zeros(len(u_x), n, device=u_x.device)
-    for g, part in enumerate(torch.split(u_x, k // groups, dim=1)):
-        # exact: float64 holds every integer below 2^53, and the layout holds sums below 2^31
-        whole_MN = part.double() @ u_w[:, g].double().t()
-        out_MN += whole_MN.float() * weight.scale[:n, g].float()
-    out_MN *= tokens.scale[:, None]
-    return out_MN if bias is None else out_MN + bias.float()
 
 
 @triton.jit

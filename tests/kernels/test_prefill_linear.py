@@ -4,9 +4,13 @@ import torch
 from kernels.prefill_config import PrefillConfig, prefill_configs
 from kernels.prefill_linear import prefill_linear
 from kernels.sliced import field_widths
-from kernels.tile_linear import tile_linear_reference
 from tests.kernels.hopper_emulator import emulated_prefill
-from tests.kernels.tile_cases import random_codes, sliced_weight, token_codes
+from tests.kernels.tile_cases import (
+    product_of_codes,
+    random_codes,
+    sliced_weight,
+    token_codes,
+)
 
 SHARED_BYTES = 227 * 1024
 
@@ -46,7 +50,7 @@ def test_orders_bring_every_byte_in_time_and_no_buffer_is_filled_too_early(bits,
         tokens, weight, bias, out_dtype=torch.float32, config=config
     )
 
-    assert torch.equal(actual, tile_linear_reference(tokens, codes, weight, bias))
+    assert torch.equal(actual, product_of_codes(tokens, codes, weight, bias))
 
 
 def test_half_step_grids_double_their_codes():
@@ -56,7 +60,7 @@ def test_half_step_grids_double_their_codes():
 
     actual = emulated_prefill(late=True)(tokens, weight, out_dtype=torch.float32, config=config)
 
-    assert torch.equal(actual, tile_linear_reference(tokens, codes, weight))
+    assert torch.equal(actual, product_of_codes(tokens, codes, weight))
 
 
 @pytest.mark.gpu
@@ -68,7 +72,7 @@ def test_prefill_equals_an_int64_product(bits, block_rows):
     )
     tokens = token_codes(300, weight, 8, device="cuda")
     bias = torch.randn(700, device="cuda")
-    expected = tile_linear_reference(tokens, codes, weight, bias)
+    expected = product_of_codes(tokens, codes, weight, bias)
 
     for config in prefill_configs(weight.field_bits, weight.slice_bytes):
         actual = prefill_linear(tokens, weight, bias, out_dtype=torch.float32, config=config)
@@ -84,4 +88,4 @@ def test_few_programs_walk_many_tiles():
 
     actual = prefill_linear(tokens, weight, out_dtype=torch.float32, config=config)
 
-    assert torch.equal(actual, tile_linear_reference(tokens, codes, weight))
+    assert torch.equal(actual, product_of_codes(tokens, codes, weight))

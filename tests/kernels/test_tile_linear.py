@@ -6,6 +6,7 @@ import torch
 from kernels.tile_config import LaunchConfig, TileShape, select_config, tile_configs
 from tests.kernels.tile_cases import (
     load_kernel_modules,
+    product_of_codes,
     random_codes,
     sliced_weight,
     token_codes,
@@ -40,7 +41,7 @@ def poisoned_empty(monkeypatch):
 
 def equal_to_int64(module, tokens, weight, codes, config, bias=None):
     actual = module.tile_linear(tokens, weight, bias, out_dtype=torch.float32, config=config)
-    expected = module.tile_linear_reference(tokens, codes, weight, bias)
+    expected = product_of_codes(tokens, codes, weight, bias)
     return torch.equal(actual, expected)
 
 
@@ -87,7 +88,7 @@ def test_splitting_k_changes_no_bit_and_leaves_the_workspace_clean(
     tokens = token_codes(9, weight, 8, device=device)
     config = dataclasses.replace(SMALL, splits=splits)
     workspace = tile_linear.SplitWorkspace.for_launch(config, 9, 128, torch.device(device))
-    expected = tile_linear.tile_linear_reference(tokens, codes, weight)
+    expected = product_of_codes(tokens, codes, weight)
 
     for _ in range(2):
         actual = tile_linear.tile_linear(
@@ -122,7 +123,7 @@ def test_group_scales_split_over_programs_stay_within_rounding(tile_linear, devi
 
     actual = tile_linear.tile_linear(tokens, weight, out_dtype=torch.float32, config=config)
 
-    expected = tile_linear.tile_linear_reference(tokens, codes, weight)
+    expected = product_of_codes(tokens, codes, weight)
     # four terms: each sum of two rounds once, at most the sum of their magnitudes
     torch.testing.assert_close(actual, expected, rtol=0, atol=float(expected.abs().max()) * 2**-21)
 
@@ -158,7 +159,7 @@ def test_short_outputs_are_the_rounded_float32(tile_linear, device, dtype):
 
     actual = tile_linear.tile_linear(tokens, weight, out_dtype=dtype, config=SMALL)
 
-    expected = tile_linear.tile_linear_reference(tokens, codes, weight)
+    expected = product_of_codes(tokens, codes, weight)
     assert actual.dtype == dtype
     # the interpreter cuts bfloat16 where a GPU rounds it
     one = torch.finfo(dtype).eps if dtype == torch.bfloat16 else torch.finfo(dtype).eps / 2

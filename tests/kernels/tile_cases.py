@@ -48,3 +48,19 @@ def random_codes(n, k, bits, fill=None):
 def token_codes(m, weight, bits, *, fill=None, device="cpu"):
     tokens = random_tokens(m, weight.in_features, bits, device, fill)
     return TokenCodes.from_activations(tokens, groups=weight.groups, columns=weight.columns)
+
+
+def product_of_codes(tokens, codes, weight, bias=None):
+    """Zero-points first, products in float64 below 2^53, scales in float32, groups in order."""
+    n, k = codes.shape
+    groups = weight.scale.shape[1]
+    u_x = tokens.codes[:, :k].long() - tokens.zero_point[:, None]
+    u_w = codes.long().view(n, groups, k // groups) * weight.multiplier
+    u_w = u_w - weight.zero_point[:n, :, None]
+    out = torch.zeros(len(u_x), n, device=u_x.device)
+    for g, part in enumerate(torch.split(u_x, k // groups, dim=1)):
+        # exact: float64 holds every integer below 2^53, and the layout holds sums below 2^31
+        whole = part.double() @ u_w[:, g].double().t()
+        out += whole.float() * weight.scale[:n, g].float()
+    out *= tokens.scale[:, None]
+    return out if bias is None else out + bias.float()
