@@ -46,19 +46,6 @@ def opcodes(text):
 
 def product_loop(text):
     """Count the instructions of the shortest loop that holds a matrix instruction."""
-    return min(_product_loops(text), key=lambda loop: loop.total())
-
-
-def whole_product_loop(text):
-    """Count those of the longest such loop that neither stores results nor ends the kernel."""
-    inner = [
-        loop for loop in _product_loops(text)
-        if not any(op.startswith(("STG", "EXIT")) for op in loop)
-    ]  # fmt: skip
-    return max(inner, key=lambda loop: loop.total())
-
-
-def _product_loops(text):
     lines, labels = [], {}
     for line in text.splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line):
@@ -72,7 +59,7 @@ def _product_loops(text):
             loop = Counter(op for op, _ in lines[labels[target.group(1)] : end + 1])
             if any("MMA" in op for op in loop):
                 loops.append(loop)
-    return loops
+    return min(loops, key=lambda loop: loop.total())
 
 
 def spills(counts):
