@@ -10,7 +10,7 @@ demo: .venv/.demo
 	$(BIN)/abq demo $(DEMO_ARGS)
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
