@@ -16,13 +16,15 @@ from benchmarks.accuracy import (
     add_common_options,
     common_case,
     earlier_rows,
+    in_order,
     make_schedule,
     read_names,
+    read_pairs,
 )
 from benchmarks.case import RECIPES, Method
 from benchmarks.measurement import write_measurement
 
-__all__ = ["VARIANTS", "identity", "main"]
+__all__ = ["VARIANTS", "main"]
 
 CONFIGS = "w4a16,w3a16,w2a16g64,w4a8,w4a4,w2a8g64"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -56,31 +58,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     settings = cases[0].settings()
     names = {json.dumps(dict(each)): name for name, each in VARIANTS.items()}
-    rows = earlier_rows(options, settings, identity, set(_wanted(options)))
+    rows = earlier_rows(options, settings, "variant", set(_wanted(options)))
     for row in make_schedule(options).run(cases):
         found = {"variant": names[json.dumps(row.get("ingredients", {}))], **row}
-        rows = _in_order([*rows, found])
+        rows = in_order([*rows, found], read_names(CONFIGS), "variant", list(VARIANTS))
         # after every row, so that a run that is killed loses nothing
         write_measurement(options.name, rows, options.out, settings=settings)
         console.print(json.dumps(found), markup=False)
     console.print(_table(rows))
 
 
-def identity(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Configuration and variant of a row."""
-    return row["config"], row["variant"]
-
-
 def _wanted(options: argparse.Namespace) -> list[tuple[str, str]]:
     """Configuration and variant of every row, the first variants of all configurations first."""
     every = [(config, name) for name in options.variants for config in options.configs]
     return options.rows or every
-
-
-def _in_order(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    names, configs = list(VARIANTS), read_names(CONFIGS)
-    configs += sorted({row["config"] for row in rows} - set(configs))
-    return sorted(rows, key=lambda row: (configs.index(row["config"]), names.index(row["variant"])))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -102,11 +93,6 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _rows(text: str) -> list[tuple[str, str]]:
-    pairs = [each.partition(":") for each in read_names(text)]
-    return [(config, variant) for config, _, variant in pairs]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
     parser.add_argument("--configs", type=read_names, default=read_names(CONFIGS))
@@ -114,7 +100,10 @@ def _parser() -> argparse.ArgumentParser:
         "--variants", type=read_names, default=list(VARIANTS), help=", ".join(VARIANTS)
     )
     parser.add_argument(
-        "--rows", type=_rows, default=[], help="CONFIG:VARIANT,...: these rows alone, in this order"
+        "--rows",
+        type=read_pairs,
+        default=[],
+        help="CONFIG:VARIANT,...: these rows alone, in this order",
     )
     parser.add_argument(
         "--method", type=Method, choices=list(RECIPES), default=Method.ABQ, help="of ours"

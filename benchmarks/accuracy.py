@@ -6,7 +6,7 @@ python -m benchmarks.accuracy --model DIR --eval-text wikitext2-test.txt \
 
 import argparse
 import json
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ __all__ = [
     "add_common_options",
     "common_case",
     "earlier_rows",
-    "identity",
+    "in_order",
     "main",
     "make_schedule",
     "read_names",
+    "read_pairs",
 ]
 
 CONFIGS = "w4a16,w4a16g64,w3a16g64,w2a16g64,w4a8,w6a6,w4a4,w2a8g64"
@@ -43,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [common_case(options, config, method) for config, method in wanted]
     settings = cases[0].settings()
     again = {(case.config, case.method.value) for case in cases}
-    rows = earlier_rows(options, settings, identity, again)
+    rows = earlier_rows(options, settings, "method", again)
     for row in make_schedule(options).run(cases):
-        rows = _in_order([*rows, row])
+        rows = in_order([*rows, row], read_names(CONFIGS), "method", list(Method))
         # after every row, so that a run that is killed loses nothing
         path = write_measurement(options.name, rows, options.out, settings=settings)
         console.print(f"{len(rows)} rows in {path}: {json.dumps(row)}", markup=False)
@@ -86,7 +87,7 @@ def common_case(options: argparse.Namespace, config: str, method: Method) -> Cas
 def earlier_rows(
     options: argparse.Namespace,
     settings: Row,
-    identity: Callable[[Row], tuple[str, str]],
+    column: str,
     again: Container[tuple[str, str]],
 ) -> list[Row]:
     """Rows of the file that this run does not measure again; none unless told to append.
@@ -100,20 +101,15 @@ def earlier_rows(
     record = json.loads(path.read_bytes())
     if record.get("settings") != settings:
         raise SystemExit(f"{path} was measured with {record.get('settings')}, not {settings}")
-    return [row for row in record["rows"] if identity(row) not in again]
+    return [row for row in record["rows"] if (row["config"], row[column]) not in again]
 
 
-def identity(row: Row) -> tuple[str, str]:
-    """Configuration and method of a row."""
-    return row["config"], row["method"]
-
-
-def _in_order(rows: Sequence[Row]) -> list[Row]:
-    configs, methods = read_names(CONFIGS), list(Method)
-    configs += sorted({row["config"] for row in rows} - set(configs))
-    return sorted(
-        rows, key=lambda row: (configs.index(row["config"]), methods.index(row["method"]))
-    )
+def in_order(
+    rows: Sequence[Row], configs: Sequence[str], column: str, names: Sequence[str]
+) -> list[Row]:
+    """Sort by configuration, those not named last, and by the place of a column among names."""
+    known = [*configs, *sorted({row["config"] for row in rows} - set(configs))]
+    return sorted(rows, key=lambda row: (known.index(row["config"]), names.index(row[column])))
 
 
 def _table(model: str, rows: Sequence[Row]) -> Table:
@@ -147,9 +143,14 @@ def read_names(text: str) -> list[str]:
     return [each for each in text.split(",") if each]
 
 
-def _rows(text: str) -> list[tuple[str, Method]]:
+def read_pairs(text: str) -> list[tuple[str, str]]:
+    """Read ``CONFIG:NAME`` between commas."""
     pairs = [each.partition(":") for each in read_names(text)]
-    return [(config, Method(method)) for config, _, method in pairs]
+    return [(config, name) for config, _, name in pairs]
+
+
+def _rows(text: str) -> list[tuple[str, Method]]:
+    return [(config, Method(method)) for config, method in read_pairs(text)]
 
 
 def _methods(text: str) -> list[Method]:
