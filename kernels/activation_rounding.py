@@ -115,6 +115,7 @@ class RoundedActivations(torch.autograd.Function):
         return dx_MK, None
 
 
+LEAST_SCALE = tl.constexpr(MIN_ACTIVATION_SCALE)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 """The largest finite float32."""
 
@@ -125,7 +126,7 @@ def _place(x, MAX_CODE: tl.constexpr):
     lowest = tl.min(x, axis=0)
     highest = tl.max(x, axis=0)
     span = tl.maximum(highest, 0.0) - tl.minimum(lowest, 0.0)
-    scale = tl.maximum(tl.div_rn(span, MAX_CODE * 1.0), 1e-5)
+    scale = tl.maximum(tl.div_rn(span, MAX_CODE * 1.0), LEAST_SCALE)
     # written so that NaN is not finite either
     strange = tl.sum(tl.where(tl.abs(x) <= LARGEST, 0, 1), axis=0)
     scale = tl.where(strange > 0, float("nan"), scale)
@@ -167,7 +168,7 @@ def _gradient_kernel(x_ptr, grad_ptr, dx_ptr, K, MAX_CODE: tl.constexpr, BLOCK_K
     centred = tl.minimum(tl.maximum(code, 0.0), MAX_CODE * 1.0) - zero
     of_scale = tl.sum(grad * (centred - tl.where(inside, steps, 0.0)), axis=0)
     # a scale at its least, and an end that zero sets, do not move with x
-    of_end = tl.where(tl.div_rn(span, MAX_CODE * 1.0) >= 1e-5, of_scale, 0.0) / MAX_CODE
+    of_end = tl.where(tl.div_rn(span, MAX_CODE * 1.0) >= LEAST_SCALE, of_scale, 0.0) / MAX_CODE
     is_high = mask_k & (tl.where(highest >= 0.0, x - highest, 1.0) == 0.0)
     is_low = mask_k & (tl.where(lowest <= 0.0, x - lowest, 1.0) == 0.0)
     highs = tl.maximum(tl.sum(is_high.to(tl.float32), axis=0), 1.0)

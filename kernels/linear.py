@@ -28,10 +28,12 @@ from kernels import decode_config, half_decode, half_linear, prefill_config, til
 from kernels.decode_linear import decode_linear
 from kernels.fragments import ColumnOrder, FragmentTokens, FragmentWeight
 from kernels.prefill_linear import prefill_linear
+from kernels.quantize_tokens import MAX_FEATURES, TokenForm, code_tokens
 from kernels.sliced import SlicedWeight, unslice_codes
 from kernels.sliced_reference import sliced_linear_reference
 from kernels.tables import (
     BUCKETS,
+    GROUPS,
     WHOLE_ROW,
     ConfigTable,
     InvalidTableError,
@@ -46,6 +48,7 @@ from kernels.unpack import unpack_half_reference, unpack_int8
 
 __all__ = [
     "Plan",
+    "can_multiply",
     "column_order",
     "integer_linear",
     "key_of",
@@ -54,6 +57,7 @@ __all__ = [
     "launch_plan",
     "make_counters",
     "plan_linear",
+    "quantized_linear",
     "wants_fragments",
     "weight_only_linear",
 ]
@@ -131,6 +135,31 @@ def integer_linear(
         assert fragments is not None, "a plan without fragments is never binary"
         return launch_binary(plan, tokens, fragments, bias, out_dtype=out_dtype)
     return launch_plan(plan, tokens, weight, bias, out_dtype=out_dtype, counters=counters)
+
+
+def quantized_linear(
+    x: torch.Tensor, weight: SlicedWeight, bias: torch.Tensor | None = None, *, a_bits: int
+) -> torch.Tensor:
+    """Quantize tokens and multiply them.
+
+    Args:
+        x: float ``[..., K]``.
+        weight: N outputs.
+        bias: float ``[N]`` or None.
+        a_bits: 2..8.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+    """
+    form = TokenForm(bits=a_bits, groups=weight.groups, columns=weight.columns)
+    tokens = code_tokens(x.reshape(-1, x.shape[-1]).contiguous(), form)
+    out_MN = integer_linear(tokens, weight, bias, out_dtype=x.dtype)
+    return out_MN.view(*x.shape[:-1], weight.out_features)
+
+
+def can_multiply(in_features: int, groups: int) -> bool:
+    """Whether `quantized_linear` takes a weight of so many columns and scale groups."""
+    return in_features <= MAX_FEATURES and (groups == 1 or in_features // groups in GROUPS)
 
 
 def weight_only_linear(

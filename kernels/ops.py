@@ -16,9 +16,8 @@ from collections.abc import Sequence
 import torch
 
 from kernels import linear
-from kernels import quantize_tokens as token_kernels
 from kernels.group_rows import GroupRows
-from kernels.quantize_tokens import TokenForm
+from kernels.quantize_tokens import TokenForm, code_tokens
 from kernels.sliced import SlicedWeight
 from kernels.tokens import TokenCodes
 
@@ -82,7 +81,7 @@ def quantized_linear(
 def _quantize_tokens(
     x: torch.Tensor, bits: int, groups: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens = _quantize(x, bits, groups, columns)
+    tokens = code_tokens(x, TokenForm(bits=bits, groups=groups, columns=columns))
     return tokens.codes, tokens.scale, tokens.zero_point, tokens.sums
 
 
@@ -135,9 +134,7 @@ def _quantized_linear(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     sliced = _weight_of(weight, numbers)
-    tokens = _quantize(x.reshape(-1, x.shape[-1]), a_bits, sliced.groups, sliced.columns)
-    out = linear.integer_linear(tokens, sliced, bias, out_dtype=x.dtype)
-    return out.view(*x.shape[:-1], sliced.out_features)
+    return linear.quantized_linear(x, sliced, bias, a_bits=a_bits)
 
 
 @_quantized_linear.register_fake
@@ -149,13 +146,6 @@ def _(
     _bias: torch.Tensor | None,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], numbers[OUT_FEATURES]))
-
-
-def _quantize(x_MK: torch.Tensor, bits: int, groups: int, columns: int) -> TokenCodes:
-    form = TokenForm(bits=bits, groups=groups, columns=columns)
-    if x_MK.device.type == "cpu":
-        return token_kernels.quantize_tokens_reference(x_MK, form)
-    return token_kernels.quantize_tokens(x_MK, form)
 
 
 def _tokens_of(parts: Tensors, bits: int) -> TokenCodes:

@@ -22,10 +22,12 @@ from kernels.layer_math import Gate, Norm, add_and_normalize, apply_gate, apply_
 from kernels.tokens import TokenCodes
 
 __all__ = [
+    "MAX_FEATURES",
     "Launch",
     "LaunchConfig",
     "NormedTokens",
     "TokenForm",
+    "code_tokens",
     "halves",
     "launch_tokens",
     "new_tokens",
@@ -110,6 +112,12 @@ def quantize_tokens(
     tokens = new_tokens(x_MK, x_MK.shape[1], form, out)
     launch_tokens(Launch(x=x_MK, features=x_MK.shape[1], tokens=tokens), config)
     return tokens
+
+
+def code_tokens(x_MK: torch.Tensor, form: TokenForm) -> TokenCodes:
+    """Quantize tokens where they are: by the kernel on a GPU, in plain torch on a CPU."""
+    on_cpu = x_MK.device.type == "cpu"
+    return (quantize_tokens_reference if on_cpu else quantize_tokens)(x_MK, form)
 
 
 def quantize_tokens_reference(x_MK: torch.Tensor, form: TokenForm) -> TokenCodes:

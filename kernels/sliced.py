@@ -80,6 +80,13 @@ class SlicedWeight:
     """Where columns have scales in groups and the pipelined product can serve them."""
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor."""
+        per_group = (self.scale, self.zero_point, self.zero_codes, self.sums)
+        rows = () if self.group_rows is None else (self.group_rows.rows, self.group_rows.terms)
+        return sum(each.nbytes for each in (*self.fields, *per_group, *rows))
+
+    @property
     def slice_bytes(self) -> int:
         """G."""
         return self.fields[0].shape[-1]

@@ -26,6 +26,7 @@ from typing import Any, Self
 __all__ = [
     "BUCKETS",
     "CONFIGS",
+    "GROUPS",
     "WHOLE_ROW",
     "ConfigTable",
     "InvalidTableError",

@@ -9,8 +9,8 @@ from torch import nn
 
 from engine.architecture import Architecture
 from engine.models.loading import SourceModel
-from engine.numerics.affine import fake_quantize_activations
 from engine.spec import FULL_BITS
+from kernels.activation_rounding import round_activations
 
 __all__ = ["OverlaidModel"]
 
@@ -67,4 +67,4 @@ class OverlaidModel:
 
     def _round_inputs(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         seen = inputs[0]
-        return (fake_quantize_activations(seen, self.a_bits).to(seen.dtype), *inputs[1:])
+        return (round_activations(seen, self.a_bits).to(seen.dtype), *inputs[1:])

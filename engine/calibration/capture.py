@@ -20,8 +20,8 @@ from engine.families.base import LayerCall
 from engine.models.blocks import BlockModel
 from engine.models.parts import entry_names, exit_names
 from engine.modules.rotated import RotatedEmbedding
-from engine.numerics.affine import fake_quantize_activations
 from engine.spec import FULL_BITS
+from kernels.activation_rounding import round_activations
 
 __all__ = ["BlockCall", "BlockInputs", "capture_inputs"]
 
@@ -63,8 +63,8 @@ class RoundedKeysAndValues:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Round ``[B, heads, T, head_dim]``, one scale a token and head; differentiable."""
         return (
-            fake_quantize_activations(keys, self._bits).to(keys.dtype),
-            fake_quantize_activations(values, self._bits).to(values.dtype),
+            round_activations(keys, self._bits).to(keys.dtype),
+            round_activations(values, self._bits).to(values.dtype),
         )
 
 

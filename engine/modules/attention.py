@@ -17,8 +17,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from engine.numerics.affine import fake_quantize_activations
 from engine.spec import FULL_BITS
+from kernels.activation_rounding import round_activations
 
 __all__ = ["AttentionProbe", "SeenAttention", "round_queries"]
 
@@ -117,7 +117,7 @@ class _RoundedQueries(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention:
             given = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
             query = given.pop("query")
-            rounded = fake_quantize_activations(query, self._bits).to(query.dtype)
+            rounded = round_activations(query, self._bits).to(query.dtype)
             return func(query=rounded, **given)
         return func(*args, **(kwargs or {}))
 

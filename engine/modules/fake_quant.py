@@ -25,12 +25,12 @@ from engine.numerics.affine import (
     affine_params,
     dequantize_weight,
     fake_quantize,
-    fake_quantize_activations,
     quantize_weight,
     weight_range,
 )
 from engine.numerics.hadamard import rotate_columns
 from engine.spec import FULL_BITS, WeightGrid
+from kernels.activation_rounding import round_activations
 
 __all__ = ["FakeQuantLinear", "RangeClip", "WeightChange", "keep_range"]
 
@@ -175,7 +175,7 @@ class FakeQuantLinear(nn.Module):
             out = multiply_codes(seen, self._codes(weight, params), params, self.a_bits, bias)
             return out.to(x.dtype)
         full = self.a_bits == FULL_BITS
-        seen = seen.float() if full else fake_quantize_activations(seen, self.a_bits)
+        seen = seen.float() if full else round_activations(seen, self.a_bits)
         w_NK = fake_quantize(weight, group_range, self.grid, self.offset)  # noqa: N806  shape suffix
         bias = None if bias is None else bias.float()
         return nn.functional.linear(seen, w_NK, bias).to(x.dtype)

@@ -9,7 +9,6 @@ from typing_extensions import override
 
 from engine.modules.operand import (
     Operand,
-    can_be_sliced,
     derive_operand,
     multiply,
     operand_bytes,
@@ -20,6 +19,7 @@ from engine.numerics.affine import AffineParams, dequantize_weight, quantize_wei
 from engine.spec import FULL_BITS, WeightGrid
 from kernels.int_linear import PackedWeight
 from kernels.layouts import pack_codes, packed_words, unpack_codes
+from kernels.linear import can_multiply
 from kernels.sliced import SlicedWeight, slice_weight
 
 __all__ = ["QuantLinear"]
@@ -32,8 +32,9 @@ class QuantLinear(nn.Module):
     ``[P, N, ceil(K / 32)]``, ``weight_scale`` float16 ``[N, S]``, ``weight_zero_point`` uint8
     ``[N, S]`` and ``bias`` ``[N]`` or None. What the machine multiplies with is derived from them
     by `prepare`: int8 columns on a CPU (one byte a weight; `kernels.cpu_linear` says why), a
-    dequantized float32 weight on a CPU where activations stay in full precision, and slices of
-    fields on a GPU (`kernels.sliced`). A layer that is not prepared multiplies the planes.
+    dequantized float32 weight on a CPU where activations stay in full precision, and, where
+    they are rounded, slices of fields on a GPU (`kernels.sliced`). A layer that is not prepared
+    multiplies the planes.
 
     With `input_hadamard`, the block of a Hadamard transform, inputs are transformed before they are
     rounded and multiplied; the codes are those of the transformed weight
@@ -160,12 +161,13 @@ class QuantLinear(nn.Module):
         """
         # a dense weight kept on the GPU would undo the packing
         on_gpu = self.weight_packed.device.type != "cpu"
-        keeps_packed = self.a_bits == FULL_BITS and on_gpu and not dense
-        slices = on_gpu and self.a_bits != FULL_BITS and can_be_sliced(*self._row)
-        if keeps_packed:
+        rounds_inputs = self.a_bits != FULL_BITS
+        if on_gpu and not rounds_inputs and not dense:
             self._operand = None
+        elif on_gpu and rounds_inputs and can_multiply(*self._row):
+            self._operand = self.sliced()
         else:
-            self._operand = self.sliced() if slices else self._derive()
+            self._operand = self._derive()
         return self
 
     def sliced(self) -> SlicedWeight:

@@ -12,13 +12,11 @@ from kernels.cpu_linear import CpuWeight, cpu_linear, prepare_cpu_weight
 from kernels.float_linear import float_linear
 from kernels.int_linear import PackedWeight, integer_linear
 from kernels.layouts import pack_codes
-from kernels.linear import integer_linear as sliced_linear
-from kernels.quantize_tokens import TokenForm, quantize_tokens, quantize_tokens_reference
+from kernels.linear import quantized_linear
 from kernels.sliced import SlicedWeight
 
 __all__ = [
     "Operand",
-    "can_be_sliced",
     "derive_operand",
     "multiply",
     "multiply_codes",
@@ -29,14 +27,6 @@ __all__ = [
 Operand = CpuWeight | PackedWeight | SlicedWeight | torch.Tensor
 """A tensor is a float weight ``[N, K]``."""
 BYTE_PLANES = 8
-SLICED_GROUPS = (32, 64, 128)
-MOST_SLICED_INPUTS = 32768
-
-
-def can_be_sliced(in_features: int, groups: int) -> bool:
-    """Whether the fast kernels of a GPU take a weight of so many columns and groups."""
-    group = in_features // groups
-    return in_features <= MOST_SLICED_INPUTS and (groups == 1 or group in SLICED_GROUPS)
 
 
 def multiply_codes(
@@ -94,11 +84,9 @@ def multiply(
     """Multiply float ``[..., K]``, rounded to `a_bits`, by an operand; the dtype of ``x``."""
     if isinstance(operand, torch.Tensor):
         return float_linear(x, operand, bias)
-    x_MK = x.reshape(-1, x.shape[-1])  # noqa: N806  shape suffix
     if isinstance(operand, SlicedWeight):
-        out_MN = _multiply_sliced(x_MK, operand, a_bits, bias)  # noqa: N806  shape suffix
-        return out_MN.view(*x.shape[:-1], operand.out_features)
-    tokens = quantize_activations(x_MK, a_bits)
+        return quantized_linear(x, operand, bias, a_bits=a_bits)
+    tokens = quantize_activations(x.reshape(-1, x.shape[-1]), a_bits)
     if isinstance(operand, CpuWeight):
         out_MN = cpu_linear(tokens, operand, bias)  # noqa: N806  shape suffix
     else:
@@ -109,23 +97,9 @@ def multiply(
 def operand_bytes(operand: Operand) -> int:
     """Bytes of what was derived beside a checkpoint's buffers; packed planes are those buffers."""
     match operand:
-        case torch.Tensor():
+        case torch.Tensor() | SlicedWeight():
             return operand.nbytes
         case CpuWeight():
             return sum(each.nbytes for each in operand.columns)
-        case SlicedWeight():
-            return sum(each.nbytes for each in operand.fields)
         case _:
             return 0
-
-
-def _multiply_sliced(
-    x_MK: torch.Tensor,  # noqa: N803  shape suffix
-    weight: SlicedWeight,
-    a_bits: int,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    form = TokenForm(bits=a_bits, groups=weight.groups, columns=weight.columns)
-    on_cpu = x_MK.device.type == "cpu"
-    tokens = (quantize_tokens_reference if on_cpu else quantize_tokens)(x_MK.contiguous(), form)
-    return sliced_linear(tokens, weight, bias, out_dtype=x_MK.dtype)

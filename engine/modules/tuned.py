@@ -18,8 +18,9 @@ from torch import nn
 from typing_extensions import override
 
 from engine.modules.linear import QuantLinear
-from engine.numerics.affine import fake_quantize_activations, round_through
+from engine.numerics.affine import round_through
 from engine.spec import FULL_BITS
+from kernels.activation_rounding import round_activations
 from kernels.layouts import pack_codes
 
 __all__ = ["TunedLinear"]
@@ -59,7 +60,7 @@ class TunedLinear(nn.Module):
         """Apply the layer to float ``[..., K]``; the result has the dtype of ``x``."""
         seen = self.transform(x.float())
         if self.a_bits != FULL_BITS:
-            seen = fake_quantize_activations(seen, self.a_bits)
+            seen = round_activations(seen, self.a_bits)
         scale_NS1 = (self.scale * self.gain.exp()).unsqueeze(-1)  # noqa: N806  shape suffix
         weight = (self._grouped() * scale_NS1).view(self.centred.shape)
         bias = None if self.bias is None else self.bias.float()

@@ -21,7 +21,6 @@ import torch
 
 from engine.numerics.straight_through import FakeQuantize
 from engine.spec import PER_CHANNEL, WeightGrid
-from kernels.activation_rounding import round_activations
 
 __all__ = [
     "AffineParams",
@@ -30,7 +29,6 @@ __all__ = [
     "dequantize_weight",
     "doubled_codes",
     "fake_quantize",
-    "fake_quantize_activations",
     "quantize_weight",
     "round_through",
     "weight_range",
@@ -165,21 +163,6 @@ def fake_quantize(
         w_NSG, scale_NS.unsqueeze(-1), zero_point_NS1, offset_NSG, grid
     )  # type: ignore[no-untyped-call]  # torch has no types here
     return out.view(w_NK.shape)
-
-
-def fake_quantize_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Quantize and dequantize over the last dimension, straight-through, one scale a vector.
-
-    The formula is that of `kernels.activation_quant`.
-
-    Args:
-        x: float ``[..., K]``.
-        bits: 2..8.
-
-    Returns:
-        float32 ``[..., K]``.
-    """
-    return round_activations(x, bits)
 
 
 def round_through(x: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,11 @@ from engine.numerics.affine import (
     GroupRange,
     affine_params,
     dequantize_weight,
-    fake_quantize_activations,
     quantize_weight,
     weight_range,
 )
 from engine.spec import WeightGrid
+from kernels.activation_rounding import round_activations
 
 __all__ = ["round_weight", "rounded_inputs", "rounded_weights"]
 
@@ -67,7 +67,7 @@ def rounded_inputs(linears: Sequence[nn.Linear], bits: int) -> Iterator[None]:
 
     def round_input(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[torch.Tensor]:
         x: torch.Tensor = arguments[0]
-        return (fake_quantize_activations(x, bits).to(x.dtype),)
+        return (round_activations(x, bits).to(x.dtype),)
 
     with ExitStack() as hooks:
         for linear in linears:

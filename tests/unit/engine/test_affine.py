@@ -7,12 +7,12 @@ from engine.numerics.affine import (
     dequantize_weight,
     doubled_codes,
     fake_quantize,
-    fake_quantize_activations,
     quantize_weight,
     weight_range,
 )
 from engine.spec import PER_CHANNEL, QuantSpec, WeightGrid
 from kernels.activation_quant import dequantize_activations, quantize_activations
+from kernels.activation_rounding import round_activations
 
 GRIDS = [
     WeightGrid(bits=bits, group_size=group, symmetric=symmetric, bit_balance=balance)
@@ -156,13 +156,13 @@ def test_fake_quantized_activations_equal_the_kernels(bits):
 
     expected = dequantize_activations(quantize_activations(x.view(15, 48), bits)).view_as(x)
 
-    assert torch.equal(fake_quantize_activations(x, bits), expected)
+    assert torch.equal(round_activations(x, bits), expected)
 
 
 def test_activations_pass_gradients_through():
     x = torch.randn(4, 32, requires_grad=True)
 
-    (fake_quantize_activations(x, 8) * torch.arange(32)).sum().backward()
+    (round_activations(x, 8) * torch.arange(32)).sum().backward()
 
     assert float(x.grad[:, 5].mean()) == pytest.approx(5, abs=2)
 

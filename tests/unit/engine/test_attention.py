@@ -19,9 +19,9 @@ from engine.methods.recipes import method_of
 from engine.models.blocks import ResidentModel
 from engine.models.loading import read_config
 from engine.modules.attention import AttentionProbe, round_queries
-from engine.numerics.affine import fake_quantize_activations
 from engine.recipe import Ingredients, Recipe
 from engine.spec import FULL_BITS, QuantSpec
+from kernels.activation_rounding import round_activations
 from tests.tiny_models import FAMILIES, TINY, save_tiny_model
 from tests.unit.engine.block_tasks import QUIET, TOKENS, make_spec, make_task
 from tests.unit.engine.quantized_models import save_checkpoint
@@ -120,7 +120,7 @@ def test_rounded_queries_are_what_attention_is_given(tmp_path, model_type):
     round_queries(task.block, 3)
 
     found = probed(task, task.block).query
-    assert torch.equal(found, fake_quantize_activations(plain, 3))
+    assert torch.equal(found, round_activations(plain, 3))
     assert not torch.equal(found, plain)
 
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from engine.modules.fake_quant import FakeQuantLinear
 from engine.modules.linear import QuantLinear
-from engine.modules.operand import can_be_sliced, multiply
+from engine.modules.operand import multiply, operand_bytes
 from engine.modules.swap import (
     named_linears,
     prepare_model,
@@ -14,6 +14,7 @@ from engine.modules.swap import (
 )
 from engine.numerics.affine import affine_params, weight_range
 from engine.spec import QuantSpec
+from kernels.linear import can_multiply
 
 
 def layer_of(notation, *, bias=True, features=(96, 20)):
@@ -75,6 +76,16 @@ def test_slices_in_groups_differ_by_the_order_of_a_sum_at_most(notation):
     torch.testing.assert_close(found, layer.prepare()(x), rtol=1e-5, atol=1e-5)
 
 
+def test_everything_that_slices_keep_is_counted():
+    sliced = layer_of("w2a8g64", features=(128, 64))[0].sliced()
+    per_group = 2 + 4 + 1 + 4  # scale, zero-point, its code, code sum
+
+    kept = 64 * 256 * 2 // 8 + 64 * 2 * per_group + sum(
+        each.nbytes for each in (sliced.group_rows.rows, sliced.group_rows.terms)
+    )  # fmt: skip
+    assert operand_bytes(sliced) == kept
+
+
 def test_slices_on_a_half_step_grid_need_no_doubled_codes():
     spec = QuantSpec(w_bits=2, a_bits=8, half_step=True)
     twin = FakeQuantLinear(nn.Linear(96, 20), spec.weight_grid("any"), 8)
@@ -99,7 +110,7 @@ def test_slices_on_a_half_step_grid_need_no_doubled_codes():
     ],
 )
 def test_the_fast_kernels_take_whole_rows_and_the_usual_groups(columns, groups, fits):
-    assert can_be_sliced(columns, groups) == fits
+    assert can_multiply(columns, groups) == fits
 
 
 def test_an_unprepared_layer_computes_the_same():

@@ -13,13 +13,13 @@ from engine.errors import CalibrationDiverged, CalibrationInterrupted
 from engine.events import Progress, Stage
 from engine.models.blocks import ResidentModel
 from engine.models.loading import SourceModel, load_full_precision
-from engine.numerics.affine import fake_quantize_activations
 from engine.search.divergence import divergences
 from engine.search.measurements import MeasurementStore
 from engine.search.perturb import round_weight, rounded_inputs, rounded_weights
 from engine.search.sensitivity import Sensitivity, losses_of
 from engine.spec import CalibrationSpec, QuantSpec
 from engine.target import BitTarget
+from kernels.activation_rounding import round_activations
 from tests.tiny_models import save_tiny_model
 
 LAYERS = 3
@@ -105,7 +105,7 @@ def test_losses_of_inputs_are_those_of_the_model_with_rounded_inputs(folder, tok
     with torch.no_grad():
         log_p = torch.log_softmax(model(tokens).logits.double(), -1)
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, x: (fake_quantize_activations(x[0], 4),)
+            lambda _, x: (round_activations(x[0], 4),)
         )
         log_q = torch.log_softmax(model(tokens).logits.double(), -1)
 
