@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.tile_cases import load_kernel_modules
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 
 
@@ -63,3 +65,22 @@ def activation_rounding(monkeypatch, device):
     """`kernels.activation_rounding` whose Triton kernels run here."""
     name = "activation_rounding"
     return load_kernel_module(name, interpreted=device == "cpu", monkeypatch=monkeypatch)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Fill fresh tensors with garbage, so that an element nobody wrote shows."""
+    original = torch.Tensor.new_empty
+
+    def poisoned(*args, **kwargs):
+        fresh = original(*args, **kwargs)
+        return fresh.fill_(torch.nan if fresh.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def unpack(monkeypatch, device):
+    """`kernels.unpack` and what it calls, whose Triton kernels run here."""
+    names = ["field_codes", "unpack"]
+    return load_kernel_modules(names, interpreted=device == "cpu", monkeypatch=monkeypatch)

@@ -11,29 +11,13 @@ from tests.kernels.tile_cases import load_kernel_modules, random_codes, sliced_w
 
 SMALL = HalfConfig(block_m=8, block_n=64, block_k=64, num_warps=4, num_stages=3)
 
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
 
 @pytest.fixture
 def half_linear(monkeypatch, device):
     names = ["field_codes", "unpack", "split_sum", "half_codes", "half_linear"]
     return load_kernel_modules(names, interpreted=device == "cpu", monkeypatch=monkeypatch)
-
-
-@pytest.fixture
-def unpack(monkeypatch, device):
-    names = ["field_codes", "unpack"]
-    return load_kernel_modules(names, interpreted=device == "cpu", monkeypatch=monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch):
-    """Fill fresh tensors with garbage, so that an element nobody wrote shows."""
-    original = torch.Tensor.new_empty
-
-    def poisoned(*args, **kwargs):
-        fresh = original(*args, **kwargs)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else 77)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 def within_one_rounding_of_the_weight(actual, x, codes, weight, module, bias=None):

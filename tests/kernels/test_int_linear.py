@@ -21,18 +21,6 @@ MAX_CODES = {
 SHAPES = [(1, 1, 32), (16, 64, 32), (3, 65, 33), (17, 70, 100), (65, 7, 288)]
 
 
-@pytest.fixture
-def poisoned_empty(monkeypatch):
-    """Fill fresh tensors with garbage, so that an element nobody wrote shows."""
-    original = torch.Tensor.new_empty
-
-    def poisoned(*args, **kwargs):
-        fresh = original(*args, **kwargs)
-        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-
-
 @pytest.mark.parametrize("max_code", MAX_CODES.values(), ids=MAX_CODES)
 @pytest.mark.parametrize("a_bits", range(2, 9))
 def test_the_reference_is_exact_at_every_pair_of_widths(max_code, a_bits):

@@ -14,29 +14,13 @@ from tests.kernels.tile_cases import (
 
 SMALL = LaunchConfig(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=3)
 
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
 
 @pytest.fixture
 def tile_linear(monkeypatch, device):
     names = ["field_codes", "split_sum", "tile_linear"]
     return load_kernel_modules(names, interpreted=device == "cpu", monkeypatch=monkeypatch)
-
-
-@pytest.fixture
-def unpack(monkeypatch, device):
-    names = ["field_codes", "unpack"]
-    return load_kernel_modules(names, interpreted=device == "cpu", monkeypatch=monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch):
-    """Fill fresh tensors with garbage, so that an element nobody wrote shows."""
-    original = torch.Tensor.new_empty
-
-    def poisoned(*args, **kwargs):
-        fresh = original(*args, **kwargs)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else 77)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 def equal_to_int64(module, tokens, weight, codes, config, bias=None):
