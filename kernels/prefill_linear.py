@@ -282,6 +282,10 @@ def _prefill_kernel(
         )
     n = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        x_zero, x_rest, x_scale, w_zero, w_sum, w_scale = _load_terms(
+            tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
+            M, NP, K, BLOCK_M, BLOCK_N, GROUP_M, num_warps,
+        )  # fmt: skip
         acc = gl.zeros((BLOCK_N, BLOCK_M), gl.int32, MMA)
         for _step in range(steps):
             stage = n % STAGES
@@ -311,24 +315,19 @@ def _prefill_kernel(
             )
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _finish(
-            acc, tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
-            bias_ptr, out_ptr, stride_om, M, N, NP, K,
+            acc, tile, x_zero, x_rest, x_scale, w_zero, w_sum, w_scale,
+            bias_ptr, out_ptr, stride_om, M, N, NP,
             MULTIPLIER, HAS_BIAS, BLOCK_M, BLOCK_N, GROUP_M, MMA, num_warps,
         )  # fmt: skip
 
 
 @gluon.jit
-def _finish(
-    acc, tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
-    bias_ptr, out_ptr, stride_om, M, N, NP, K, MULTIPLIER: gl.constexpr, HAS_BIAS: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
-    MMA: gl.constexpr, num_warps: gl.constexpr,
+def _load_terms(
+    tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, M, NP, K,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Correct the sums in int32, convert once, scale, store."""
+    """What corrects and scales a tile, asked of memory before its products: they hide the wait."""
     ROW: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    OUT: gl.constexpr = gl.BlockedLayout(
-        [8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, num_warps], [0, 1]
-    )
     pid_n, pid_m = tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, ROW)
     offs_n = pid_n * BLOCK_N + gl.arange(0, BLOCK_N, ROW)
@@ -339,11 +338,28 @@ def _finish(
     w_zero = gl.load(w_zero_ptr + offs_n, mask=mask_n, other=0)
     w_sum = gl.load(w_sums_ptr + offs_n, mask=mask_n, other=0)
     w_scale = gl.load(w_scale_ptr + offs_n, mask=mask_n, other=0.0).to(gl.float32)
+    return x_zero, x_rest, x_scale, w_zero, w_sum, w_scale
+
+
+@gluon.jit
+def _finish(
+    acc, tile, x_zero, x_rest, x_scale, w_zero, w_sum, w_scale,
+    bias_ptr, out_ptr, stride_om, M, N, NP, MULTIPLIER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+    MMA: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Correct the sums in int32, convert once, scale, store."""
+    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    OUT: gl.constexpr = gl.BlockedLayout(
+        [8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, num_warps], [0, 1]
+    )
+    pid_n, pid_m = tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
     # int32 may wrap on the way; the result fits
     whole = acc * MULTIPLIER - down(w_zero, MMA) * along(x_rest, MMA)
     whole -= down(w_sum, MMA) * along(x_zero * MULTIPLIER, MMA)
     y = whole.to(gl.float32) * down(w_scale, MMA) * along(x_scale, MMA)
     if HAS_BIAS:
+        offs_n = pid_n * BLOCK_N + gl.arange(0, BLOCK_N, ROW)
         bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
         y += down(bias, MMA)
     y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), OUT)
