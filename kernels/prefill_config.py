@@ -18,6 +18,8 @@ __all__ = ["GroupShape", "PrefillConfig", "group_configs", "prefill_configs"]
 
 SHARED_BYTES = 227 * 1024
 SCRATCH_BYTES = 24 * 1024
+TERMS_BYTES = 4 * 1024
+"""Scales and corrections of a small tile, and what the driver keeps for itself."""
 GROUP_SCRATCH_BYTES = 12 * 1024
 """Results of a piece, not of a tile, change their layout in shared memory."""
 PRODUCTS_A_CLOCK = 4096
@@ -32,6 +34,12 @@ ROOMY_OUTPUTS = 128 * 128
 SPILLS = 100
 """Instructions of a warp and a group that move registers to memory and back."""
 WIDE_PART = 64
+MULTIPROCESSORS = 132
+LEAST_TOKENS = 16
+MOST_SMALL = 64
+"""Tokens of one small tile."""
+SMALL_TILES = ((128, 4, 2), (64, 4, 4), (64, 4, 3), (128, 8, 2), (128, 8, 1), (256, 8, 1))
+"""Outputs, warps and programs on a multiprocessor."""
 NARROW = 1.2
 """Unverified: what products of fewer tokens than 64 lose."""
 
@@ -58,9 +66,9 @@ class PrefillConfig:
     """Tile and launch parameters of one launch."""
 
     block_m: int
-    """64, 128 or 256 tokens."""
+    """16 to 256 tokens, a power of two."""
     block_n: int
-    """128 or 256 outputs."""
+    """64, 128 or 256 outputs, 16 or more a warp."""
     block_k: int
     """Columns of one product, 32, 64 or 128; a stored slice is cut to it, with groups it is one."""
     stages: int
@@ -109,26 +117,40 @@ class PrefillConfig:
         return replace(one, stages=min(self.stages, room // one.shared_bytes(field_bits, turn)))
 
 
-def prefill_configs(field_bits: tuple[int, ...], slice_bytes: int) -> list[PrefillConfig]:
+def prefill_configs(
+    field_bits: tuple[int, ...], slice_bytes: int, m: int = MOST_SMALL + 1
+) -> list[PrefillConfig]:
     """Launches worth timing for a width, best guess first.
 
     One stage too few shows as waiting for bytes; wide products mean fewer turns.
+
+    Args:
+        field_bits: of the weight.
+        slice_bytes: of the weight.
+        m: tokens; up to 64, several small programs share a multiprocessor.
     """
-    shapes = [(128, 256), (256, 128), (128, 128), (64, 256)]
+    shapes = [(128, 256, 8, 1), (256, 128, 8, 1), (128, 128, 8, 1), (64, 256, 8, 1)]
+    if m <= MOST_SMALL:
+        block_m = max(LEAST_TOKENS, 1 << (m - 1).bit_length())
+        # bytes, not products, take the time: more programs have more of them on their way, and
+        # smaller tiles are spread more evenly
+        shapes = [(block_m, n, warps, programs) for n, warps, programs in SMALL_TILES]
     found = []
-    for block_m, block_n in shapes:
+    for block_m, block_n, num_warps, resident in shapes:
         for block_k in (128, 64, 32):
             if block_k > slice_bytes:
                 continue
-            for stages in (4, 3, 2):
+            for stages in (6, 4, 3, 2) if m <= MOST_SMALL else (4, 3, 2):
                 config = PrefillConfig(
-                    block_m=block_m, block_n=block_n, block_k=block_k, stages=stages
-                )
+                    block_m=block_m, block_n=block_n, block_k=block_k, stages=stages,
+                    num_warps=num_warps, programs=resident * MULTIPROCESSORS,
+                )  # fmt: skip
                 # results change their layout in shared memory too
-                if config.shared_bytes(field_bits) + SCRATCH_BYTES <= SHARED_BYTES:
-                    found.append(config)
+                scratch = min(SCRATCH_BYTES, 4 * block_m * block_n + TERMS_BYTES)
+                if resident * (config.shared_bytes(field_bits) + scratch) <= SHARED_BYTES:
+                    found.append((shapes.index((block_m, block_n, num_warps, resident)), config))
                     break
-    return sorted(found, key=lambda c: (shapes.index((c.block_m, c.block_n)), c.stages < 3))
+    return [config for _, config in sorted(found, key=lambda each: (each[0], each[1].stages < 3))]
 
 
 def group_configs(shape: GroupShape) -> list[PrefillConfig]:

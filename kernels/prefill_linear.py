@@ -97,7 +97,7 @@ def _launch_rows(
     config: PrefillConfig | None,
 ) -> None:
     m, n = out.shape
-    config = config or prefill_configs(weight.field_bits, weight.slice_bytes)[0]
+    config = config or prefill_configs(weight.field_bits, weight.slice_bytes, max(1, m))[0]
     turn = 8 // weight.field_bits[-1]
     _prefill_kernel[(_programs(config, m, weight),)](
         *_descriptors(tokens, weight, config, turn),

@@ -26,6 +26,17 @@ def test_candidates_fit_shared_memory_and_start_with_many_outputs(bits, slice_by
     assert all(c.block_k <= slice_bytes and c.stages > 1 for c in configs)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_small_batches_have_candidates_that_share_a_multiprocessor(bits):
+    configs = prefill_configs(field_widths(bits), 128, 11)
+
+    assert {c.block_m for c in configs} == {16}
+    for config in configs:
+        resident = config.programs // 132
+        assert resident * config.shared_bytes(field_widths(bits)) < SHARED_BYTES
+    assert any(c.programs > 132 for c in configs)
+
+
 @pytest.mark.parametrize(("bits", "groups"), [(8, 2), (4, 8)])
 def test_groups_that_it_does_not_know_are_refused(bits, groups):
     weight, _ = sliced_weight(random_codes(64, 256, bits), bits, groups=groups)
@@ -51,6 +62,23 @@ def test_orders_bring_every_byte_in_time_and_no_buffer_is_filled_too_early(bits,
     )
 
     assert torch.equal(actual, product_of_codes(tokens, codes, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "warps", "bits"), [(16, 64, 4, 2), (32, 64, 4, 3), (16, 128, 4, 4)]
+)
+def test_small_tiles_of_few_tokens_are_exact(block_m, block_n, warps, bits):
+    weight, codes = sliced_weight(random_codes(200, 600, bits), bits, block_rows=64)
+    tokens = token_codes(19, weight, 8)
+    config = PrefillConfig(
+        block_m=block_m, block_n=block_n, block_k=32, stages=4, num_warps=warps, programs=5
+    )
+
+    actual = emulated_prefill(late=True)(
+        tokens, weight, None, out_dtype=torch.float32, config=config
+    )
+
+    assert torch.equal(actual, product_of_codes(tokens, codes, weight, None))
 
 
 def test_half_step_grids_double_their_codes():
