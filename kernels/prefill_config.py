@@ -35,6 +35,8 @@ SPILLS = 100
 """Instructions of a warp and a group that move registers to memory and back."""
 WIDE_PART = 64
 MULTIPROCESSORS = 132
+SMALLEST_FITTED = 64
+"""Tokens of a tile below which there is always room."""
 LEAST_TOKENS = 16
 MOST_SMALL = 64
 """Tokens of one small tile."""
@@ -84,6 +86,8 @@ class PrefillConfig:
     is less."""
     round_slices: int = 8
     """With groups: slices of one turn of the loop; few take fewer registers, many idle less."""
+    staged: bool = False
+    """Without groups: results leave through shared memory by one copy, behind the next products."""
     subnormal: bool = True
     """With groups: read sums as subnormal floats, an instruction less for each."""
 
@@ -92,6 +96,11 @@ class PrefillConfig:
         turn = 8 // field_bits[-1] if turn is None else turn
         runs = sum(field_bits) * turn // 8
         return self.stages * self.block_k * (runs * self.block_n + turn * self.block_m)
+
+    def result_bytes(self) -> int:
+        """Shared memory that results pass through."""
+        tile = 2 * self.block_m * self.block_n
+        return tile + TERMS_BYTES if self.staged else min(SCRATCH_BYTES, 2 * tile + TERMS_BYTES)
 
     def turn_slices(self, field_bits: tuple[int, ...], group_slices: int) -> int:
         """Slices of an order with groups of so many slices."""
@@ -110,11 +119,15 @@ class PrefillConfig:
         """
         block_k = slice_bytes if group_slices else min(self.block_k, slice_bytes)
         turn = self.turn_slices(field_bits, group_slices) if group_slices else None
-        room = SHARED_BYTES - (GROUP_SCRATCH_BYTES if group_slices else SCRATCH_BYTES)
-        one = replace(self, block_k=block_k, stages=1)
-        while 2 * one.shared_bytes(field_bits, turn) > room and one.block_m > 64:
-            one = replace(one, block_m=one.block_m // 2)
-        return replace(one, stages=min(self.stages, room // one.shared_bytes(field_bits, turn)))
+        one = replace(self, block_k=block_k, stages=1, staged=self.staged and not group_slices)
+        while True:
+            room = SHARED_BYTES - (GROUP_SCRATCH_BYTES if group_slices else one.result_bytes())
+            most = room // one.shared_bytes(field_bits, turn)
+            if most > 1 or one.block_m <= SMALLEST_FITTED:
+                return replace(one, stages=min(self.stages, most))
+            one = (
+                replace(one, staged=False) if one.staged else replace(one, block_m=one.block_m // 2)
+            )
 
 
 def prefill_configs(
@@ -135,22 +148,35 @@ def prefill_configs(
         # bytes, not products, take the time: more programs have more of them on their way, and
         # smaller tiles are spread more evenly
         shapes = [(block_m, n, warps, programs) for n, warps, programs in SMALL_TILES]
-    found = []
-    for block_m, block_n, num_warps, resident in shapes:
-        for block_k in (128, 64, 32):
-            if block_k > slice_bytes:
-                continue
-            for stages in (6, 4, 3, 2) if m <= MOST_SMALL else (4, 3, 2):
-                config = PrefillConfig(
-                    block_m=block_m, block_n=block_n, block_k=block_k, stages=stages,
-                    num_warps=num_warps, programs=resident * MULTIPROCESSORS,
-                )  # fmt: skip
-                # results change their layout in shared memory too
-                scratch = min(SCRATCH_BYTES, 4 * block_m * block_n + TERMS_BYTES)
-                if resident * (config.shared_bytes(field_bits) + scratch) <= SHARED_BYTES:
-                    found.append((shapes.index((block_m, block_n, num_warps, resident)), config))
-                    break
-    return [config for _, config in sorted(found, key=lambda each: (each[0], each[1].stages < 3))]
+    wanted = [
+        PrefillConfig(
+            block_m=block_m, block_n=block_n, block_k=block_k, stages=0, num_warps=num_warps,
+            programs=resident * MULTIPROCESSORS, staged=staged,
+        )
+        for block_m, block_n, num_warps, resident in shapes
+        for staged in (True, False)
+        for block_k in (128, 64, 32)
+        if block_k <= slice_bytes
+    ]  # fmt: skip
+    deepest = 6 if m <= MOST_SMALL else 4
+    found = [each for each in (_deepened(one, field_bits, deepest) for one in wanted) if each]
+    # a stage that waits for the one before hides nothing
+    return sorted(found, key=lambda each: (shapes.index(_shape_of(each)), each.stages < 3))
+
+
+def _shape_of(config: PrefillConfig) -> tuple[int, int, int, int]:
+    resident = config.programs // MULTIPROCESSORS
+    return config.block_m, config.block_n, config.num_warps, resident
+
+
+def _deepened(
+    config: PrefillConfig, field_bits: tuple[int, ...], deepest: int
+) -> PrefillConfig | None:
+    """Give a launch as many stages as its share of shared memory holds, None below two."""
+    room = SHARED_BYTES * MULTIPROCESSORS // config.programs - config.result_bytes()
+    stage = replace(config, stages=1).shared_bytes(field_bits)
+    stages = min(deepest, room // stage)
+    return replace(config, stages=stages) if stages > 1 else None
 
 
 def group_configs(shape: GroupShape) -> list[PrefillConfig]:

@@ -16,7 +16,7 @@ import torch
 from tests.kernels.assembly import run_assembly
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-MODULES = ("_prefill_orders", "_prefill_groups_kernel", "prefill_linear")
+MODULES = ("_prefill_orders", "_prefill_results", "_prefill_groups_kernel", "prefill_linear")
 GARBAGE = 0x55
 
 
@@ -52,6 +52,9 @@ class Memory:
     def load(self, layout):
         return self.array.copy()
 
+    def store(self, value):
+        self.array[...] = value
+
 
 class Barrier:
     def __init__(self):
@@ -78,18 +81,36 @@ class Descriptor:
         out[tuple(slice(0, size) for size in inside.shape)] = inside
         return out
 
+    def fill(self, place, values):
+        """Write a box but for what lies beyond the tensor."""
+        target = self.array[
+            tuple(slice(p, p + b) for p, b in zip(place, values.shape, strict=True))
+        ]
+        target[...] = values[tuple(slice(0, size) for size in target.shape)]
+
 
 class Machine:
     """One program at a time, its outstanding products and the moment that copies land."""
 
     def __init__(self, late):
         self.late, self.program, self.programs, self.products = late, 0, 1, []
+        self.leaving = []
 
     def copy(self, descriptor, place, barrier, target, pred):
         if pred:
             data = descriptor.box(place)
             target.array[...] = GARBAGE if self.late else data
             barrier.copies.append((target.array, data))
+
+    def copy_out(self, descriptor, place, source):
+        self.leaving.append((descriptor, place, source))
+        if not self.late:
+            self.wait_results(0)
+
+    def wait_results(self, outstanding):
+        while len(self.leaving) > outstanding:
+            descriptor, place, source = self.leaving.pop(0)
+            descriptor.fill(place, source.array)
 
     def expect(self, barrier, size, pred):
         if pred:
@@ -132,6 +153,7 @@ class Kernel:
             for self.machine.program in range(grid[0]):
                 self.function(*args, **constants)
                 assert not self.machine.products
+                assert not self.machine.leaving, "shared memory goes with the program"
 
         return launch
 
@@ -197,7 +219,10 @@ def emulated_prefill(*, late):
     gluon.jit = lambda function: Kernel(function, machine)
     gluon.language = language(machine)
     hopper = ModuleType("hopper")
-    hopper.tma = SimpleNamespace(async_load=machine.copy)
+    hopper.tma = SimpleNamespace(
+        async_load=machine.copy, async_store=machine.copy_out, store_wait=machine.wait_results
+    )
+    hopper.fence_async_shared = lambda: None
     hopper.mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: "barrier",
         init=lambda barrier, count: None,
