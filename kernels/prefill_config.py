@@ -88,6 +88,8 @@ class PrefillConfig:
     """With groups: slices of one turn of the loop; few take fewer registers, many idle less."""
     staged: bool = False
     """Without groups: results leave through shared memory by one copy, behind the next products."""
+    pdl: bool = False
+    """Without groups: start before the kernel that writes the tokens has ended."""
     subnormal: bool = True
     """With groups: read sums as subnormal floats, an instruction less for each."""
 
@@ -151,7 +153,7 @@ def prefill_configs(
     wanted = [
         PrefillConfig(
             block_m=block_m, block_n=block_n, block_k=block_k, stages=0, num_warps=num_warps,
-            programs=resident * MULTIPROCESSORS, staged=staged,
+            programs=resident * MULTIPROCESSORS, staged=staged, pdl=staged,
         )
         for block_m, block_n, num_warps, resident in shapes
         for staged in (True, False)

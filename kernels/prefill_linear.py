@@ -31,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._prefill_groups_kernel import prefill_groups_kernel
 from kernels._prefill_orders import (
+    await_tokens,
     make_barriers,
     make_more_stages,
     make_stages,
@@ -122,10 +123,12 @@ def _launch_rows(
         **_common_constants(weight, config),
         TURN=turn,
         STAGED=staged,
+        PDL=config.pdl,
         HAS_BIAS=bias is not None,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
+        **({"launch_pdl": True} if config.pdl else {}),
     )  # fmt: skip
 
 
@@ -263,6 +266,7 @@ def _prefill_kernel(
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGED: gl.constexpr,
+    PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program computes tiles ``[BLOCK_N, BLOCK_M]``, weights on the left, all of K."""
@@ -287,6 +291,7 @@ def _prefill_kernel(
     )
     ready = make_barriers(STAGES)
     staging = make_staging(out_desc, x_stages, STAGED)
+    await_tokens(PDL)
 
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(NP, BLOCK_N)
     steps = BLOCKS * NARROWEST * CUTS

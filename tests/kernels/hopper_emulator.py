@@ -147,7 +147,7 @@ class Kernel:
         return self.function(*args)
 
     def __getitem__(self, grid):
-        def launch(*args, enable_fp_fusion, **constants):
+        def launch(*args, enable_fp_fusion, launch_pdl=False, **constants):
             args = [Pointer(a.view(-1)) if isinstance(a, torch.Tensor) else a for a in args]
             self.machine.programs = grid[0]
             for self.machine.program in range(grid[0]):
@@ -175,6 +175,8 @@ def store(pointer, value, mask):
 
 
 def inline_assembly(text, constraints, args, dtype, is_pure, pack):
+    if not args:
+        return None  # programs run one after the other: nothing to wait for
     words = []
     for arg in args:
         if arg.itemsize == 1:

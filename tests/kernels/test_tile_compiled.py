@@ -160,7 +160,7 @@ def test_prefill_unpacks_while_a_product_is_under_way(monkeypatch, tmp_path, bit
     types["out_desc"] = result_descriptor(config.block_m, config.block_n)
     constants = {
         **widths(bits), "TURN": turn, "SLICE": 128, "MULTIPLIER": 1, "HAS_BIAS": True,
-        "STAGED": config.staged,
+        "STAGED": config.staged, "PDL": config.pdl,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "STAGES": config.stages, "GROUP_M": config.group_m, "num_warps": config.num_warps,
     }  # fmt: skip
@@ -177,6 +177,7 @@ def test_prefill_unpacks_while_a_product_is_under_way(monkeypatch, tmp_path, bit
     assert not spills(loop)
     # results leave by a copy, not by the threads
     assert any("UTMASTG" in line for line in code.splitlines())
+    assert any("ACQBULK" in line for line in code.splitlines()), "it waits for the tokens"
     # every wait leaves one product under way
     waits = [line for line in code.splitlines() if "WARPGROUP.DEPBAR" in line]
     assert sum("0x1" in line.split("DEPBAR")[1] for line in waits) == turn
