@@ -21,6 +21,10 @@ from tests.kernels.machine_code import compile_kernel
 
 GPU = torch.cuda.is_available()
 BITS, TOKENS = ColumnOrder.BITS, ColumnOrder.TOKENS
+KERNELS = {
+    "bmma_decode_kernel": "_binary_linear_kernel.py",
+    "bmma_prefill_kernel": "_binary_prefill_kernel.py",
+}
 SMALL = LaunchConfig(row_tiles=4, column_tiles=2, warps_n=2, warps_other=1, steps=1, stages=2)
 
 
@@ -29,8 +33,8 @@ def copies(request, monkeypatch):
     """Run the Gluon kernels: on the GPU, else on NumPy with copies that land late or early."""
     if GPU:
         return
-    for name in ("bmma_decode_kernel", "bmma_prefill_kernel"):
-        kernel = EmulatedKernel(name, early=request.param == "early")
+    for name, file in KERNELS.items():
+        kernel = EmulatedKernel(name, early=request.param == "early", file=file)
         monkeypatch.setattr(module, name, kernel)
 
 
@@ -248,7 +252,7 @@ def machine_code(shape, config, *, grouped=False):
             "TURNS": -(-shape.k // (256 * config.steps * config.warps_other)),
         }  # fmt: skip
     return compile_kernel(
-        "kernels._binary_linear_kernel", name, types=types, constants=constants,
+        f"kernels.{KERNELS[name].removesuffix('.py')}", name, types=types, constants=constants,
         unaligned=("M", "T", "B", "J", "S"), num_warps=config.num_warps,
     )  # fmt: skip
 
