@@ -3,13 +3,14 @@
 Every warp holds ROWS row tiles of products. Within a chunk of K it goes through the levels
 s = a + b, and through its rows at each, so that one row is rotated while others are multiplied:
 
-    level 0            level 1            level 2            next chunk, downwards: level 2, 1, 0
-    rows 0 1 2 3       rows 0 1 2 3       rows 0 1 2 3
-    rotated: 0 1 2     3 0 1 2            3
+    level            0            1            2        next chunk, downwards: 2, 1, 0
+    multiplied       0 1 2 3      0 1 2 3      0 1 2 3
+    rotated            0 1 2      3 0 1 2      3
 
 A fragment of tokens stays in registers from the first level that needs it to the last; one of
-weights is read at each. The copies of a later chunk start behind the products of the first level,
-into the memory of the chunk before: one barrier a chunk, where its copies are waited for.
+weights is read for each plane that it meets. The copies of a later chunk start behind the products
+of the first level, into the memory of the chunk before: one barrier a chunk is enough, where its
+copies are waited for.
 """
 
 from triton.experimental import gluon
