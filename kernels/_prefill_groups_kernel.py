@@ -16,6 +16,7 @@ one float instruction for each output:
 Conversions are exact. Signs alternate so that what B adds does not pile up; `terms` says what is
 left of it. 2^100 keeps products normal and leaves with 2^49 at the end. With SUBNORMAL off the
 bits S + 0x4B400000 are the float 12582912 + S, which costs one subtraction more and needs no B.
+CONVERT leaves that to the machine's own conversion, one instruction of an unmeasured rate.
 
 A tile is cut into two or four pieces, and the products of one piece run while the sums of the piece
 before are scaled and the next codes are unpacked. Integers of two pieces and floats of all lie in
@@ -65,6 +66,7 @@ def prefill_groups_kernel(
     MULTIPLIER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     SUBNORMAL: gl.constexpr,
+    CONVERT: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     PART_M: gl.constexpr,
@@ -162,7 +164,7 @@ def prefill_groups_kernel(
                     # the piece before, of the group before where this is the first
                     totals = _promote(
                         totals, (piece - 1) % (BANDS * PARTS), running, scale,
-                        group - (piece % (BANDS * PARTS) == 0), BOUND, SUBNORMAL,
+                        group - (piece % (BANDS * PARTS) == 0), BOUND, SUBNORMAL, CONVERT,
                     )  # fmt: skip
                     scale = _scale_of(words, SUBNORMAL)
                     group += (piece + 1) % (BANDS * PARTS) == 0
@@ -171,7 +173,9 @@ def prefill_groups_kernel(
                 stage, phase = _next_stage(stage, phase, STAGES)
             # the compiler follows no product into the next turn of a loop: it would wait for each
             running = warpgroup_mma_wait(0, deps=(running,))
-        totals = _promote(totals, BANDS * PARTS - 1, running, scale, group - 1, BOUND, SUBNORMAL)
+        totals = _promote(
+            totals, BANDS * PARTS - 1, running, scale, group - 1, BOUND, SUBNORMAL, CONVERT
+        )
         for piece in gl.static_range(BANDS * PARTS):
             _finish_piece(
                 totals[piece], first_n + piece // PARTS * BAND,
@@ -292,11 +296,16 @@ def _scale_of(words, SUBNORMAL: gl.constexpr):
 
 
 @gluon.jit
-def _promote(totals, PIECE: gl.constexpr, acc, scale, group, BOUND, SUBNORMAL: gl.constexpr):
+def _promote(
+    totals, PIECE: gl.constexpr, acc, scale, group, BOUND,
+    SUBNORMAL: gl.constexpr, CONVERT: gl.constexpr,
+):  # fmt: skip
     """Add the scaled sums of a piece to its total."""
     if SUBNORMAL:
         odd = group & 1
         values = (acc * (1 - 2 * odd) + (BOUND - (odd << 31))).to(gl.float32, bitcast=True)
+    elif CONVERT:
+        values = acc.to(gl.float32)
     else:
         values = (acc + 0x4B400000).to(gl.float32, bitcast=True) - 12582912.0
     total = gl.fma(values, scale[:, None], totals[PIECE])

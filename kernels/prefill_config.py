@@ -20,6 +20,7 @@ SHARED_BYTES = 227 * 1024
 SCRATCH_BYTES = 24 * 1024
 GROUP_SCRATCH_BYTES = 12 * 1024
 """Results of a piece, not of a tile, change their layout in shared memory."""
+PROCESSORS = 132
 PRODUCTS_A_CLOCK = 4096
 LANES = 128
 L2_BYTES_A_CLOCK = 26
@@ -67,7 +68,7 @@ class PrefillConfig:
     num_warps: int = 8
     group_m: int = 8
     """Tiles of tokens walked before the next tile of weights."""
-    programs: int = 132
+    programs: int = PROCESSORS
     """One for each multiprocessor, or a multiple where registers and shared memory allow it."""
     part_m: int = 64
     """With groups: tokens of a piece, 32, 64 or 128. Two pieces or four need fewest registers."""
@@ -78,6 +79,8 @@ class PrefillConfig:
     """With groups: slices of one turn of the loop; few take fewer registers, many idle less."""
     subnormal: bool = True
     """With groups: read sums as subnormal floats, an instruction less for each."""
+    convert: bool = False
+    """With groups: convert sums by the instruction for it instead."""
 
     def shared_bytes(self, field_bits: tuple[int, ...], turn: int | None = None) -> int:
         """Shared memory of the stages, for orders of so many slices."""
@@ -102,7 +105,8 @@ class PrefillConfig:
         """
         block_k = slice_bytes if group_slices else min(self.block_k, slice_bytes)
         turn = self.turn_slices(field_bits, group_slices) if group_slices else None
-        room = SHARED_BYTES - (GROUP_SCRATCH_BYTES if group_slices else SCRATCH_BYTES)
+        room = SHARED_BYTES // max(1, self.programs // PROCESSORS)
+        room -= GROUP_SCRATCH_BYTES if group_slices else SCRATCH_BYTES
         one = replace(self, block_k=block_k, stages=1)
         while 2 * one.shared_bytes(field_bits, turn) > room and one.block_m > 64:
             one = replace(one, block_m=one.block_m // 2)
@@ -150,7 +154,24 @@ def group_configs(shape: GroupShape) -> list[PrefillConfig]:
                     found.append(config)
                     break
     found.sort(key=lambda each: (_spills(each, shape), _predicted_clocks(each, shape)))
-    return [*found, *(replace(config, subnormal=False) for config in found[:1])]
+    plain = [replace(config, subnormal=False) for config in found[:1]]
+    converted = [replace(config, convert=True) for config in found[:2]]
+    return [*found, *plain, *converted, *_paired_programs(shape)]
+
+
+def _paired_programs(shape: GroupShape) -> list[PrefillConfig]:
+    """Launches of two programs of four warps on a multiprocessor.
+
+    A warp that multiplies codes from its registers waits until the tensor cores take them; where
+    all warps meet every turn, they wait together and scale together. Programs do not meet.
+    """
+    one = PrefillConfig(
+        block_m=128, block_n=128, block_k=shape.slice_bytes, stages=4, num_warps=4,
+        programs=2 * PROCESSORS, turn=shape.least_turn, round_slices=0, convert=True,
+    ).fitted(shape.field_bits, shape.slice_bytes, shape.group_slices)  # fmt: skip
+    if one.block_m >= 2 * max(shape.m, 64) or one.stages < 2:
+        return []
+    return [one, replace(one, part_m=32)]
 
 
 def _spills(config: PrefillConfig, shape: GroupShape) -> bool:

@@ -35,7 +35,8 @@ def compiled(shape, config):
     constants = {
         **dict(zip(("F0", "F1", "F2"), (*bits, 0, 0), strict=False)), "TURN": config.turn,
         "SLICE": width, "GROUP_SLICES": shape.group_slices, "MULTIPLIER": 1, "HAS_BIAS": True,
-        "SUBNORMAL": config.subnormal, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "SUBNORMAL": config.subnormal and not config.convert, "CONVERT": config.convert,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "PART_M": config.part_m, "STAGES": config.stages, "ROUND": config.round_slices,
         "GROUP_M": config.group_m, "num_warps": config.num_warps,
     }  # fmt: skip
