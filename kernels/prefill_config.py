@@ -1,14 +1,16 @@
 """How `kernels.prefill_linear` is launched.
 
-Candidates for groups of scales are ordered by a model of an H100, none of it measured with that
-kernel. For one group of G columns of a tile, in clocks of a multiprocessor:
+Candidates for groups of scales are ordered by a model of an H100. For one group of G columns of a
+tile, in clocks of a multiprocessor:
 
     tensor cores       BN BM G / 4096, and 100 in which they wait for the first codes of a round
     instructions       (2 BN BM + BN G / 4 (7/2 + 2 more for every further field)
                        + 100 threads of bookkeeping for each warp and piece) / 128
     bytes through L2   G (BM + p BN / 8) / 26
 
-The largest of the three counts, times the tiles of the busiest multiprocessor.
+The largest of the three counts, times the tiles of the busiest multiprocessor. Measured, programs
+of eight warps took the sum of the first two instead: 86 us at 4 bits and 4096x4096x2048, where the
+model has 57. Those that may do better are listed last until they are timed.
 """
 
 from dataclasses import dataclass, replace
@@ -76,7 +78,8 @@ class PrefillConfig:
     """With groups: slices of an order, 2, 4 or 8; as few as hold whole runs and groups where this
     is less."""
     round_slices: int = 8
-    """With groups: slices of one turn of the loop; few take fewer registers, many idle less."""
+    """With groups: slices of one turn of the loop; few take fewer registers, many idle less. One
+    group where it is as many; an order where it is less than one."""
     subnormal: bool = True
     """With groups: read sums as subnormal floats, an instruction less for each."""
     convert: bool = False
@@ -156,6 +159,12 @@ def group_configs(shape: GroupShape) -> list[PrefillConfig]:
     found.sort(key=lambda each: (_spills(each, shape), _predicted_clocks(each, shape)))
     plain = [replace(config, subnormal=False) for config in found[:1]]
     converted = [replace(config, convert=True) for config in found[:2]]
+    if shape.least_turn > shape.group_slices:
+        # one group a round holds the sums of the widest tile without spills
+        wide = [config for config in found if config.block_m * config.block_n > ROOMY_OUTPUTS]
+        converted += [
+            replace(config, convert=True, round_slices=shape.group_slices) for config in wide[:1]
+        ]
     return [*found, *plain, *converted, *_paired_programs(shape)]
 
 
@@ -167,7 +176,8 @@ def _paired_programs(shape: GroupShape) -> list[PrefillConfig]:
     """
     one = PrefillConfig(
         block_m=128, block_n=128, block_k=shape.slice_bytes, stages=4, num_warps=4,
-        programs=2 * PROCESSORS, turn=shape.least_turn, round_slices=0, convert=True,
+        programs=2 * PROCESSORS, turn=shape.least_turn, round_slices=shape.group_slices,
+        convert=True,
     ).fitted(shape.field_bits, shape.slice_bytes, shape.group_slices)  # fmt: skip
     if one.block_m >= 2 * max(shape.m, 64) or one.stages < 2:
         return []
