@@ -181,7 +181,7 @@ def _paired_programs(shape: GroupShape) -> list[PrefillConfig]:
     ).fitted(shape.field_bits, shape.slice_bytes, shape.group_slices)  # fmt: skip
     if one.block_m >= 2 * max(shape.m, 64) or one.stages < 2:
         return []
-    return [one, replace(one, part_m=32)]
+    return [one, replace(one, part_m=32), replace(one, convert=False, subnormal=False)]
 
 
 def _spills(config: PrefillConfig, shape: GroupShape) -> bool:
