@@ -179,13 +179,15 @@ def inline_assembly(text, constraints, args, dtype, is_pure, pack):
         return None  # programs run one after the other: nothing to wait for
     words = []
     for arg in args:
-        if arg.itemsize == 1:
+        if isinstance(arg, int):
+            words += [np.full_like(words[0], arg)] * 4
+        elif arg.itemsize == 1:
             words.append(np.ascontiguousarray(arg).view(np.uint32))
         else:
             # the same word for all columns: each of the four elements has a register
             assert arg.shape[1] == 1
             words += [np.broadcast_to(arg.view(np.uint32), words[0].shape)] * 4
-    return run_assembly(text, words).astype(np.uint32).view(np.int8)
+    return run_assembly(text, words).astype(np.uint32).view(dtype)
 
 
 def multiply_add(a, b, c):
@@ -202,6 +204,7 @@ def language(machine):
     gl.static_range, gl.cdiv = range, lambda a, b: -(-a // b)
     gl.minimum, gl.maximum = min, max
     gl.int8, gl.int16, gl.int32, gl.int64 = np.int8, np.int16, np.int32, np.int64
+    gl.uint8 = np.uint8
     gl.float16, gl.float32, gl.fma = np.float16, np.float32, multiply_add
     gl.arange = lambda start, stop, layout: np.arange(start, stop).view(Tensor)
     gl.zeros = lambda shape, dtype, layout: np.zeros(shape, dtype).view(Tensor)
