@@ -16,13 +16,13 @@ Shape legend: M tokens, N outputs, NP rows padded to whole blocks, L columns, G 
 """
 
 import math
-from functools import lru_cache
 
 import torch
 import triton
 
 from kernels._decode_kernel import decode_linear_kernel
 from kernels.decode_config import MAX_TOKENS, LaunchConfig, decode_configs, select_config
+from kernels.overlap import can_overlap
 from kernels.sliced import SlicedWeight
 from kernels.sliced_reference import check_operands
 from kernels.tokens import TokenCodes
@@ -30,7 +30,6 @@ from kernels.tokens import TokenCodes
 __all__ = ["LaunchConfig", "decode_configs", "decode_linear", "select_config"]
 
 SLICES = 8
-HOPPER = 9
 LARGEST_WORD = 8
 """Bytes."""
 OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -90,7 +89,7 @@ def decode_linear(
     scales = _as_words(weight.scale, word_groups) if weight.groups > 1 else weight.scale
     zero_codes = _as_words(weight.zero_codes, word_groups)
     interpreted = not isinstance(decode_linear_kernel, triton.JITFunction)
-    pdl = config.launch_pdl and not interpreted and _can_overlap(out.device.index)
+    pdl = config.launch_pdl and not interpreted and can_overlap(out.device.index)
     decode_linear_kernel[(tiles, config.split_k)](
         x, x.stride(0),
         tokens.scale, tokens.zero_point, tokens.sums,
@@ -137,12 +136,6 @@ def _word_groups(weight: SlicedWeight) -> int:
 def _as_words(per_group: torch.Tensor, word_groups: int) -> torch.Tensor:
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return per_group.view(kinds[per_group.itemsize * word_groups])
-
-
-@lru_cache(maxsize=16)
-def _can_overlap(device_index: int | None) -> bool:
-    """Whether a kernel may start before the one ahead of it has ended: from Hopper on."""
-    return torch.cuda.get_device_capability(device_index)[0] >= HOPPER
 
 
 def _launch_options(config: LaunchConfig, *, pdl: bool) -> dict[str, int | bool]:

@@ -32,6 +32,7 @@ import torch
 import triton
 
 from kernels._half_decode_kernel import half_decode_kernel
+from kernels.overlap import can_overlap
 from kernels.sliced import SlicedWeight, field_widths
 
 __all__ = [
@@ -51,7 +52,6 @@ BYTE_BITS = 8
 GROUPS_A_BLOCK = 4
 SLICES = 8
 ALIGNMENT = 16
-HOPPER = 9
 WARP = 32
 PROCESSORS = 132
 CYCLES_PER_US = 1755
@@ -177,7 +177,7 @@ def _launch(
     fields = [field.view(torch.int32) for field in weight.fields]
     fields += fields[:1] * (3 - len(fields))
     field_bits = (*weight.field_bits, 0, 0)
-    pdl = config.launch_pdl and x.is_cuda and _can_overlap(x.device.index)
+    pdl = config.launch_pdl and x.is_cuda and can_overlap(x.device.index)
     half_decode_kernel[(triton.cdiv(n, TILE_ROWS * config.row_tiles),)](
         x.view(torch.int64), x.stride(0) // 4,
         *fields, weight.padded_rows * (g // 4),
@@ -208,12 +208,6 @@ def _launch(
         enable_fp_fusion=False,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-
-
-@lru_cache(maxsize=16)
-def _can_overlap(device_index: int | None) -> bool:
-    """Whether a kernel may start before the one ahead of it has ended: from Hopper on."""
-    return torch.cuda.get_device_capability(device_index)[0] >= HOPPER
 
 
 @lru_cache(maxsize=256)

@@ -139,7 +139,8 @@ def test_prefill_gives_the_bits_of_an_int64_product(copies, w_bits, a_bits, step
     assert torch.equal(actual, case.expected())
 
 
-@pytest.mark.parametrize(("row_tiles", "warps_n"), [(2, 2), (4, 1), (3, 1)])
+# a GPU has tiles of powers of two alone; three show the order of an odd number
+@pytest.mark.parametrize(("row_tiles", "warps_n"), [(2, 2), (4, 1), *([] if GPU else [(3, 1)])])
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (1, 3), (3, 2)])
 def test_rows_of_a_warp_rotate_in_turn(copies, row_tiles, warps_n, steps, w_bits, a_bits):

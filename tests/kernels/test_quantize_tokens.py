@@ -158,9 +158,11 @@ def test_what_does_not_fit_is_refused_by_name(ops):
         Norm(kind=NormKind.LAYER, weight=x[0], eps=1e-5)
 
 
-def test_the_launch_is_chosen_by_columns_alone(ops):
+def test_the_launch_is_chosen_by_columns_and_only_few_tokens_start_early(ops):
     tuned = ops.LaunchConfig(num_warps=8, launch_pdl=True)
 
-    assert ops.select_config(4096).num_warps == 16
+    assert ops.select_config(4096).num_warps == 8
     assert ops.select_config(512).num_warps == 4
+    assert ops.select_config(4096, m=16).launch_pdl
+    assert not ops.select_config(4096, m=64).launch_pdl
     assert ops.select_config(4096, {4096: tuned}) is tuned
