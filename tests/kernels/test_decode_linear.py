@@ -140,10 +140,7 @@ def test_group_scales_stay_within_float32_rounding(
     sliced = sliced_of(weight, slice_bytes=slice_bytes)
     config = dataclasses.replace(ONE_TURN, turn_blocks=2, split_k=split_k)
 
-    def run():
-        return decode(codes_of(tokens, sliced), sliced, out_dtype=torch.float32, config=config)
-
-    actual = run()
+    actual = decode(codes_of(tokens, sliced), sliced, out_dtype=torch.float32, config=config)
 
     u = (tokens.codes.cpu().double() - tokens.zero_point.cpu()) * tokens.scale.cpu()
     codes = unslice_codes(sliced).cpu().view(11, k // group, group).double()
@@ -151,7 +148,18 @@ def test_group_scales_stay_within_float32_rounding(
     # converting, scaling by the weight's and the token's scale, and adding groups round once each
     bound = u.view(2, 1, -1, group).mul(w).sum(-1).abs().sum(-1) * 2.0**-24 * (k // group + 4)
     assert bool(((actual.cpu() - u @ w.view(11, k).t()).abs() <= bound).all())
-    assert torch.equal(run(), actual)
+
+
+def test_group_scales_of_several_splits_give_the_same_bits_each_time(decode, device):
+    sliced = sliced_of(random_weight(11, 512, 1, 2, device), slice_bytes=32)
+    tokens = codes_of(random_tokens(2, 512, 8, device), sliced)
+    config = dataclasses.replace(ONE_TURN, turn_blocks=2, split_k=2)
+
+    first, second = (
+        decode(tokens, sliced, out_dtype=torch.float32, config=config) for _ in range(2)
+    )
+
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
