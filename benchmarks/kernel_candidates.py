@@ -20,7 +20,9 @@ __all__ = ["candidate_plans"]
 # calculated: int8 passes the binary tensor core at 6 to 8 products of planes, and at 64 columns
 MOST_PRODUCTS = 8
 MOST_BIT_COLUMNS = 64
-LEAST_PREFILL = 64
+LEAST_PREFILL = 9
+LEAST_PREFILL_GROUPED = 64
+LEAST_TOKEN_COLUMNS = 64
 LEAST_UNPACKED = 1024
 MOST_HALF_TOKENS = 64
 BYTE_BITS = 8
@@ -75,7 +77,7 @@ def _prefill_plans(case: KernelCase) -> Iterator[Plan]:
     if case.groups > 1:
         yield from _grouped_prefill_plans(case)
         return
-    for config in prefill_configs(field_widths(case.w_bits), _slice_bytes(case)):
+    for config in prefill_configs(field_widths(case.w_bits), _slice_bytes(case), case.m):
         yield Plan(route=Route.PREFILL, config=config)
     if case.m < LEAST_UNPACKED or case.w_bits == BYTE_BITS:
         return
@@ -84,7 +86,8 @@ def _prefill_plans(case: KernelCase) -> Iterator[Plan]:
 
 
 def _grouped_prefill_plans(case: KernelCase) -> Iterator[Plan]:
-    if case.group_size not in PREFILL_GROUPS or case.w_bits == BYTE_BITS:
+    known = case.group_size in PREFILL_GROUPS and case.w_bits != BYTE_BITS
+    if not known or case.m < LEAST_PREFILL_GROUPED:
         return
     g = _slice_bytes(case)
     shape = GroupShape(
@@ -134,7 +137,7 @@ def _column_order(case: KernelCase) -> ColumnOrder | None:
     if case.m * columns_a_token(case.a_bits) <= MOST_BIT_COLUMNS:
         return ColumnOrder.BITS if case.group_size in {-1, 128} else None
     few_products = case.w_bits * case.a_bits <= MOST_PRODUCTS and case.group_size == -1
-    return ColumnOrder.TOKENS if few_products and case.m >= LEAST_PREFILL else None
+    return ColumnOrder.TOKENS if few_products and case.m >= LEAST_TOKEN_COLUMNS else None
 
 
 def _slice_bytes(case: KernelCase) -> int:

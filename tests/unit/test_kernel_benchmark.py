@@ -359,7 +359,7 @@ def test_a_shape_without_a_right_launch_stays_out_of_the_table(tmp_path, planned
     [
         (KernelCase(n=4096, k=4096, m=1, w_bits=2), {"decode", "tile", "binary"}),
         (KernelCase(n=4096, k=11008, m=8, w_bits=7), {"decode", "tile", "binary"}),
-        (KernelCase(n=4096, k=4096, m=32, w_bits=4), {"tile"}),
+        (KernelCase(n=4096, k=4096, m=32, w_bits=4), {"tile", "prefill"}),
         (KernelCase(n=4096, k=4096, m=2048, w_bits=4), {"tile", "prefill", "unpacked"}),
         (KernelCase(n=4096, k=4096, m=2048, w_bits=4, group_size=128), {"tile", "prefill"}),
         (KernelCase(n=4096, k=4096, m=2048, w_bits=4, group_size=32), {"tile"}),
