@@ -51,6 +51,8 @@ def undisturbed_sha256(models, tmp_path_factory):
     return json.loads(child.stdout.splitlines()[-1])["report"]["manifest_sha256"]
 
 
+# over files, the tests below lose a worker, and resume to the same bytes
+@pytest.mark.parametrize("form", ["servers"], indirect=True)
 def test_a_killed_worker_leaves_no_orphan_and_the_job_resumes_to_the_same_bytes(
     machine, dispatcher, undisturbed_sha256
 ):

@@ -34,16 +34,33 @@ from engine.inference.kv_cache import make_cache
 from engine.models.blocks import ResidentModel
 from engine.pipeline import QuantJob, quantize_model
 from engine.spec import CalibrationSpec, LayerOverride, QuantSpec, Recipe
+from tests.chained import chained_logits, draw_tokens
 from tests.tiny_models import FAMILIES, TINY, save_tiny_model
 
 CALIBRATION = CalibrationSpec(samples=3, length=32, epochs=2)
 SMALL_PLAN = EvaluationPlan(windows=2, length=48)
+COARSE = QuantSpec(w_bits=3, a_bits=6, kv_bits=4, calibration=CALIBRATION)
 LAYERS = 3
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("source"), layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory):
+    """A job that nobody interrupts: its folder, report and events."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, *quantize(job_of(source, folder, evaluation=SMALL_PLAN))
+
+
+@pytest.fixture(scope="module")
+def coarse(source, tmp_path_factory):
+    """The same with fewer bits of everything and without an evaluation."""
+    folder = tmp_path_factory.mktemp("coarse")
+    quantize(job_of(source, folder, spec=COARSE))
+    return folder
 
 
 def job_of(source, folder, **fields):
@@ -101,10 +118,14 @@ def test_a_model_of_every_family_is_quantized_and_measured(tmp_path, model_type)
     manifest = verify_directory(tmp_path / "out")
     assert manifest.evaluation == report.evaluation
     assert len(manifest.layers) == 2 * TINY[model_type].linears
+    assert not any(each.fell_back for each in manifest.layers)
+    loaded, tokens = load_checkpoint(tmp_path / "out"), draw_tokens()
+    with torch.no_grad():
+        assert torch.equal(chained_logits(loaded, tokens), loaded.model(tokens).logits)
 
 
-def test_events_tell_every_layer_and_every_file(source, tmp_path):
-    report, events = quantize(job_of(source, tmp_path, evaluation=SMALL_PLAN))
+def test_events_tell_every_layer_and_every_file(undisturbed):
+    folder, report, events = undisturbed
 
     started, finished = of_type(events, LayerStarted), of_type(events, LayerFinished)
     assert [each.name for each in started] == [f"model.layers.{i}" for i in range(LAYERS)]
@@ -114,7 +135,7 @@ def test_events_tell_every_layer_and_every_file(source, tmp_path):
     assert [each.index for each in of_type(events, CheckpointSaved)] == list(range(LAYERS))
     files = {each.path: (each.bytes, each.sha256) for each in of_type(events, ArtifactFile)}
     assert files["abq_manifest.json"][1] == report.manifest_sha256
-    assert files.keys() == bytes_of(tmp_path).keys()
+    assert files.keys() == bytes_of(folder).keys()
     [measured] = of_type(events, EvaluationResult)
     assert (measured.fp, measured.quant) == (
         report.evaluation.perplexity.fp,
@@ -122,11 +143,10 @@ def test_events_tell_every_layer_and_every_file(source, tmp_path):
     )
 
 
-def test_equal_jobs_write_equal_bytes(source, tmp_path):
-    quantize(job_of(source, tmp_path / "a", evaluation=SMALL_PLAN))
-    quantize(job_of(source, tmp_path / "b", evaluation=SMALL_PLAN))
+def test_equal_jobs_write_equal_bytes(source, undisturbed, tmp_path):
+    quantize(job_of(source, tmp_path, evaluation=SMALL_PLAN))
 
-    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+    assert bytes_of(tmp_path) == bytes_of(undisturbed[0])
 
 
 @pytest.mark.gpu
@@ -157,24 +177,25 @@ def test_hidden_states_on_disk_end_with_the_same_bytes_and_no_file(source, tmp_p
     assert state == {"block", "fingerprint.json"}
 
 
-def test_another_seed_writes_other_bytes(source, tmp_path):
+def test_another_seed_writes_other_bytes(source, undisturbed, tmp_path):
     seeded = CalibrationSpec(samples=3, length=32, epochs=2, seed=1)
 
-    first, _ = quantize(job_of(source, tmp_path / "a"))
-    other, _ = quantize(
-        job_of(source, tmp_path / "b", spec=QuantSpec(w_bits=4, a_bits=8, calibration=seeded))
-    )
+    spec = QuantSpec(w_bits=4, a_bits=8, calibration=seeded)
+    quantize(job_of(source, tmp_path, spec=spec, evaluation=SMALL_PLAN))
 
-    assert first.manifest_sha256 != other.manifest_sha256
+    assert packed_codes(tmp_path) != packed_codes(undisturbed[0])
+
+
+def packed_codes(folder):
+    tensors = load_file(folder / "out" / "model-00001-of-00001.safetensors")
+    return {name: each.tolist() for name, each in tensors.items() if name.endswith("_packed")}
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_an_interrupted_run_resumes_at_its_block_and_ends_with_the_same_bytes(
-    source, tmp_path, blocks
+    source, coarse, tmp_path, blocks
 ):
-    spec = QuantSpec(w_bits=3, a_bits=6, kv_bits=4, calibration=CALIBRATION)
-    quantize(job_of(source, tmp_path / "undisturbed", spec=spec))
-    job = job_of(source, tmp_path / "disturbed", spec=spec)
+    job = job_of(source, tmp_path, spec=COARSE)
 
     interrupt(job, blocks)
     assert not job.out_dir.exists()
@@ -183,7 +204,7 @@ def test_an_interrupted_run_resumes_at_its_block_and_ends_with_the_same_bytes(
     finished = of_type(events, LayerFinished)
     assert [each.resumed for each in finished] == [i < blocks for i in range(LAYERS)]
     assert [each.index for each in of_type(events, CheckpointSaved)] == [*range(blocks, LAYERS)]
-    assert bytes_of(tmp_path / "disturbed") == bytes_of(tmp_path / "undisturbed")
+    assert bytes_of(tmp_path) == bytes_of(coarse)
 
 
 @pytest.mark.parametrize("model_type", ["falcon-40b", "gemma2", "mixtral", "opt-350m"])
@@ -208,16 +229,15 @@ def test_a_checkpoint_of_another_calibration_is_not_taken_up(source, tmp_path):
     assert any("starting afresh" in each.message for each in of_type(events, LogLine))
 
 
-def test_a_damaged_block_is_calibrated_again(source, tmp_path):
-    quantize(job_of(source, tmp_path / "undisturbed"))
-    job = job_of(source, tmp_path / "disturbed")
+def test_a_damaged_block_is_calibrated_again(source, coarse, tmp_path):
+    job = job_of(source, tmp_path, spec=COARSE)
     interrupt(job, 2)
     (job.state_dir / "block-00001.safetensors").write_bytes(b"torn")
 
     _, events = quantize(job)
 
     assert [each.resumed for each in of_type(events, LayerFinished)] == [True, False, False]
-    assert bytes_of(tmp_path / "disturbed") == bytes_of(tmp_path / "undisturbed")
+    assert bytes_of(tmp_path) == bytes_of(coarse)
 
 
 def test_a_diverging_layer_is_named_and_finished_blocks_are_kept(source, tmp_path):

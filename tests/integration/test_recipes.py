@@ -7,8 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 from engine.calibration import finish as finishing
-from engine.calibration.block import run_windows
-from engine.calibration.capture import capture_inputs
 from engine.calibration.dataset import (
     BuiltinText,
     load_tokenizer,
@@ -23,29 +21,28 @@ from engine.errors import CalibrationInterrupted
 from engine.evaluation.plan import EvaluationPlan
 from engine.events import CheckpointSaved, LayerFinished, LogLine, Progress, Stage, StageStarted
 from engine.methods.losses import BlockLoss
-from engine.models.blocks import ResidentModel
 from engine.models.loading import load_full_precision
 from engine.models.tensors import TensorFiles
 from engine.pipeline import QuantJob, quantize_model
 from engine.recipe import Clipping, EndToEnd, Ingredients, Rounding, SecondOrder
 from engine.spec import CalibrationSpec, QuantSpec, Recipe
-from tests.tiny_models import FAMILIES, save_tiny_model
+from tests.chained import chained_logits, draw_tokens
+from tests.tiny_models import save_tiny_model
 
 LAYERS = 2
 SMALL = CalibrationSpec(samples=2, length=16, epochs=1, batch=2)
-OTHERS = {
+RECIPES = {
     Recipe.RTN: ("llama",),
     Recipe.LWC: ("mixtral",),
     Recipe.OMNIQUANT: ("llama", "opt", "falcon-40b", "gemma2", "phi3", "mixtral"),
+    Recipe.DEFAULT: ("falcon-11b",),
     Recipe.FAST: ("falcon-7b", "qwen3"),
     Recipe.ACCURATE: ("llama", "opt-350m", "mixtral", "gemma3_text"),
 }
-PAIRS = [
-    *((Recipe.DEFAULT, each) for each in FAMILIES),
-    *((recipe, each) for recipe, families in OTHERS.items() for each in families),
-]
+PAIRS = [(recipe, each) for recipe, families in RECIPES.items() for each in families]
 LET = Ingredients(equivalent_transform=True, rotation=False, online_hadamard=False)
 TUNED = CalibrationSpec(samples=8, length=32, epochs=1, batch=2)
+TWO_BITS = {"recipe": Recipe.FAST, "calibration": TUNED, "w_bits": 2, "group_size": 32}
 
 
 def job_of(source, folder, **fields):
@@ -76,20 +73,6 @@ def of_type(events, kind):
 
 def bytes_of(folder):
     return {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
-
-
-def draw_tokens(windows=1, length=24):
-    return torch.randint(0, 256, (windows, length), generator=torch.Generator().manual_seed(2))
-
-
-@torch.no_grad()
-def chained_logits(loaded, tokens):
-    model = ResidentModel(architecture=loaded.architecture, skeleton=loaded.model)
-    inputs = capture_inputs(model, tokens)
-    hidden = inputs.hidden
-    for index, call in enumerate(inputs.calls):
-        hidden = run_windows(model.load_block(index), call, hidden, loaded.spec.kv_bits)
-    return model.load_head()(hidden)
 
 
 @torch.no_grad()
@@ -162,27 +145,33 @@ def test_rounded_queries_are_the_same_in_calibration_and_in_the_checkpoint(tmp_p
     assert losses[0] > losses[1]
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A folder with a source, and a result that was not tuned end to end."""
+    folder = tmp_path_factory.mktemp("plain")
+    quantize(job_of(save_tiny_model(folder / "source"), folder, **TWO_BITS))
+    return folder
+
+
 @pytest.mark.parametrize("mode", [EndToEnd.SCALES, EndToEnd.WEIGHTS])
-def test_tuning_brings_a_checkpoint_closer_by_what_was_reported(tmp_path, mode):
-    source = save_tiny_model(tmp_path / "source", "llama")
+def test_tuning_brings_a_checkpoint_closer_by_what_was_reported(plain, tmp_path, mode):
+    source = plain / "source"
     ingredients = Ingredients(end_to_end=mode, end_to_end_epochs=6)
-    fields = {"recipe": Recipe.FAST, "calibration": TUNED, "w_bits": 2, "group_size": 32}
 
-    events = quantize(job_of(source, tmp_path / "tuned", ingredients=ingredients, **fields))
-    quantize(job_of(source, tmp_path / "plain", **fields))
+    events = quantize(job_of(source, tmp_path, ingredients=ingredients, **TWO_BITS))
 
-    tuning = read_manifest(tmp_path / "tuned" / "out").tuning
+    tuning = read_manifest(tmp_path / "out").tuning
     tokens = calibration_tokens(source)
-    found = {
-        name: divergence(tmp_path / name / "out", source, tokens) for name in ("plain", "tuned")
-    }
+    folders = {"plain": plain / "out", "tuned": tmp_path / "out"}
+    found = {name: divergence(folder, source, tokens) for name, folder in folders.items()}
     assert tuning.divergence_after < 0.95 * tuning.divergence_before
     assert found["plain"] == pytest.approx(tuning.divergence_before, rel=0.05)
     assert found["tuned"] == pytest.approx(tuning.divergence_after, rel=0.05)
-    assert read_manifest(tmp_path / "plain" / "out").tuning is None
+    assert read_manifest(folders["plain"]).tuning is None
     steps = [each for each in of_type(events, Progress) if each.stage is Stage.TUNING]
     assert (steps[-1].done, steps[-1].total) == (24, 24)
-    codes = [packed_codes(tmp_path / name / "out") for name in ("plain", "tuned")]
+    codes = [packed_codes(folder) for folder in folders.values()]
+    # where they stay, scales alone made the difference
     assert (codes[0] != codes[1]) is (mode is EndToEnd.WEIGHTS)
 
 
@@ -197,27 +186,6 @@ def calibration_tokens(source):
     return sample_windows(text, ids, TUNED.samples, TUNED.length, TUNED.seed).tokens
 
 
-def test_codes_stay_where_scales_alone_are_tuned(tmp_path):
-    source = save_tiny_model(tmp_path / "source")
-    fields = {"recipe": Recipe.FAST, "calibration": TUNED, "w_bits": 2, "group_size": 32}
-
-    for mode in (EndToEnd.NONE, EndToEnd.SCALES):
-        ingredients = Ingredients(end_to_end=mode, end_to_end_epochs=3)
-        quantize(job_of(source, tmp_path / mode, ingredients=ingredients, **fields))
-
-    nothing, scales = (
-        down_projection(tmp_path / each / "out") for each in (EndToEnd.NONE, EndToEnd.SCALES)
-    )
-    assert torch.equal(scales["packed"], nothing["packed"])
-    assert not torch.equal(scales["scale"], nothing["scale"])
-
-
-def down_projection(directory):
-    name = "model.layers.1.mlp.down_proj.weight_"
-    found = TensorFiles.open(directory).read([f"{name}packed", f"{name}scale"])
-    return {short.removeprefix(name): tensor for short, tensor in found.items()}
-
-
 @pytest.mark.parametrize("mode", [EndToEnd.SCALES, EndToEnd.WEIGHTS])
 def test_an_attempt_that_was_cut_off_around_tuning_ends_with_the_same_bytes(tmp_path, mode):
     source = save_tiny_model(tmp_path / "source")
@@ -225,23 +193,22 @@ def test_an_attempt_that_was_cut_off_around_tuning_ends_with_the_same_bytes(tmp_
         end_to_end=mode, end_to_end_epochs=2, equivalent_transform=True, rounding=Rounding.LEARNED
     )
     fields = {"recipe": Recipe.DEFAULT, "ingredients": ingredients, "w_bits": 2, "q_bits": 6}
-    quantize(job_of(source, tmp_path / "whole", **fields))
+    whole = job_of(source, tmp_path / "whole", **fields)
+    quantize(whole)
+    wanted = bytes_of(tmp_path / "whole")
 
     before = job_of(source, tmp_path / "before", **fields)
     interrupt(before, lambda events: len(of_type(events, CheckpointSaved)) == LAYERS)
     inside = job_of(source, tmp_path / "inside", **fields)
     interrupt(inside, second_step_of_tuning())
-    after = job_of(source, tmp_path / "after", **fields)
-    quantize(after)
-    for path in (tmp_path / "after" / "out").iterdir():
+    for path in whole.out_dir.iterdir():
         path.unlink()
-    events = [quantize(each) for each in (before, inside, after)]
+    events = [quantize(each) for each in (before, inside, whole)]
 
-    wanted = bytes_of(tmp_path / "whole")
-    for name in ("before", "inside", "after"):
+    for name in ("before", "inside", "whole"):
         assert bytes_of(tmp_path / name) == wanted
     assert all(each.resumed for each in of_type(events[2], LayerFinished))
-    assert read_manifest(tmp_path / "after" / "out").tuning is not None
+    assert read_manifest(whole.out_dir).tuning is not None
 
 
 def second_step_of_tuning():

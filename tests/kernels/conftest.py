@@ -42,22 +42,10 @@ def int_linear(monkeypatch, device):
 
 
 @pytest.fixture
-def compiled_int_linear(monkeypatch):
-    """`kernels.int_linear` whose Triton kernel can be compiled for any GPU."""
-    return load_kernel_module("int_linear", interpreted=False, monkeypatch=monkeypatch)
-
-
-@pytest.fixture
 def column_rounding(monkeypatch, device):
     """`kernels.column_rounding` whose Triton kernel runs here."""
     name = "column_rounding"
     return load_kernel_module(name, interpreted=device == "cpu", monkeypatch=monkeypatch)
-
-
-@pytest.fixture
-def compiled_column_rounding(monkeypatch):
-    """`kernels.column_rounding` whose Triton kernel can be compiled for any GPU."""
-    return load_kernel_module("column_rounding", interpreted=False, monkeypatch=monkeypatch)
 
 
 @pytest.fixture

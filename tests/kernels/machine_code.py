@@ -51,12 +51,19 @@ class MachineCode:
 
     @property
     def opcodes(self):
+        """Number of times each opcode is in the whole kernel."""
         return Counter(opcode for opcode, _ in self.instructions)
 
     @property
     def loop_opcodes(self):
         longest = self.loops[0] if self.loops else range(0)
         return Counter(self.instructions[position][0] for position in longest)
+
+    @property
+    def product_loop(self):
+        """Opcodes of the shortest loop that holds a matrix instruction."""
+        loops = [Counter(self.instructions[at][0] for at in loop) for loop in self.loops]
+        return min((loop for loop in loops if any("MMA" in op for op in loop)), key=Counter.total)
 
     @property
     def spills(self):
@@ -72,7 +79,8 @@ def compile_kernel(
     Args:
         module: where the kernel is, "kernels.int_linear".
         kernel: its name there.
-        types: run-time arguments, "*i8" for a pointer, "i32" for a number.
+        types: run-time arguments, "*i8" for a pointer, "fp32" for a number. Others that the
+            kernel has are "i32", those that it has not are ignored.
         constants: values of the constexpr arguments.
         unaligned: run-time arguments that are no multiples of 16; a launcher takes every tensor
             that torch allocated, and every size that divides by 16, as one.
@@ -81,13 +89,8 @@ def compile_kernel(
             unless `enable_fp_fusion` says otherwise.
     """
     options = {"enable_fp_fusion": False} | options
-    aligned = [
-        name
-        for name, kind in types.items()
-        if name not in unaligned and kind.startswith(("*", "i", "u"))
-    ]
     target = GPUTarget("cuda", capability, 32)
-    job = ((module, kernel), types, constants or {}, aligned, target, options)
+    job = ((module, kernel), types, constants or {}, unaligned, target, options)
     text, shared_bytes = _compiler().submit(_compile, *job).result()
     return _read(text, shared_bytes)
 
@@ -100,11 +103,18 @@ def _compiler():
     return pool
 
 
-def _compile(place, types, constants, aligned, target, options):
+def _compile(place, types, constants, unaligned, target, options):
     module, name = place
     kernel = getattr(importlib.import_module(module), name)
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
+    }
+    aligned = [
+        name
+        for name, kind in signature.items()
+        if name not in unaligned and kind.startswith(("*", "i", "u"))
+    ]
     values = {(names.index(name),): value for name, value in constants.items()}
     attributes = {(names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in aligned}
     kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource

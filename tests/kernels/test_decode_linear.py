@@ -153,17 +153,25 @@ def test_group_scales_stay_within_float32_rounding(
     sliced = sliced_of(weight, slice_bytes=slice_bytes)
     config = dataclasses.replace(ONE_TURN, turn_blocks=2, split_k=split_k)
 
-    def run():
-        return decode(codes_of(tokens, sliced), sliced, out_dtype=torch.float32, config=config)
-
-    actual = run()
+    actual = decode(codes_of(tokens, sliced), sliced, out_dtype=torch.float32, config=config)
 
     u = (tokens.codes.cpu().double() - tokens.zero_point.cpu()) * tokens.scale.cpu()
     codes = unslice_codes(sliced).cpu().view(11, k // group, group).double()
     w = (codes - weight.zero_point.cpu().unsqueeze(-1)) * weight.scale.cpu().double().unsqueeze(-1)
     bound = rounding_of_groups(codes_of(tokens, sliced), w)
     assert bool(((actual.cpu() - u @ w.view(11, k).t()).abs() <= bound).all())
-    assert torch.equal(run(), actual)
+
+
+def test_group_scales_of_several_splits_give_the_same_bits_each_time(decode, device):
+    sliced = sliced_of(random_weight(11, 512, 1, 2, device), slice_bytes=32)
+    tokens = codes_of(random_tokens(2, 512, 8, device), sliced)
+    config = dataclasses.replace(ONE_TURN, turn_blocks=2, split_k=2)
+
+    first, second = (
+        decode(tokens, sliced, out_dtype=torch.float32, config=config) for _ in range(2)
+    )
+
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("k", "m", "half_step"), [(384, 1, False), (640, 2, True)])

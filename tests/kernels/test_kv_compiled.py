@@ -1,53 +1,85 @@
 """What the key-value kernels become on an H100, read from the machine code; no GPU needed."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.kernels.machine_code import compile_kernel
+
+POINTERS = {
+    "q_ptr": "*bf16", "query_ptr": "*bf16", "key_ptr": "*bf16", "value_ptr": "*bf16",
+    "out_ptr": "*bf16", "scale_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32",
+    "parts_ptr": "*fp32", "sums_ptr": "*fp32", "positions_ptr": "*i32", "slots_ptr": "*i32",
+    "table_ptr": "*i32", "lengths_ptr": "*i32", "starts_ptr": "*i32", "softmax_scale": "fp32",
+    "soft_cap": "fp32",
+}  # fmt: skip
+PACKED = {"codes_ptr": "*i16", "zero_ptr": "*i32"}
+BYTES = {"codes_ptr": "*u8", "zero_ptr": "*u8"}
+SIZES = ("query_heads", "query_blocks", "kv_blocks", "window", "GROUP", "head_blocks", "batch")
+SHAPE = {"KV_HEADS": 8, "HEAD_DIM": 128, "PAGE": 16, "HAS_WINDOW": False, "HAS_CAP": False,
+         "PDL": False, "INTERP": False}  # fmt: skip
+DECODE = SHAPE | {"SPLITS": 8, "MIN_CHUNK": 128, "BLOCK_G": 16}
+PREFILL = SHAPE | {"GROUP": 4, "BLOCK_B": 8, "BLOCK_M": 128, "BLOCK_T": 64}
+APPEND = {"KV_HEADS": 8, "PAGE": 16, "BITS": 4, "FIELD": 4, "WIDTH": 64, "ROTATED": 128,
+          "MIN_SCALE": 1e-5, "BLOCK_H": 2, "BLOCK_C": 64, "INTERP": False}  # fmt: skip
+
+
+def packed(bits, width):
+    return {"BITS": bits, "FIELD": bits, "WIDTH": width, "BLOCK_W": width}
+
+
+def compiled(file, kernel, constants, codes, **options):
+    return compile_kernel(
+        f"kernels.{file}", kernel,
+        types=POINTERS | codes, constants=constants, unaligned=SIZES, **options,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def opcodes():
-    """Counts of opcodes by kernel and bits."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, "-m", "tests.kernels.compile_kv"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return json.loads(run.stdout)
-
-
-def count(opcodes, name):
-    return sum(n for opcode, n in opcodes.items() if opcode.startswith(name))
+def kernels():
+    """Machine code by kernel and bits."""
+    fused = {"enable_fp_fusion": True}
+    return {
+        "decode 4": compiled(
+            "paged_attention", "_decode_kernel", DECODE | packed(4, 32) | {"BLOCK_T": 128}, PACKED,
+            num_warps=4, num_stages=3, **fused,
+        ),
+        "decode 2": compiled(
+            "paged_attention", "_decode_kernel", DECODE | packed(2, 16) | {"BLOCK_T": 32}, PACKED,
+            num_warps=1, num_stages=3, **fused,
+        ),
+        "prefill 4": compiled(
+            "paged_prefill", "_prefill_kernel", PREFILL | packed(4, 32), PACKED,
+            num_warps=8, num_stages=2, **fused,
+        ),
+        "append 4": compiled("kv_append", "_append_kv_kernel", APPEND, BYTES, num_warps=1),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", ["decode 4", "decode 2", "prefill 4", "append 4"])
-def test_no_register_is_spilled(opcodes, kernel):
-    assert not count(opcodes[kernel], "LDL")
-    assert not count(opcodes[kernel], "STL")
+def test_no_register_is_spilled(kernels, kernel):
+    assert not kernels[kernel].spills
 
 
 @pytest.mark.parametrize("kernel", ["decode 4", "decode 2"])
-def test_decode_unpacks_in_registers_between_wide_copies_and_tensor_cores(opcodes, kernel):
-    codes = opcodes[kernel]
+def test_decode_unpacks_in_registers_between_wide_copies_and_tensor_cores(kernels, kernel):
+    code = kernels[kernel]
 
-    assert codes["LDGSTS.E.BYPASS.128"] >= 8
-    assert count(codes, "LDSM") >= 10
+    assert code.opcodes["LDGSTS.E.BYPASS.128"] >= 8
+    assert code.count("LDSM") >= 10
     # two codes an instruction: 64 products of 16 x 16 operands, four registers of two codes each
-    assert codes["HMMA.16816.F32"] == 64
-    assert codes["HFMA2"] + count(codes, "HFMA2.MMA") <= 160
+    assert code.opcodes["HMMA.16816.F32"] == 64
+    assert code.opcodes["HFMA2"] + code.count("HFMA2.MMA") <= 160
 
 
 # all of the kernel; a turn of either loop takes about 870 for 256 codes a lane
 @pytest.mark.parametrize(("kernel", "budget"), [("decode 4", 1900), ("decode 2", 2700)])
-def test_decode_stays_within_its_instructions(opcodes, kernel, budget):
-    assert sum(opcodes[kernel].values()) <= budget
+def test_decode_stays_within_its_instructions(kernels, kernel, budget):
+    assert len(kernels[kernel].instructions) <= budget
 
 
-def test_prefill_multiplies_on_warpgroups(opcodes):
-    assert count(opcodes["prefill 4"], "HGMMA") >= 12
-    assert count(opcodes["prefill 4"], "LDGSTS") >= 4
+def test_prefill_multiplies_on_warpgroups(kernels):
+    assert kernels["prefill 4"].count("HGMMA") >= 12
+    assert kernels["prefill 4"].count("LDGSTS") >= 4
 
 
-def test_appending_reads_sixteen_bytes_at_a_time(opcodes):
-    assert count(opcodes["append 4"], "LDG.E.128") >= 3
+def test_appending_reads_sixteen_bytes_at_a_time(kernels):
+    assert kernels["append 4"].count("LDG.E.128") >= 3
