@@ -5,72 +5,11 @@ import pytest
 import torch
 
 from engine.inference.paged_runner import PagedRunner
-from engine.inference.runner_options import RunnerOptions
-from engine.inference.runner_start import plan_memory, start_runner
+from engine.inference.runner_start import plan_memory
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.steps import Runner, SequenceStep, StepPlan
-from tests.unit.engine.small_decoder import VOCABULARY, SmallDecoder
-
-GREEDY = SamplingParams(temperature=0.0, seed=0)
-PAGE = 16
-MAX_SEQUENCES = 6
-
-
-class GreedySampler:
-    """Takes the likeliest token and remembers who asked."""
-
-    def __init__(self):
-        self.opened, self.fulls = {}, []
-
-    def open(self, slot, params, prompt_ids, drawn_ids=()):
-        self.opened[slot] = (params, tuple(prompt_ids), tuple(drawn_ids))
-
-    def close(self, slot):
-        del self.opened[slot]
-
-    def draw(self, logits, slots, *, full):
-        self.fulls.append(full)
-        assert all(int(slot) in self.opened for slot in slots)
-        tokens = logits.argmax(dim=-1).to(torch.int32)
-        return torch.where(logits.isnan().any(dim=-1), -1, tokens)
-
-
-class Bench:
-    """A runner, and sequences with pages of their own choice."""
-
-    def __init__(self, decoder=None, **options):
-        self.decoder = decoder or SmallDecoder()
-        self.sampler = GreedySampler()
-        defaults = {"max_sequences": MAX_SEQUENCES, "max_step_tokens": 64, "pages": 40}
-        self.options = RunnerOptions(**(defaults | options))
-        self.runner = start_runner(self.decoder, self.sampler, self.options)
-        self.free = np.random.default_rng(5).permutation(self.runner.pages).tolist()
-        self.pages = {}
-
-    def open(self, slot, params=GREEDY, prompt=()):
-        self.runner.open(slot, params, prompt)
-        self.pages[slot] = []
-
-    def close(self, slot):
-        self.runner.close(slot)
-        self.free += self.pages.pop(slot)
-
-    def step(self, slot, start, token_ids=(), *, draws=True, drafts=0):
-        pages = self.pages[slot]
-        while len(pages) * PAGE < start + max(1, len(token_ids)):
-            pages.append(self.free.pop())
-        return SequenceStep(
-            slot=slot, start=start, token_ids=tuple(token_ids), page_ids=tuple(pages),
-            draws=draws, drafts=drafts,
-        )  # fmt: skip
-
-    def run(self, *steps):
-        return self.runner.launch(StepPlan(steps=steps)).wait().drawn
-
-
-def text(length, seed=0):
-    return tuple(np.random.default_rng(seed).integers(VOCABULARY, size=length).tolist())
-
+from tests.unit.engine.runner_bench import GREEDY, MAX_SEQUENCES, PAGE, Bench, text
+from tests.unit.engine.small_decoder import VOCABULARY
 
 # one sequence
 
