@@ -27,6 +27,7 @@ POINTERS = {
     "limit_ptr": "*fp32", "bases_ptr": "*i64", "count_limit_ptr": "*i32", "lowest_ptr": "*i64",
     "count_bases_ptr": "*i64", "count_sums_ptr": "*i64", "mass_bases_ptr": "*i64",
     "mass_sums_ptr": "*i64", "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32",
+    "slots_ptr": "*i64",
     "seed_ptr": "*i64", "position_ptr": "*i32", "scores_ptr": "*fp32", "ids_ptr": "*i32",
 }  # fmt: skip
 
@@ -144,7 +145,7 @@ def test_rotation_does_not_spill(compiled):
 def test_sampling_does_not_spill(compiled, shift, levels, logits):
     digits = {
         "LEVELS": levels, "DIGIT_BITS": 4, "KEY_SHIFT": shift, "SLICE": 1024, "SPLITS": 128,
-        "PDL": True, "num_warps": 4,
+        "SLOTTED": True, "PDL": True, "num_warps": 4,
     }  # fmt: skip
     pointers = {"logits_ptr": logits}
 
