@@ -50,6 +50,11 @@ class Scratch:
         """Allocate every piece by itself."""
         return cls(None, device)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the buffer; 0 where every piece is allocated by itself."""
+        return 0 if self._memory is None else len(self._memory)
+
     def lay_out(self, pieces: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
         """Give every piece its memory, not initialized.
 
@@ -61,8 +66,8 @@ class Scratch:
                 name: torch.empty(piece.shape, dtype=piece.dtype, device=self._device)
                 for name, piece in pieces.items()
             }
-        if bytes_of(pieces) > len(self._memory):
-            raise ValueError(f"a scratch of {len(self._memory)} bytes, need {bytes_of(pieces)}")
+        if bytes_of(pieces) > self.bytes:
+            raise ValueError(f"a scratch of {self.bytes} bytes, need {bytes_of(pieces)}")
         found, start = {}, 0
         for name, piece in pieces.items():
             size = math.prod(piece.shape) * piece.dtype.itemsize
