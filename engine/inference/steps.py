@@ -106,17 +106,25 @@ class Runner(Protocol):
     vocabulary: int
     memory_bytes: int
 
-    def open(self, slot: int, sampling: SamplingParams, prompt_ids: Sequence[int]) -> None:
+    def open(
+        self,
+        slot: int,
+        sampling: SamplingParams,
+        prompt_ids: Sequence[int],
+        drawn_ids: Sequence[int] = (),
+    ) -> None:
         """Give a slot to a sequence.
 
         Args:
             slot: a free one.
             sampling: how its tokens are drawn.
             prompt_ids: of the request, which penalties look at.
+            drawn_ids: what a preempted sequence had drawn before; penalties, `min_tokens` and
+                guides count them, and the steps that follow compute them like a prompt.
         """
 
     def close(self, slot: int) -> None:
-        """Free a slot; steps launched before may still write to its pages."""
+        """Free a slot that no launched step names any more, unless its result was waited for."""
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Start a step; returns before the device is done. Launches run in order."""
