@@ -124,7 +124,7 @@ class Runner(Protocol):
         """
 
     def close(self, slot: int) -> None:
-        """Free a slot that no launched step names any more, unless its result was waited for."""
+        """Free a slot; the results of all launched steps that name it were waited for."""
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Start a step; returns before the device is done. Launches run in order."""

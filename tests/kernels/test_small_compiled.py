@@ -20,13 +20,14 @@ from tests.kernels.conftest import load_kernel_module
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 227 * 1024
-SCALARS = {"M": "i32", "V": "i32", "HEADS": "i32", "eps": "fp32"}
+SCALARS = {"M": "i32", "V": "i32", "W": "i32", "HEADS": "i32", "eps": "fp32"}
 POINTERS = {
     "scale_ptr": "*fp32", "zero_ptr": "*i32", "sums_ptr": "*i32", "cos_ptr": "*fp32",
     "sin_ptr": "*fp32", "positions_ptr": "*i64", "peaks_ptr": "*fp32", "temperature_ptr": "*fp32",
     "limit_ptr": "*fp32", "bases_ptr": "*i64", "count_limit_ptr": "*i32", "lowest_ptr": "*i64",
     "count_bases_ptr": "*i64", "count_sums_ptr": "*i64", "mass_bases_ptr": "*i64",
     "mass_sums_ptr": "*i64", "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32",
+    "slots_ptr": "*i64",
     "seed_ptr": "*i64", "position_ptr": "*i32", "scores_ptr": "*fp32", "ids_ptr": "*i32",
 }  # fmt: skip
 
@@ -144,7 +145,7 @@ def test_rotation_does_not_spill(compiled):
 def test_sampling_does_not_spill(compiled, shift, levels, logits):
     digits = {
         "LEVELS": levels, "DIGIT_BITS": 4, "KEY_SHIFT": shift, "SLICE": 1024, "SPLITS": 128,
-        "PDL": True, "num_warps": 4,
+        "SLOTTED": True, "PDL": True, "num_warps": 4,
     }  # fmt: skip
     pointers = {"logits_ptr": logits}
 
@@ -158,5 +159,44 @@ def test_sampling_does_not_spill(compiled, shift, levels, logits):
     )  # fmt: skip
 
     for opcodes in (search, draw):
+        assert not total(opcodes, "LDL")
+        assert not total(opcodes, "STL")
+
+
+def test_rules_do_not_spill(compiled):
+    names = ("is_penalized", "biases", "bias_ids", "ends", "end_ids", "is_guided", "masks")
+    opcodes = compiled(
+        "token_rules", "_rules_kernel", num_warps=4,
+        pointers={
+            **{f"{name}_ptr": "*i32" for name in names}, "counts_ptr": "*i16",
+            **{f"{name}_ptr": "*fp32" for name in ("repetition", "presence", "frequency", "out")},
+            "bias_values_ptr": "*fp32", "ends_from_ptr": "*i64", "position_ptr": "*i64",
+        },
+        BIASES=1024, ENDS=64, BLOCK=2048,
+    )  # fmt: skip
+
+    assert not total(opcodes, "LDL")
+    assert not total(opcodes, "STL")
+    # what the tile became is stored before single tokens of it change
+    assert total(opcodes, "BAR") >= 2
+
+
+@pytest.mark.parametrize("logits", ["*bf16", "*fp32"])
+def test_logprobs_do_not_spill(compiled, logits):
+    pointers = {
+        "logits_ptr": logits, "wanted_ptr": "*i32", "tokens_ptr": "*i32", "sums_ptr": "*fp32",
+        "keys_ptr": "*i64", "drawn_ptr": "*fp32", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
+    }  # fmt: skip
+
+    parts = compiled(
+        "token_logprobs", "_slice_kernel", num_warps=8, pointers=pointers,
+        SPLITS=64, TOP=20, LANES=32, SLICE=4096,
+    )  # fmt: skip
+    whole = compiled(
+        "token_logprobs", "_merge_kernel", num_warps=4, pointers=pointers,
+        SPLITS=64, PARTS=64, TOP=20, LANES=32,
+    )  # fmt: skip
+
+    for opcodes in (parts, whole):
         assert not total(opcodes, "LDL")
         assert not total(opcodes, "STL")
