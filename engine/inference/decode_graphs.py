@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["DecodeGraphs", "DecodeStep"]
+from engine.inference.draw_kind import DrawKind
 
-DRAWS = (False, True)
-"""Plain, and with everything that a request may ask of its draws."""
+__all__ = ["DecodeGraphs", "DecodeStep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,14 +25,14 @@ class DecodeStep:
 
     forward: Callable[[int], torch.Tensor]
     """Computes the first rows of the batch: logits ``[rows, V]``."""
-    draw: Callable[[torch.Tensor, bool], None]
-    """Draws from logits and records the tokens; in full or plainly."""
+    draw: Callable[[torch.Tensor, DrawKind], None]
+    """Draws from logits and records the tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Captured:
     forward: torch.cuda.CUDAGraph
-    draws: dict[bool, torch.cuda.CUDAGraph]
+    draws: dict[DrawKind, torch.cuda.CUDAGraph]
 
 
 class DecodeGraphs:
@@ -69,13 +68,13 @@ class DecodeGraphs:
         else:
             self._logits = self._step.forward(rows)
 
-    def draw(self, rows: int, *, full: bool) -> None:
+    def draw(self, rows: int, kind: DrawKind) -> None:
         """Draw from the logits that `forward` computed last."""
         if rows in self._captured:
-            self._captured[rows].draws[full].replay()
+            self._captured[rows].draws[kind].replay()
         else:
             assert self._logits is not None, "a draw needs logits"
-            self._step.draw(self._logits, full)
+            self._step.draw(self._logits, kind)
             self._logits = None
 
     def capture(self, device: torch.device) -> None:
@@ -89,9 +88,9 @@ class DecodeGraphs:
         free_before, _ = torch.cuda.mem_get_info(device)
         pool = torch.cuda.graph_pool_handle()
         for rows in reversed(self._buckets):
-            for full in DRAWS:
+            for kind in DrawKind:
                 # compiles, and makes the workspaces that a capture must not make
-                self._step.draw(self._step.forward(rows), full)
+                self._step.draw(self._step.forward(rows), kind)
             torch.cuda.synchronize(device)
             self._captured[rows] = self._capture(rows, pool)
         torch.cuda.synchronize(device)
@@ -104,9 +103,9 @@ class DecodeGraphs:
         with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
             logits = self._step.forward(rows)
         draws = {}
-        for full in DRAWS:
-            draws[full] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(draws[full], pool=pool, capture_error_mode="thread_local"):
-                self._step.draw(logits, full)
+        for kind in DrawKind:
+            draws[kind] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(draws[kind], pool=pool, capture_error_mode="thread_local"):
+                self._step.draw(logits, kind)
         # the logits are released here: their memory is read by these graphs alone, in this order
         return _Captured(forward=forward, draws=draws)

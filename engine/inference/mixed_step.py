@@ -10,6 +10,7 @@ import torch
 
 from engine.inference.decoder.batch import TokenBatch
 from engine.inference.draft_check import DraftRows, last_accepted, likeliest_tokens
+from engine.inference.draw_kind import DrawKind
 from engine.inference.mixed_batch import MixedBatch
 from engine.inference.ports import TokenDecoder, TokenSampler
 from engine.inference.step_buffers import HostArena, StepBuffers
@@ -86,11 +87,14 @@ class MixedStep:
             else None,
         )
 
-    def draw(self, computed: MixedLogits, *, full: bool) -> None:
+    def draw(self, computed: MixedLogits, kind: DrawKind) -> None:
         """Draw a token for every drawing sequence, and verify drafts."""
         state, count = self._buffers.state, len(computed.slots)
         if count:
-            tokens = self._sampler.draw(computed.logits[:count], computed.slots, full=full)
+            logits = computed.logits[:count]
+            tokens = self._sampler.draw(
+                logits, computed.slots, full=kind.is_full, limited=kind.is_limited
+            )
             record_tokens(state, computed.slots, tokens, self._drawn)
         if computed.drafting is not None:
             likeliest = likeliest_tokens(computed.logits[count:])

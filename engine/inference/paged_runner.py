@@ -17,6 +17,7 @@ import torch
 
 from engine.inference.decode_graphs import DecodeGraphs, DecodeStep
 from engine.inference.decoder.batch import TokenBatch
+from engine.inference.draw_kind import DrawKind
 from engine.inference.memory_plan import MemoryPlan
 from engine.inference.mixed_batch import MixedBatch
 from engine.inference.mixed_step import MixedStep
@@ -24,7 +25,7 @@ from engine.inference.ports import TokenDecoder, TokenSampler
 from engine.inference.runner_options import RunnerOptions
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.step_buffers import HostArena, StepBuffers
-from engine.inference.step_results import LaunchedStep, LogprobBuffers, Reading, StepResults
+from engine.inference.step_results import LaunchedStep, Reading, StepResults
 from engine.inference.steps import SequenceStep, StepPlan
 from kernels.step_state import BatchRows, SequenceState, advance_rows, record_tokens
 
@@ -45,16 +46,14 @@ class PagedRunner:
         sampler: TokenSampler,
         plan: MemoryPlan,
         options: RunnerOptions,
-        logprobs: LogprobBuffers | None = None,
     ) -> None:
         """Allocate pages and buffers, then capture; see `runner_start.start_runner`.
 
         Args:
             decoder: the model.
-            sampler: of one slot more than sequences, for rows that only fill a batch up.
+            sampler: of as many slots as sequences, and draws of as many rows.
             plan: how many pages.
             options: sizes.
-            logprobs: where full draws of the sampler leave log-probabilities.
         """
         self.max_sequences = options.max_sequences
         self.page_size, self.pages = options.page_size, plan.pages
@@ -74,8 +73,7 @@ class PagedRunner:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._params: dict[int, SamplingParams] = {}
         with self._in_stream():
-            self._allocate(plan, logprobs)
-            sampler.open(self._buffers.scratch, SamplingParams(temperature=0.0, seed=0), ())
+            self._allocate(plan)
         if on_gpu and options.use_graphs:
             with self._in_stream(), torch.inference_mode():
                 self._graphs.capture(self._device)
@@ -130,7 +128,7 @@ class PagedRunner:
         self._buffers.apply(arena.send(), placed)
         self._graphs.forward(rows)
         self._results.allow_writing()
-        self._graphs.draw(rows, full=self._is_full(steps))
+        self._graphs.draw(rows, self._prepare_draw(steps))
         return self._results.read(self._reading(steps, ()))
 
     def _launch_mixed(self, plan: StepPlan, arena: HostArena) -> LaunchedStep:
@@ -139,10 +137,10 @@ class PagedRunner:
             self._buffers.place(step, advances=False)
         computed = self._mixed.forward(batch, arena)
         self._results.allow_writing()
-        self._mixed.draw(computed, full=self._is_full(batch.drawing))
+        self._mixed.draw(computed, self._prepare_draw(batch.drawing))
         return self._results.read(self._reading(batch.drawing, batch.drafting))
 
-    def _allocate(self, plan: MemoryPlan, logprobs: LogprobBuffers | None) -> None:
+    def _allocate(self, plan: MemoryPlan) -> None:
         options, device, scratch = self._options, self._device, plan.pages
         slots = options.max_sequences + 1
         per_sequence = -(-self.context_length // options.page_size)
@@ -156,7 +154,7 @@ class PagedRunner:
         ints = 2 * len(state.words) + INTS_PER_SEQUENCE * slots
         ints += INTS_PER_TOKEN * (slots + options.max_step_tokens)
         self._arenas = cycle([HostArena(ints, device) for _ in range(ARENAS)])
-        self._results = StepResults(self._drawn, logprobs, device)
+        self._results = StepResults(self._drawn, self._sampler.logprobs, device)
         self._graphs = DecodeGraphs(
             DecodeStep(forward=self._forward, draw=self._draw), options.buckets_on(device.type)
         )
@@ -180,14 +178,17 @@ class PagedRunner:
             self.kv_pages,
         )
 
-    def _draw(self, logits: torch.Tensor, full: bool) -> None:  # noqa: FBT001  called by position
+    def _draw(self, logits: torch.Tensor, kind: DrawKind) -> None:
         """What a graph draws from them."""
         slots = self._rows.slots[: len(logits)]
-        tokens = self._sampler.draw(logits, slots, full=full)
+        tokens = self._sampler.draw(logits, slots, full=kind.is_full, limited=kind.is_limited)
         record_tokens(self._buffers.state, slots, tokens, self._drawn)
 
-    def _is_full(self, steps: Sequence[SequenceStep]) -> bool:
-        return not all(self._params[step.slot].is_plain for step in steps)
+    def _prepare_draw(self, steps: Sequence[SequenceStep]) -> DrawKind:
+        guided = [step.slot for step in steps if self._params[step.slot].guide is not None]
+        if guided:
+            self._sampler.send_guides(guided)
+        return DrawKind.of(self._params[step.slot] for step in steps)
 
     def _reading(
         self, drawing: tuple[SequenceStep, ...], drafting: tuple[SequenceStep, ...]

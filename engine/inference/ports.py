@@ -1,6 +1,6 @@
 """What a runner needs of a decoder and of what draws tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from engine.inference.decoder.batch import TokenBatch
 from engine.inference.sampling_params import SamplingParams
 from kernels.kv_pages import KvPages
+from kernels.token_logprobs import RowLogprobs
 
 __all__ = ["TokenDecoder", "TokenSampler"]
 
@@ -41,6 +42,11 @@ class TokenDecoder(Protocol):
 class TokenSampler(Protocol):
     """Draws tokens; keeps what a request asks for by slot, on the device."""
 
+    pad_slot: int
+    """Of rows that only fill a batch up; the number behind the last slot."""
+    logprobs: RowLogprobs
+    """Of the last full draw."""
+
     def open(
         self,
         slot: int,
@@ -53,5 +59,10 @@ class TokenSampler(Protocol):
     def close(self, slot: int) -> None:
         """Forget it."""
 
-    def draw(self, logits: torch.Tensor, slots: torch.Tensor, *, full: bool) -> torch.Tensor:
+    def send_guides(self, slots: Iterable[int]) -> None:
+        """Send the masks of guides, before the draw that looks at them."""
+
+    def draw(
+        self, logits: torch.Tensor, slots: torch.Tensor, *, full: bool, limited: bool
+    ) -> torch.Tensor:
         """Draw int32 ``[R]`` from logits ``[R, V]`` for slots int64 ``[R]``."""

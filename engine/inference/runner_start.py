@@ -13,7 +13,6 @@ from engine.inference.paged_runner import PagedRunner
 from engine.inference.ports import TokenDecoder, TokenSampler
 from engine.inference.runner_options import CPU_PAGES, RunnerOptions
 from engine.inference.sampling_params import SamplingParams
-from engine.inference.step_results import LogprobBuffers
 from engine.inference.steps import SequenceStep, StepPlan
 from kernels.kv_pages import KvPages
 
@@ -28,20 +27,18 @@ def start_runner(
     decoder: TokenDecoder,
     sampler: TokenSampler,
     options: RunnerOptions,
-    logprobs: LogprobBuffers | None = None,
 ) -> PagedRunner:
     """Plan memory, allocate, capture and warm up.
 
     Args:
         decoder: the model, on its device.
-        sampler: of ``max_sequences + 1`` slots.
+        sampler: of ``max_sequences`` slots.
         options: sizes.
-        logprobs: where full draws of the sampler leave log-probabilities.
 
     Raises:
         OutOfMemory: if no keys and values fit.
     """
-    runner = PagedRunner(decoder, sampler, plan_memory(decoder, options), options, logprobs)
+    runner = PagedRunner(decoder, sampler, plan_memory(decoder, options), options)
     if decoder.device.type == "cuda":
         warm_up(runner, options.max_step_tokens)
     return runner

@@ -16,28 +16,11 @@ import numpy as np
 import torch
 
 from engine.inference.steps import Drawn, SequenceStep, StepResult, TokenLogprobs
+from kernels.token_logprobs import RowLogprobs
 
-__all__ = ["LaunchedStep", "LogprobBuffers", "Reading", "StepResults"]
+__all__ = ["LaunchedStep", "Reading", "StepResults"]
 
 BUFFERS = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogprobBuffers:
-    """Log-probabilities of R drawn tokens and of the likeliest ones."""
-
-    chosen: torch.Tensor
-    """float32 ``[R]``."""
-    top_ids: torch.Tensor
-    """int32 ``[R, K]``, in falling order."""
-    top: torch.Tensor
-    """float32 ``[R, K]``."""
-
-    def first(self, rows: int) -> "LogprobBuffers":
-        """View the first rows."""
-        return LogprobBuffers(
-            chosen=self.chosen[:rows], top_ids=self.top_ids[:rows], top=self.top[:rows]
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +43,12 @@ class Reading:
 class StepResults:
     """Copies what steps draw to pinned memory."""
 
-    def __init__(
-        self, drawn: torch.Tensor, logprobs: LogprobBuffers | None, device: torch.device
-    ) -> None:
+    def __init__(self, drawn: torch.Tensor, logprobs: RowLogprobs, device: torch.device) -> None:
         """Prepare.
 
         Args:
             drawn: int32, where steps leave their tokens.
-            logprobs: where full draws leave log-probabilities; None where nobody asks for them.
+            logprobs: where full draws leave log-probabilities.
             device: of both.
         """
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -108,19 +89,17 @@ class LaunchedStep:
 class _HostBuffer:
     """Pinned copies of the buffers of one step."""
 
-    def __init__(self, drawn: torch.Tensor, logprobs: LogprobBuffers | None) -> None:
+    def __init__(self, drawn: torch.Tensor, logprobs: RowLogprobs) -> None:
         self.step: LaunchedStep | None = None
         self._drawn, self._logprobs = drawn, logprobs
         on_gpu = drawn.is_cuda
         self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._tokens = _pinned_like(drawn)
-        self._copies = None
-        if logprobs is not None:
-            self._copies = LogprobBuffers(
-                chosen=_pinned_like(logprobs.chosen),
-                top_ids=_pinned_like(logprobs.top_ids),
-                top=_pinned_like(logprobs.top),
-            )
+        self._copies = RowLogprobs(
+            drawn=_pinned_like(logprobs.drawn),
+            top=_pinned_like(logprobs.top),
+            top_ids=_pinned_like(logprobs.top_ids),
+        )
 
     def hold(self) -> None:
         if self._event is not None:
@@ -154,14 +133,14 @@ class _HostBuffer:
     def _enqueue(self, reading: Reading) -> None:
         count = reading.tokens
         self._tokens[:count].copy_(self._drawn[:count], non_blocking=True)
-        if reading.tops and self._copies is not None and self._logprobs is not None:
+        if reading.tops:
             rows = len(reading.drawing)
-            for name in LogprobBuffers.__slots__:
+            for name in RowLogprobs.__slots__:
                 source = getattr(self._logprobs, name)[:rows]
                 getattr(self._copies, name)[:rows].copy_(source, non_blocking=True)
 
     def _logprobs_of(self, row: int, slot: int, reading: Reading) -> tuple[TokenLogprobs, ...]:
-        if slot not in reading.tops or self._copies is None:
+        if slot not in reading.tops:
             return ()
         count = reading.tops[slot]
         ids = self._copies.top_ids[row, :count].tolist()
@@ -169,7 +148,7 @@ class _HostBuffer:
         return (
             TokenLogprobs(
                 token_id=int(self._tokens[row]),
-                logprob=float(self._copies.chosen[row]),
+                logprob=float(self._copies.drawn[row]),
                 top=tuple(zip(ids, values, strict=True)),
             ),
         )

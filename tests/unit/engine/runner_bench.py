@@ -1,10 +1,10 @@
 """A runner with pages chosen at random, driven by hand."""
 
 import numpy as np
-import torch
 
 from engine.inference.runner_options import RunnerOptions
 from engine.inference.runner_start import start_runner
+from engine.inference.sampler_state import SamplerState
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.steps import SequenceStep, StepPlan
 from tests.unit.engine.small_decoder import VOCABULARY, SmallDecoder
@@ -14,39 +14,22 @@ PAGE = 16
 MAX_SEQUENCES = 6
 
 
-class GreedySampler:
-    """Takes the likeliest token and remembers who asked."""
-
-    def __init__(self):
-        self.opened, self.fulls = {}, []
-
-    def open(self, slot, params, prompt_ids, drawn_ids=()):
-        self.opened[slot] = (params, tuple(prompt_ids), tuple(drawn_ids))
-
-    def close(self, slot):
-        del self.opened[slot]
-
-    def draw(self, logits, slots, *, full):
-        self.fulls.append(full)
-        assert all(int(slot) in self.opened for slot in slots)
-        tokens = logits.argmax(dim=-1).to(torch.int32)
-        return torch.where(logits.isnan().any(dim=-1), -1, tokens)
-
-
 class Bench:
     """A runner, and sequences with pages of their own choice."""
 
     def __init__(self, decoder=None, **options):
         self.decoder = decoder or SmallDecoder()
-        self.sampler = GreedySampler()
         defaults = {"max_sequences": MAX_SEQUENCES, "max_step_tokens": 64, "pages": 40}
         self.options = RunnerOptions(**(defaults | options))
+        self.sampler = SamplerState(
+            self.options.max_sequences, self.decoder.vocabulary, self.decoder.device
+        )
         self.runner = start_runner(self.decoder, self.sampler, self.options)
         self.free = np.random.default_rng(5).permutation(self.runner.pages).tolist()
         self.pages = {}
 
-    def open(self, slot, params=GREEDY, prompt=()):
-        self.runner.open(slot, params, prompt)
+    def open(self, slot, params=GREEDY, prompt=(), drawn=()):
+        self.runner.open(slot, params, prompt, drawn)
         self.pages[slot] = []
 
     def close(self, slot):

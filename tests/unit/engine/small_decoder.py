@@ -10,6 +10,10 @@ VOCABULARY, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 60, 32, 4, 2, 8, 2
 SCORING = Scoring(softmax_scale=HEAD_DIM**-0.5)
 
 
+def normalize(x):
+    return x / x.norm(dim=-1, keepdim=True) * HIDDEN**0.5
+
+
 class SmallDecoder:
     """Learned positions, grouped queries, a residual MLP; logits far enough apart to be greedy."""
 
@@ -29,9 +33,9 @@ class SmallDecoder:
             weight(context_length, HIDDEN),
         )
         self._qkv = [weight((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN) * 3 for _ in range(LAYERS)]
-        self._out = [weight(HIDDEN, HEADS * HEAD_DIM) for _ in range(LAYERS)]
+        self._out = [weight(HIDDEN, HEADS * HEAD_DIM) * 3 for _ in range(LAYERS)]
         self._mlp = [(weight(64, HIDDEN), weight(HIDDEN, 64)) for _ in range(LAYERS)]
-        self.head = weight(VOCABULARY, HIDDEN) * 4
+        self.head = weight(VOCABULARY, HIDDEN) * 2
 
     def new_pages(self, pages, *, kv_bits, page_size=16):
         assert kv_bits == 16
@@ -55,7 +59,7 @@ class SmallDecoder:
             append_kv_reference(pages[layer], states, batch.kv_slots)
             x = self._finish(layer, x, self._attend(q, pages[layer], batch))
         x = x if batch.logit_rows is None else x[batch.logit_rows]
-        return x @ self.head.T
+        return normalize(x) @ self.head.T
 
     def plain(self, token_ids):
         """Logits ``[tokens, V]`` of a whole text, with one causal mask."""
@@ -66,7 +70,7 @@ class SmallDecoder:
             k, v = (each.repeat_interleave(HEADS // KV_HEADS, dim=0) for each in (k, v))
             mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = self._finish(layer, x, mixed.transpose(0, 1))
-        return x @ self.head.T
+        return normalize(x) @ self.head.T
 
     def greedy(self, prompt, count):
         """Continue a text one token at a time."""
@@ -76,10 +80,10 @@ class SmallDecoder:
         return tuple(ids[len(prompt) :])
 
     def _embed(self, ids, positions):
-        return self._embedding[ids] * 3 + self._positions[positions]
+        return 3 * (self._embedding[ids] + self._positions[positions])
 
     def _project(self, layer, x):
-        qkv = (x / x.norm(dim=-1, keepdim=True) * HIDDEN**0.5) @ self._qkv[layer].T
+        qkv = normalize(x) @ self._qkv[layer].T
         heads = qkv.view(len(x), -1, HEAD_DIM)
         return heads.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
 
@@ -100,4 +104,4 @@ class SmallDecoder:
     def _finish(self, layer, x, mixed):
         x = x + mixed.reshape(len(x), -1) @ self._out[layer].T
         up, down = self._mlp[layer]
-        return x + torch.relu(x @ up.T) @ down.T
+        return x + torch.tanh(x @ up.T) @ down.T

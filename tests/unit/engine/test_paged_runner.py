@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.inference.draw_kind import DrawKind
 from engine.inference.paged_runner import PagedRunner
 from engine.inference.runner_start import plan_memory
 from engine.inference.sampling_params import SamplingParams
@@ -152,7 +153,6 @@ def test_a_slot_is_used_again_with_other_pages():
         tokens += bench.run(bench.step(4, 20))[4].token_ids
         assert tokens == bench.decoder.greedy(prompt, 2)
         bench.close(4)
-    assert set(bench.sampler.opened) == {MAX_SEQUENCES}
 
 
 def test_pages_that_another_sequence_filled_are_read():
@@ -168,19 +168,29 @@ def test_pages_that_another_sequence_filled_are_read():
     assert drawn[1].token_ids == bench.decoder.greedy(prompt, 1)
 
 
+CHANCE = SamplingParams(temperature=1.5, seed=5, presence_penalty=1.0)
+
+
+def generate(bench, slot, params, prompt, drawn, count):
+    """Draw so many more tokens for a sequence whose earlier ones were drawn elsewhere."""
+    bench.open(slot, params, prompt, drawn)
+    tokens = bench.run(bench.step(slot, 0, (*prompt, *drawn)))[slot].token_ids
+    while len(tokens) < count:
+        at = len(prompt) + len(drawn) + len(tokens) - 1
+        tokens += bench.run(bench.step(slot, at))[slot].token_ids
+    bench.close(slot)
+    return drawn + tokens
+
+
 def test_a_preempted_sequence_goes_on_where_it_was():
     bench, prompt = Bench(), text(12)
-    bench.open(0)
-    drawn = bench.run(bench.step(0, 0, prompt))[0].token_ids
-    drawn += bench.run(bench.step(0, 12))[0].token_ids
-    bench.close(0)
-    bench.runner.open(3, GREEDY, prompt, drawn)
-    bench.pages[3] = []
+    whole = generate(bench, 1, CHANCE, prompt, (), 9)
 
-    after = bench.run(bench.step(3, 0, (*prompt, *drawn)))
+    first = generate(bench, 0, CHANCE, prompt, (), 4)
+    rest = generate(bench, 3, CHANCE, prompt, first, 5)
 
-    assert bench.sampler.opened[3] == (GREEDY, prompt, drawn)
-    assert after[3].token_ids == bench.decoder.greedy(prompt, 3)[2:]
+    assert rest == whole
+    assert whole != bench.decoder.greedy(prompt, 9)
 
 
 def test_pages_that_change_are_told_the_device():
@@ -286,16 +296,69 @@ def test_sequences_with_unlike_drafts_share_a_step_with_decodes():
 # what is asked of draws
 
 
-def test_draws_are_full_where_any_sequence_asks_for_more():
-    bench = Bench()
-    bench.open(0)
-    bench.open(1, SamplingParams(temperature=0.0, seed=0, presence_penalty=1.0))
-    bench.run(bench.step(0, 0, text(4)))
-    bench.run(bench.step(1, 0, text(4)))
-    bench.run(bench.step(0, 4), bench.step(1, 4))
-    bench.run(bench.step(0, 5))
+KINDS = {
+    "greedy": GREEDY,
+    "warm": SamplingParams(temperature=1.2, seed=3),
+    "limited": SamplingParams(temperature=1.2, seed=4, top_k=9, top_p=0.8, min_p=0.01),
+    "penalized": SamplingParams(temperature=0.0, seed=0, repetition_penalty=1.5),
+    "biased": SamplingParams(temperature=0.0, seed=0, logit_bias=((7, 100.0),)),
+    "measured": SamplingParams(temperature=0.0, seed=0, logprobs=3),
+}
 
-    assert bench.sampler.fulls == [False, True, True, False]
+
+@pytest.mark.parametrize("buckets", [None, (1, 2, 4, 6)])
+def test_what_others_ask_of_a_batch_changes_nothing(buckets):
+    bench = Bench(buckets=buckets)
+    prompts = {name: text(9, seed) for seed, name in enumerate(KINDS)}
+    alone = {name: generate(bench, 2, KINDS[name], prompts[name], (), 6) for name in KINDS}
+
+    together = dict.fromkeys(KINDS, ())
+    for slot, name in enumerate(KINDS):
+        bench.open(slot, KINDS[name], prompts[name])
+        together[name] += bench.run(bench.step(slot, 0, prompts[name]))[slot].token_ids
+    for position in range(9, 14):
+        drawn = bench.run(*(bench.step(slot, position) for slot in range(len(KINDS))))
+        for slot, name in enumerate(KINDS):
+            together[name] += drawn[slot].token_ids
+
+    assert together == alone
+    assert set(alone["biased"]) == {7}
+    assert alone["penalized"] != bench.decoder.greedy(prompts["penalized"], 6)
+    assert alone["greedy"] == bench.decoder.greedy(prompts["greedy"], 6)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["greedy", "warm"], DrawKind.PLAIN),
+        (["greedy", "limited"], DrawKind.LIMITED),
+        (["measured", "limited"], DrawKind.FULL),
+        ([], DrawKind.PLAIN),
+    ],
+)
+def test_a_batch_draws_as_simply_as_its_sequences_allow(names, kind):
+    assert DrawKind.of(KINDS[name] for name in names) is kind
+
+
+def test_log_probabilities_come_with_the_tokens_of_those_that_ask():
+    bench, prompt = Bench(), text(6)
+    bench.open(0)
+    bench.open(1, KINDS["measured"])
+    bench.open(2, SamplingParams(temperature=0.0, seed=0, logprobs=0))
+    steps = [bench.step(slot, 0, prompt) for slot in range(3)]
+
+    drawn = bench.run(*steps)
+    later = bench.run(*(bench.step(slot, 6) for slot in (2, 1)))
+
+    truth = bench.decoder.plain(prompt)[-1].log_softmax(-1)
+    assert drawn[0].logprobs == ()
+    [measured], [bare] = drawn[1].logprobs, drawn[2].logprobs
+    assert (measured.token_id, bare.top) == (int(truth.argmax()), ())
+    assert measured.logprob == pytest.approx(float(truth.max()), abs=1e-4)
+    values, ids = truth.topk(3)
+    assert [token for token, _ in measured.top] == ids.tolist()
+    assert [value for _, value in measured.top] == pytest.approx(values.tolist(), abs=1e-4)
+    assert later[1].logprobs[0].token_id == later[1].token_ids[0] == later[2].token_ids[0]
 
 
 def test_a_row_that_cannot_be_drawn_is_reported_and_goes_on_within_the_vocabulary():
