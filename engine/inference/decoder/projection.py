@@ -3,14 +3,14 @@
 Shape legend: M tokens, N outputs, K inputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
 
 from engine.inference.decoder.operands import VALUES, Operand, Reading, Source
 from engine.modules.operand import Operand as DerivedOperand
-from engine.modules.operand import multiply, operand_bytes
+from engine.modules.operand import multiply
 from engine.modules.rotated import OnlineHadamard
 from engine.spec import FULL_BITS
 from kernels.linear import integer_linear, weight_only_linear
@@ -95,7 +95,7 @@ class DerivedMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of operand and bias."""
-        return operand_bytes(self.operand) + (0 if self.bias is None else self.bias.nbytes)
+        return _bytes_of(self.operand) + (0 if self.bias is None else self.bias.nbytes)
 
     def multiply(self, operand: Operand) -> torch.Tensor:
         """Give ``[M, N]``."""
@@ -129,3 +129,14 @@ class FloatMatrix:
         """Give ``[M, N]``."""
         assert isinstance(operand, torch.Tensor), "it reads values"
         return torch.nn.functional.linear(operand, self.weight, self.bias)
+
+
+def _bytes_of(operand: DerivedOperand) -> int:
+    """Bytes of every tensor of an operand."""
+    if isinstance(operand, torch.Tensor):
+        return operand.nbytes
+    values = [getattr(operand, each.name) for each in fields(operand)]
+    tensors = [
+        each for value in values for each in (value if isinstance(value, tuple) else [value])
+    ]
+    return sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))
