@@ -184,7 +184,7 @@ def record_tokens(
     Args:
         state: written in place.
         slots: int64 ``[B]``, whose tokens these are.
-        tokens: int32 ``[B]``; -1 for a row that could not be drawn.
+        tokens: int32 ``[B]``, B <= S; -1 for a row that could not be drawn.
         drawn: int32 of at least B, written to.
     """
     if state.words.device.type == "cpu":
@@ -199,8 +199,14 @@ def launch_record(
     """Run the Triton kernel, on a GPU or in the interpreter; see `record_tokens`."""
     count = tokens.shape[0]
     if count:
+        # one size for all batches
         _record_kernel[(1,)](
-            slots, tokens, state.last_tokens, drawn, count, BLOCK=triton.next_power_of_2(count)
+            slots,
+            tokens,
+            state.last_tokens,
+            drawn,
+            count,
+            BLOCK=triton.next_power_of_2(len(state.lengths)),
         )
 
 
@@ -213,7 +219,10 @@ def record_reference(
     state.last_tokens[slots] = tokens.clamp(min=0)
 
 
-@triton.jit
+# numbers and places of words come as they like, and none is worth a compilation of its own
+@triton.jit(
+    do_not_specialize=["count"], do_not_specialize_on_alignment=["offsets_ptr", "values_ptr"]
+)
 def _write_kernel(words_ptr, offsets_ptr, values_ptr, count, BLOCK: tl.constexpr):
     """One program writes BLOCK words."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -250,7 +259,7 @@ def _advance_kernel(
     tl.store(lengths_ptr + slot, length + 1, mask=slot != scratch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _record_kernel(slots_ptr, tokens_ptr, last_ptr, drawn_ptr, count, BLOCK: tl.constexpr):
     """One program records all rows."""
     offs = tl.arange(0, BLOCK)

@@ -154,7 +154,7 @@ class PagedRunner:
         ints = 2 * len(state.words) + INTS_PER_SEQUENCE * slots
         ints += INTS_PER_TOKEN * (slots + options.max_step_tokens)
         self._arenas = cycle([HostArena(ints, device) for _ in range(ARENAS)])
-        self._results = StepResults(self._drawn, self._sampler.logprobs, device)
+        self._results = StepResults(self._drawn, self._sampler.logprobs, self._sampler.accept)
         self._graphs = DecodeGraphs(
             DecodeStep(forward=self._forward, draw=self._draw), options.buckets_on(device.type)
         )
@@ -185,9 +185,7 @@ class PagedRunner:
         record_tokens(self._buffers.state, slots, tokens, self._drawn)
 
     def _prepare_draw(self, steps: Sequence[SequenceStep]) -> DrawKind:
-        guided = [step.slot for step in steps if self._params[step.slot].guide is not None]
-        if guided:
-            self._sampler.send_guides(guided)
+        self._sampler.send_guides(self._guided(steps))
         return DrawKind.of(self._params[step.slot] for step in steps)
 
     def _reading(
@@ -195,7 +193,10 @@ class PagedRunner:
     ) -> Reading:
         asked = ((step.slot, self._params[step.slot].logprobs) for step in drawing)
         tops = {slot: count for slot, count in asked if count is not None}
-        return Reading(drawing=drawing, drafting=drafting, tops=tops)
+        return Reading(drawing=drawing, drafting=drafting, tops=tops, guided=self._guided(drawing))
+
+    def _guided(self, steps: Sequence[SequenceStep]) -> tuple[int, ...]:
+        return tuple(step.slot for step in steps if self._params[step.slot].guide is not None)
 
     def _check(self, plan: StepPlan) -> None:
         if not plan.steps:

@@ -60,7 +60,10 @@ class TokenSampler(Protocol):
         """Forget it."""
 
     def send_guides(self, slots: Iterable[int]) -> None:
-        """Send the masks of guides, before the draw that looks at them."""
+        """Send what the guides of these slots allow, before the draw that looks at it."""
+
+    def accept(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Let the guide of a slot go on by tokens that the host has read."""
 
     def draw(
         self, logits: torch.Tensor, slots: torch.Tensor, *, full: bool, limited: bool

@@ -8,7 +8,7 @@ Copies run on a stream of their own: in the stream of the steps each would hold 
 Host buffers take turns; one that nobody has waited for yet is read before it is used again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -21,6 +21,8 @@ from kernels.token_logprobs import RowLogprobs
 __all__ = ["LaunchedStep", "Reading", "StepResults"]
 
 BUFFERS = 3
+Accept = Callable[[int, Sequence[int]], None]
+"""Takes a slot and its tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class Reading:
     """Behind them, as many tokens each as it has drafts, and one."""
     tops: Mapping[int, int] = field(default_factory=dict)
     """How many of the likeliest tokens a slot wants reported, for those that want any or none."""
+    guided: tuple[int, ...] = ()
+    """Slots whose guides wait for the token."""
 
     @property
     def tokens(self) -> int:
@@ -43,15 +47,16 @@ class Reading:
 class StepResults:
     """Copies what steps draw to pinned memory."""
 
-    def __init__(self, drawn: torch.Tensor, logprobs: RowLogprobs, device: torch.device) -> None:
+    def __init__(self, drawn: torch.Tensor, logprobs: RowLogprobs, accept: Accept) -> None:
         """Prepare.
 
         Args:
             drawn: int32, where steps leave their tokens.
             logprobs: where full draws leave log-probabilities.
-            device: of both.
+            accept: told the tokens of guided slots, once, when they are waited for.
         """
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._accept = accept
+        self._stream = torch.cuda.Stream(drawn.device) if drawn.is_cuda else None  # type: ignore[no-untyped-call]
         self._buffers = cycle([_HostBuffer(drawn, logprobs) for _ in range(BUFFERS)])
         self._last: _HostBuffer | None = None
 
@@ -66,7 +71,7 @@ class StepResults:
         if buffer.step is not None:
             buffer.step.wait()
         buffer.copy(reading, self._stream)
-        buffer.step = LaunchedStep(buffer, reading)
+        buffer.step = LaunchedStep(buffer, reading, self._accept)
         self._last = buffer
         return buffer.step
 
@@ -74,8 +79,8 @@ class StepResults:
 class LaunchedStep:
     """A `PendingStep`: its tokens are on their way."""
 
-    def __init__(self, buffer: "_HostBuffer", reading: Reading) -> None:
-        self._buffer, self._reading = buffer, reading
+    def __init__(self, buffer: "_HostBuffer", reading: Reading, accept: Accept) -> None:
+        self._buffer, self._reading, self._accept = buffer, reading, accept
         self._result: StepResult | None = None
 
     def wait(self) -> StepResult:
@@ -83,6 +88,8 @@ class LaunchedStep:
         if self._result is None:
             self._result = self._buffer.interpret(self._reading)
             self._buffer.step = None
+            for slot in self._reading.guided:
+                self._accept(slot, self._result.drawn[slot].token_ids)
         return self._result
 
 
