@@ -38,7 +38,7 @@ LOWEST_KEY = tl.constexpr(-(1 << 63))
 class RowLogprobs:
     """What is known of rows; a row whose slot does not ask keeps what it had."""
 
-    drawn: torch.Tensor
+    chosen: torch.Tensor
     """float32 ``[M]``"""
     top: torch.Tensor
     """float32 ``[M, T]`` in falling order; -infinity behind the last of a small vocabulary."""
@@ -49,7 +49,7 @@ class RowLogprobs:
     def empty(cls, rows: int, device: torch.device) -> Self:
         """Make room for so many rows."""
         return cls(
-            drawn=torch.zeros(rows, device=device),
+            chosen=torch.zeros(rows, device=device),
             top=torch.zeros(rows, LIKELIEST, device=device),
             top_ids=torch.zeros(rows, LIKELIEST, dtype=torch.int32, device=device),
         )
@@ -93,7 +93,7 @@ def measure_logprobs(
     _merge_kernel[(m,)](
         logits_MV, logits_MV.stride(0), wanted_S, slots_M, tokens_M,
         pieces["peaks"], pieces["sums"], pieces["keys"],
-        out.drawn, out.top, out.top_ids,
+        out.chosen, out.top, out.top_ids,
         SPLITS=splits, PARTS=triton.next_power_of_2(splits), TOP=LIKELIEST, LANES=LANES,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def measure_logprobs_reference(
     logprobs_MV = torch.log_softmax(x_MV, dim=1)
     tokens = tokens_M[rows].long()
     drawn = logprobs_MV.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
-    out.drawn[rows] = drawn.where(tokens >= 0, torch.nan)
+    out.chosen[rows] = drawn.where(tokens >= 0, torch.nan)
     count = min(LIKELIEST, x_MV.shape[1])
     # a stable sort keeps equals in the order of their ids
     ids = x_MV.sort(dim=1, descending=True, stable=True).indices[:, :count]
@@ -171,7 +171,7 @@ def _slice_kernel(
 def _merge_kernel(
     logits_ptr, stride_lm, wanted_ptr, slots_ptr, tokens_ptr,
     peaks_ptr, sums_ptr, keys_ptr,
-    drawn_ptr, top_ptr, top_ids_ptr,
+    chosen_ptr, top_ptr, top_ids_ptr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
     TOP: tl.constexpr,
@@ -190,7 +190,7 @@ def _merge_kernel(
 
         token = tl.load(tokens_ptr + row)
         x = tl.load(logits_ptr + row * stride_lm + token, mask=token >= 0, other=float("nan"))
-        tl.store(drawn_ptr + row, x.to(tl.float32) - peak - total)
+        tl.store(chosen_ptr + row, x.to(tl.float32) - peak - total)
 
         lanes = tl.arange(0, LANES)
         places = parts[:, None] * LANES + lanes[None, :]

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from engine.inference.draws import DrawMode, Draws, DrawTables, KernelDraws, TorchDraws
+from engine.inference.guides import GuideCompiler
 from engine.inference.sampling_params import MAX_BIASES, MAX_ENDS, SamplingParams
+from engine.inference.slot_guides import ANYTHING, SlotGuides
 from engine.inference.slot_table import SlotTable, send
 from kernels.sampling import MAX_VOCABULARY, SamplingRows
 from kernels.token_logprobs import RowLogprobs
@@ -42,8 +44,6 @@ RULE_COLUMNS = {
     "is_guided": torch.int32,
 }
 COLUMNS = ROW_COLUMNS | RULE_COLUMNS | {"is_measured": torch.int32}
-ANYTHING = -1
-"""A word of a mask that allows its 32 tokens."""
 IDLE = SamplingParams(temperature=0.0, seed=0)
 
 
@@ -57,6 +57,7 @@ class SamplerState:
         device: torch.device | str,
         *,
         rows: int | None = None,
+        guides: GuideCompiler | None = None,
         launches: bool | None = None,
     ) -> None:
         """Allocate everything that draws will ever need.
@@ -66,29 +67,23 @@ class SamplerState:
             vocabulary: V, at most 2^20.
             device: of the logits.
             rows: the most rows of one draw; None takes S.
+            guides: None where no request may have a guide.
             launches: run Triton's kernels; None: on a GPU. Without them plain torch answers.
         """
         self.slots, self.vocabulary = slots, vocabulary
         self.pad_slot = slots
-        """The slot of rows that pad a batch: drawn from greedily, never looked at."""
+        """Of rows that pad a batch."""
         self.rows = rows or slots
         self._device = torch.device(device)
-        self._params: list[SamplingParams] = [IDLE] * slots
         self._table = SlotTable(slots + 1, COLUMNS, self._device)
         for slot in range(slots + 1):
             self._table.write(slot, _values(IDLE, 0, 0))
         self._rules = self._make_rules()
+        self._guides = SlotGuides(self._rules.masks, guides)
         self._draws = self._make_draws(launches=launches)
         self._tokens = torch.zeros(self.rows, dtype=torch.int32, device=self._device)
         self.logprobs = RowLogprobs.empty(self.rows, self._device)
         """Of the last full draw, a row like its tokens; rows that did not ask keep old numbers."""
-        self.guide_rows = torch.full(
-            (slots, self._rules.masks.shape[1]),
-            ANYTHING,
-            dtype=torch.int32,
-            pin_memory=self._device.type == "cuda",
-        )
-        """int32 ``[S, W]`` on the host: masks that `send_guides` sends; bit 1 allows a token."""
 
     @property
     def memory_bytes(self) -> int:
@@ -114,10 +109,12 @@ class SamplerState:
                 the next draws are those it would have had.
 
         Raises:
-            ValueError: if an id is not in the vocabulary.
+            ValueError: if an id is not in the vocabulary, or there are no guides.
+            EngineError: if the guide cannot be followed, or not by `drawn_ids`.
         """
         self._check_ids(params, prompt_ids, drawn_ids)
-        self._params[slot] = params
+        if params.guide is not None:
+            self._guides.open(slot, params.guide, drawn_ids)
         self._table.write(slot, _values(params, len(prompt_ids), len(drawn_ids)))
         if params.is_penalized:
             send(_counts(prompt_ids, drawn_ids, self.vocabulary), self._rules.counts[slot])
@@ -131,23 +128,19 @@ class SamplerState:
 
     def close(self, slot: int) -> None:
         """Forget a sequence; draws that were launched before stay right."""
-        self._params[slot] = IDLE
-
-    def needs_full(self, slots: Iterable[int]) -> bool:
-        """Whether a draw of these slots must be a full one."""
-        return not all(self._params[slot].is_plain for slot in slots)
-
-    def needs_limits(self, slots: Iterable[int]) -> bool:
-        """Whether top_k, top_p or min_p of any of these slots leave tokens out."""
-        return any(self._params[slot].is_limited for slot in slots)
+        self._guides.close(slot)
 
     def send_guides(self, slots: Iterable[int]) -> None:
-        """Send `guide_rows` of slots whose sequences have a guide, before their draw.
+        """Send what the guides of these slots allow, before every draw of theirs.
 
-        A row may change again when the draw that used it is done.
+        Args:
+            slots: those without a guide are passed over.
         """
-        for slot in slots:
-            self._rules.masks[slot].copy_(self.guide_rows[slot], non_blocking=True)
+        self._guides.send(slots)
+
+    def accept(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Let the guide of a slot, if it has one, go on by the tokens that the host has read."""
+        self._guides.accept(slot, token_ids)
 
     def draw(
         self,

@@ -27,7 +27,7 @@ class GuideKind(StrEnum):
     JSON_SCHEMA = "json_schema"
     """A JSON schema; the answer is a document of it."""
     REGEX = "regex"
-    """A regular expression that the whole answer matches."""
+    """A regular expression that the whole answer matches; digits and word characters are ASCII."""
     GRAMMAR = "grammar"
     """A context-free grammar in Lark's notation."""
     JSON_OBJECT = "json_object"

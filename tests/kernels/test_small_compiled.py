@@ -185,7 +185,7 @@ def test_rules_do_not_spill(compiled):
 def test_logprobs_do_not_spill(compiled, logits):
     pointers = {
         "logits_ptr": logits, "wanted_ptr": "*i32", "tokens_ptr": "*i32", "sums_ptr": "*fp32",
-        "keys_ptr": "*i64", "drawn_ptr": "*fp32", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
+        "keys_ptr": "*i64", "chosen_ptr": "*fp32", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
     }  # fmt: skip
 
     parts = compiled(

@@ -13,7 +13,7 @@ def logprobs_op(monkeypatch):
 
 def measured(op, measure, logits, tokens, wanted, slots, **options):
     out = op.RowLogprobs.empty(len(logits) + 1, logits.device)
-    out.drawn.fill_(77)
+    out.chosen.fill_(77)
     measure(logits, tokens, wanted, slots, out, **options)
     return out
 
@@ -40,9 +40,9 @@ def test_logprobs_and_the_likeliest_tokens_are_those_of_torch(
 
     assert torch.equal(out.top_ids, expected.top_ids)
     # a sum of up to 9001 terms in another order, and one exponential each
-    assert torch.allclose(out.drawn, expected.drawn, rtol=0, atol=1e-5)
+    assert torch.allclose(out.chosen, expected.chosen, rtol=0, atol=1e-5)
     assert torch.allclose(out.top, expected.top, rtol=0, atol=1e-5)
-    assert out.drawn[3] == 77
+    assert out.chosen[3] == 77
 
 
 def test_equals_come_in_the_order_of_their_ids(logprobs_op, device):
@@ -64,8 +64,8 @@ def test_only_rows_that_ask_are_measured(logprobs_op, device):
     for measure in (logprobs_op.measure_logprobs, measure_logprobs_reference):
         wanted = torch.tensor([0, 1], dtype=torch.int32, device=device)
         out = measured(logprobs_op, measure, logits, tokens, wanted, slots)
-        assert out.drawn[1] == 77
+        assert out.chosen[1] == 77
         assert out.top_ids[1].tolist() == [0] * LIKELIEST
         # a row from which nothing could be drawn has no likelihood
         wanted = torch.tensor([1, 0], dtype=torch.int32, device=device)
-        assert measured(logprobs_op, measure, logits, tokens, wanted, slots).drawn[1].isnan()
+        assert measured(logprobs_op, measure, logits, tokens, wanted, slots).chosen[1].isnan()
