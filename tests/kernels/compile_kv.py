@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.kv_append import _append_kv_kernel
+from kernels._kv_append_kernel import append_kv_kernel
+from kernels.attended_tokens import _combine_tokens_kernel
 from kernels.paged_attention import _decode_kernel
 from kernels.paged_prefill import _prefill_kernel
 
@@ -23,15 +24,23 @@ HOPPER = GPUTarget("cuda", 90, 32)
 OPCODE = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)")
 POINTERS = {
     "q_ptr": "*bf16", "query_ptr": "*bf16", "key_ptr": "*bf16", "value_ptr": "*bf16",
-    "out_ptr": "*bf16", "scale_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32",
-    "parts_ptr": "*fp32", "sums_ptr": "*fp32", "softmax_scale": "fp32", "soft_cap": "fp32",
+    "out_ptr": "*bf16", "like_ptr": "*bf16", "scale_ptr": "*fp32",
+    "cos_ptr": "*fp32", "sin_ptr": "*fp32", "parts_ptr": "*fp32", "sums_ptr": "*fp32",
+    "softmax_scale": "fp32", "soft_cap": "fp32",
+    "query_norm_ptr": "*bf16", "key_norm_ptr": "*bf16", "query_eps": "fp32", "key_eps": "fp32",
 }  # fmt: skip
 SHAPE = {"KV_HEADS": 8, "HEAD_DIM": 128, "PAGE": 16, "HAS_WINDOW": False, "HAS_CAP": False,
          "PDL": False, "INTERP": False}  # fmt: skip
 DECODE = SHAPE | {"SPLITS": 8, "MIN_CHUNK": 128, "BLOCK_G": 16}
 PREFILL = SHAPE | {"GROUP": 4, "BLOCK_B": 8, "BLOCK_M": 128, "BLOCK_T": 64}
 APPEND = {"KV_HEADS": 8, "PAGE": 16, "BITS": 4, "FIELD": 4, "WIDTH": 64, "ROTATED": 128,
-          "MIN_SCALE": 1e-5, "BLOCK_H": 2, "BLOCK_C": 64, "INTERP": False}  # fmt: skip
+          "NORM": "none", "BLOCK_D": 128, "PDL": False, "MIN_SCALE": 1e-5,
+          "BLOCK_H": 2, "BLOCK_C": 64, "INTERP": False}  # fmt: skip
+
+
+COMBINE = {"HEADS": 32, "HEAD_DIM": 128, "L": 4096, "GROUPS": 1, "BITS": 8, "HAS_WINDOW": False,
+           "SPLITS": 8, "MIN_CHUNK": 128, "BLOCK_S": 8, "BLOCK_T": 128, "BLOCK_H": 32,
+           "BLOCK_D": 128, "BLOCK": 4096, "UNROLL": 4, "PDL": True, "INTERP": False}  # fmt: skip
 
 
 def packed(bits, width):
@@ -80,7 +89,14 @@ if __name__ == "__main__":
             num_warps=8, num_stages=2, **fused,
         ),
         "append 4": opcodes(
-            _append_kv_kernel, APPEND, "*u8", "*u8", num_warps=1, enable_fp_fusion=False
+            append_kv_kernel, APPEND, "*u8", "*u8", num_warps=1, enable_fp_fusion=False
+        ),
+        "append 4 normed": opcodes(
+            append_kv_kernel, APPEND | {"NORM": "rms", "PDL": True}, "*u8", "*u8",
+            num_warps=1, enable_fp_fusion=False,
+        ),
+        "combine 8": opcodes(
+            _combine_tokens_kernel, COMBINE, "*i8", "*i32", num_warps=8, enable_fp_fusion=False
         ),
     }  # fmt: skip
     sys.stdout.write(json.dumps(report))

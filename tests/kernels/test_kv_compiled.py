@@ -21,7 +21,9 @@ def count(opcodes, name):
     return sum(n for opcode, n in opcodes.items() if opcode.startswith(name))
 
 
-@pytest.mark.parametrize("kernel", ["decode 4", "decode 2", "prefill 4", "append 4"])
+@pytest.mark.parametrize(
+    "kernel", ["decode 4", "decode 2", "prefill 4", "append 4", "append 4 normed", "combine 8"]
+)
 def test_no_register_is_spilled(opcodes, kernel):
     assert not count(opcodes[kernel], "LDL")
     assert not count(opcodes[kernel], "STL")
@@ -51,3 +53,8 @@ def test_prefill_multiplies_on_warpgroups(opcodes):
 
 def test_appending_reads_sixteen_bytes_at_a_time(opcodes):
     assert count(opcodes["append 4"], "LDG.E.128") >= 3
+
+
+def test_combining_has_the_loads_of_four_chunks_under_way(opcodes):
+    # four chunks of sixteen values a thread, four values a load
+    assert count(opcodes["combine 8"], "LDG.E.128") >= 16
