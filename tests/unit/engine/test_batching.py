@@ -32,14 +32,17 @@ def codec(tmp_path_factory):
 @pytest.fixture
 def open_engine(codec):
     """Opens engines over given runners and closes them at the end."""
-    engines = []
+    opened = []
 
     def open_one(runner=None, **options):
-        engines.append(BatchingEngine(runner or HashingRunner(), codec, **options))
-        return engines[-1]
+        runner = runner or HashingRunner()
+        opened.append((runner, BatchingEngine(runner, codec, **options)))
+        return opened[-1][1]
 
     yield open_one
-    for engine in engines:
+    for runner, engine in opened:
+        if runner.gate is not None:
+            runner.gate.release(10_000)
         engine.close()
 
 
@@ -169,11 +172,12 @@ def test_an_id_beyond_the_vocabulary_is_refused(open_engine, fields, field):
 @pytest.mark.parametrize("how", ["callable", "close", "forget", "ticket"])
 def test_a_caller_that_goes_away_frees_its_slot_within_one_step(open_engine, how):
     runner = HashingRunner(context_length=10_000, pages=4000)
-    runner.gate = step_gate(3)
+    runner.gate = step_gate()
     engine = open_engine(runner)
     is_gone = threading.Event()
     chunks = engine.generate(request_of(max_tokens=5000), is_gone.is_set)
     ticket = engine.submit(request_of(max_tokens=5000), lambda _: None)
+    runner.gate.release(3)
     first = next(chunks)
     # the fourth step runs and the fifth is launched behind it
     wait_until(lambda: len(runner.plans) == 5, "no step is launched while another runs")
@@ -192,7 +196,6 @@ def test_a_caller_that_goes_away_frees_its_slot_within_one_step(open_engine, how
     wait_until(lambda: len(runner.open_slots) == 1, "the slot stays open")
     assert [len(plan.steps) for plan in runner.plans[3:6]] == [2, 2, 1]
     assert first.finish_reason is None
-    runner.gate.release(10**6)
 
 
 def test_a_cancelled_answer_says_so(open_engine):
@@ -213,7 +216,7 @@ def test_a_request_beyond_the_limit_is_refused_and_the_others_are_answered(open_
 
     with pytest.raises(EngineOverloaded):
         engine.generate(request_of())
-    runner.gate.release(10**6)
+    runner.gate.release(10_000)
 
     assert [len(list(each)) for each in taken] == [6, 6]
 
@@ -277,7 +280,7 @@ def test_after_a_fault_what_ran_fails_and_what_waited_is_answered_by_a_new_runne
     engine = open_engine(runner, reopen=lambda: spare)
     running, waiting = engine.generate(request_of()), engine.generate(request_of(seed=1))
 
-    runner.gate.release(10**6)
+    runner.gate.release(10_000)
 
     with pytest.raises(DeviceFailed, match="send it again") as caught:
         list(running)
@@ -299,11 +302,11 @@ def test_a_fault_that_cannot_be_undone_closes_the_engine_and_says_so(open_engine
         "differs": lambda: HashingRunner(max_sequences=1, pages=5),
     }[reopens]
     runner = HashingRunner(max_sequences=1)
-    runner.gate, runner.fault = step_gate(), break_once(1)
+    runner.gate, runner.fault = step_gate(), break_once(2)
     engine = open_engine(runner, reopen=reopen)
     running, waiting = engine.generate(request_of()), engine.generate(request_of())
 
-    runner.gate.release(10**6)
+    runner.gate.release(10_000)
 
     with pytest.raises(DeviceFailed):
         list(running)
@@ -389,7 +392,7 @@ def test_a_chunk_says_how_long_its_request_waited(open_engine):
     first, second = engine.generate(request_of()), engine.generate(request_of())
 
     time.sleep(0.05)
-    runner.gate.release(10**6)
+    runner.gate.release(10_000)
 
     assert next(first).queue_s < 0.05 <= next(second).queue_s
 
