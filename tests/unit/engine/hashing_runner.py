@@ -19,7 +19,7 @@ def next_token(token_ids, sampling: SamplingParams, vocabulary=VOCABULARY):
         # the last two tokens decide: a text that returns to a pair goes round from there
         key, size = repr((token_ids[-2:],)), 16
     else:
-        key, size = repr((token_ids, sampling.seed)), vocabulary - 4
+        key, size = repr((token_ids, sampling.seed)), vocabulary
     return int.from_bytes(blake2b(key.encode(), digest_size=4).digest()) % size
 
 
