@@ -103,7 +103,7 @@ class _HostBuffer:
         self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._tokens = _pinned_like(drawn)
         self._copies = RowLogprobs(
-            drawn=_pinned_like(logprobs.drawn),
+            chosen=_pinned_like(logprobs.chosen),
             top=_pinned_like(logprobs.top),
             top_ids=_pinned_like(logprobs.top_ids),
         )
@@ -155,8 +155,9 @@ class _HostBuffer:
         return (
             TokenLogprobs(
                 token_id=int(self._tokens[row]),
-                logprob=float(self._copies.drawn[row]),
-                top=tuple(zip(ids, values, strict=True)),
+                logprob=float(self._copies.chosen[row]),
+                # a small vocabulary may have fewer tokens than are asked for
+                top=tuple(pair for pair in zip(ids, values, strict=True) if pair[0] >= 0),
             ),
         )
 
