@@ -1,8 +1,6 @@
 """How much a draw has to look at; a batch pays for what its sequences ask for, no more."""
 
-from collections.abc import Iterable
 from enum import StrEnum
-from typing import Self
 
 from engine.inference.sampling_params import SamplingParams
 
@@ -20,12 +18,11 @@ class DrawKind(StrEnum):
     """Also penalties, biases, ends held back, guides and log-probabilities."""
 
     @classmethod
-    def of(cls, sequences: Iterable[SamplingParams]) -> Self:
-        """Find the least that does for all of a batch."""
-        asked = list(sequences)
-        if not all(params.is_plain for params in asked):
-            return cls("full")
-        return cls("limited" if any(params.is_limited for params in asked) else "plain")
+    def of(cls, params: SamplingParams) -> "DrawKind":
+        """Find the least that does for a sequence."""
+        if not params.is_plain:
+            return cls.FULL
+        return cls.LIMITED if params.is_limited else cls.PLAIN
 
     @property
     def is_full(self) -> bool:

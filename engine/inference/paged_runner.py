@@ -21,6 +21,7 @@ from engine.inference.draw_kind import DrawKind
 from engine.inference.memory_plan import MemoryPlan
 from engine.inference.mixed_batch import MixedBatch
 from engine.inference.mixed_step import MixedStep
+from engine.inference.open_slots import OpenSlots
 from engine.inference.ports import TokenDecoder, TokenSampler
 from engine.inference.runner_options import RunnerOptions
 from engine.inference.sampling_params import SamplingParams
@@ -71,7 +72,7 @@ class PagedRunner:
         if self._stream is not None:
             # weights may still be on their way
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._params: dict[int, SamplingParams] = {}
+        self._open = OpenSlots()
         with self._in_stream():
             self._allocate(plan)
         if on_gpu and options.use_graphs:
@@ -92,16 +93,17 @@ class PagedRunner:
         Raises:
             ValueError: if the slot is taken or there is none of that number.
         """
-        if not 0 <= slot < self.max_sequences or slot in self._params:
+        if not 0 <= slot < self.max_sequences or slot in self._open:
             raise ValueError(f"slot = {slot}: use a free one below {self.max_sequences}")
         self._buffers.forget(slot)
         with self._in_stream():
             self._sampler.open(slot, sampling, prompt_ids, drawn_ids)
-        self._params[slot] = sampling
+        self._open.add(slot, sampling)
 
     def close(self, slot: int) -> None:
         """See `engine.inference.steps.Runner.close`."""
-        if self._params.pop(slot, None) is not None:
+        if slot in self._open:
+            self._open.remove(slot)
             with self._in_stream():
                 self._sampler.close(slot)
 
@@ -184,19 +186,21 @@ class PagedRunner:
         tokens = self._sampler.draw(logits, slots, full=kind.is_full, limited=kind.is_limited)
         record_tokens(self._buffers.state, slots, tokens, self._drawn)
 
-    def _prepare_draw(self, steps: Sequence[SequenceStep]) -> DrawKind:
-        self._sampler.send_guides(self._guided(steps))
-        return DrawKind.of(self._params[step.slot] for step in steps)
+    def _prepare_draw(self, steps: tuple[SequenceStep, ...]) -> DrawKind:
+        guided = self._open.guided(steps)
+        if guided:
+            self._sampler.send_guides(guided)
+        return self._open.kind_of(steps)
 
     def _reading(
         self, drawing: tuple[SequenceStep, ...], drafting: tuple[SequenceStep, ...]
     ) -> Reading:
-        asked = ((step.slot, self._params[step.slot].logprobs) for step in drawing)
-        tops = {slot: count for slot, count in asked if count is not None}
-        return Reading(drawing=drawing, drafting=drafting, tops=tops, guided=self._guided(drawing))
-
-    def _guided(self, steps: Sequence[SequenceStep]) -> tuple[int, ...]:
-        return tuple(step.slot for step in steps if self._params[step.slot].guide is not None)
+        return Reading(
+            drawing=drawing,
+            drafting=drafting,
+            tops=self._open.tops(drawing),
+            guided=self._open.guided(drawing),
+        )
 
     def _check(self, plan: StepPlan) -> None:
         if not plan.steps:
@@ -212,8 +216,7 @@ class PagedRunner:
 
     def _check_step(self, step: SequenceStep) -> None:
         end = step.start + step.count
-        params = self._params.get(step.slot)
-        if params is None:
+        if step.slot not in self._open:
             raise ValueError(f"slot = {step.slot}: open it first")
         if not 0 <= step.start < end <= self.context_length:
             raise ValueError(f"slot {step.slot}: position {end} of {self.context_length}")
@@ -222,7 +225,7 @@ class PagedRunner:
         # an id beyond the embedding would be an illegal access, which ends the process
         if step.token_ids and not 0 <= min(step.token_ids) <= max(step.token_ids) < self.vocabulary:
             raise ValueError(f"slot {step.slot}: token ids must be below {self.vocabulary}")
-        if step.drafts and not (params.is_plain and params.is_greedy and step.draws):
+        if step.drafts and not (step.draws and self._open.can_verify(step.slot)):
             raise ValueError(f"slot {step.slot}: drafts are for greedy sequences that draw")
 
     def _in_stream(self) -> AbstractContextManager[Any]:

@@ -45,6 +45,10 @@ class Bench:
             draws=draws, drafts=drafts,
         )  # fmt: skip
 
+    @staticmethod
+    def bare_step(slot):
+        return SequenceStep(slot=slot, start=0, token_ids=(), page_ids=(0,), draws=True)
+
     def run(self, *steps):
         return self.runner.launch(StepPlan(steps=steps)).wait().drawn
 

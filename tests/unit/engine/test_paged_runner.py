@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from engine.inference.draw_kind import DrawKind
+from engine.inference.open_slots import OpenSlots
 from engine.inference.paged_runner import PagedRunner
 from engine.inference.runner_start import plan_memory
 from engine.inference.sampling_params import SamplingParams
@@ -333,11 +334,17 @@ def test_what_others_ask_of_a_batch_changes_nothing(buckets):
         (["greedy", "warm"], DrawKind.PLAIN),
         (["greedy", "limited"], DrawKind.LIMITED),
         (["measured", "limited"], DrawKind.FULL),
+        (["biased"], DrawKind.FULL),
         ([], DrawKind.PLAIN),
     ],
 )
 def test_a_batch_draws_as_simply_as_its_sequences_allow(names, kind):
-    assert DrawKind.of(KINDS[name] for name in names) is kind
+    slots = OpenSlots()
+    slots.add(9, KINDS["penalized"])
+    for slot, name in enumerate(names):
+        slots.add(slot, KINDS[name])
+
+    assert slots.kind_of(Bench.bare_step(slot) for slot in range(len(names))) is kind
 
 
 def test_log_probabilities_come_with_the_tokens_of_those_that_ask():
