@@ -28,7 +28,7 @@ from benchmarks.measurement import MEASUREMENTS, write_measurement
 
 __all__ = ["Run", "main", "measure_cases"]
 
-WIDTH = 132
+WIDTH = 150
 """Of the table, also where the output is no terminal."""
 RIVAL_GUESS_S = 150.0
 CASE_GUESS_S = 20.0
@@ -128,8 +128,8 @@ def _guard(label: str, run: Run, work: Callable[[], T]) -> T | None:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="milliseconds of a step; bound = bytes to read / memory rate")
-    names = ("engine", "phase", "shape", "W A", "kv", "head", "batch", "at", "tok/s", "goal", "ms")
-    for name in (*names, "bound", "linear", "attention", "other", "gaps", "GB"):
+    names = ("by", "phase", "shape", "bits", "kv", "head", "batch", "at", "tok/s", "goal", "ms")
+    for name in (*names, "bound", "linear", "attend", "other", "gaps", "GB"):
         table.add_column(name, justify="right")
     for row in rows:
         split = row["split"] or {}
@@ -139,8 +139,14 @@ def _table(rows: Sequence[Row]) -> Table:
             row["head_bits"], row["batch"], row["context"], row["tokens_per_s"], row["goal"],
             row["ms_per_step"], row["bound_ms"], *parts, row["weight_gb"],
         )  # fmt: skip
-        table.add_row(*("-" if each is None else str(each) for each in cells))
+        table.add_row(*(_cell(each) for each in cells))
     return table
+
+
+def _cell(value: float | str | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3f}"
+    return "-" if value is None else str(value)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,11 +32,11 @@ class Part(StrEnum):
 
 
 LINEAR = re.compile(
-    r"linear_kernel|half_decode_kernel|_half_kernel|_tile_kernel|_prefill_kernel|groups_kernel"
+    r"linear_kernel|half_decode_kernel|^_half_kernel|^_order_kernel|_tile_kernel|_prefill_kernel|groups_kernel"
     r"|bmma|_unpack|gemm|gemv|cutlass|nvjet|splitK|cublas",
     re.IGNORECASE,
 )
-ATTENTION = re.compile(r"^_decode_kernel$|^_combine_kernel$|^_prefill_kernel$|flash|fmha")
+ATTENTION = re.compile(r"^_decode_kernel$|^_combine(_tokens)?_kernel$|^_prefill_kernel$|flash|fmha")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
