@@ -8,13 +8,14 @@ all heads of a sequence; one without tokens gives zeros.
 Shape legend: B sequences, Q query heads, D dims of a head, S splits, K = Q D features, L columns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels import paged_attention as attention
+from kernels import quantize_tokens as quantization
 from kernels._token_kernel import quantize_row, rounded
 from kernels.attention import PagedContext, Scoring, attention_reference, check_attention
 from kernels.attention_chunks import chunking
@@ -96,7 +97,7 @@ def launch_attended_tokens(
     chosen = attention_config or attention.select_config(pages, longest)
     if chosen.splits == 1:
         out = attention.launch_paged_attention(query, pages, context, scoring, config=chosen)
-        return quantize_tokens(out.view(batch, -1), form)
+        return _quantize(out.view(batch, -1), form, launch_pdl=config.launch_pdl)
     tokens = new_tokens(query, heads * head_dim, form, None)
     if not batch:
         return tokens
@@ -129,6 +130,12 @@ def launch_attended_tokens(
         **({"launch_pdl": True} if config.launch_pdl else {}),
     )  # fmt: skip
     return tokens
+
+
+def _quantize(x_MK: torch.Tensor, form: TokenForm, *, launch_pdl: bool) -> TokenCodes:
+    columns = max(x_MK.shape[1], form.columns or 0)
+    chosen = quantization.select_config(max(16, triton.next_power_of_2(columns)))
+    return quantize_tokens(x_MK, form, config=replace(chosen, launch_pdl=launch_pdl))
 
 
 def attended_tokens_reference(

@@ -9,17 +9,16 @@ import torch
 
 from engine.inference.decoder.batch import TokenBatch
 from engine.inference.decoder.device import Device
-from engine.inference.decoder.operands import VALUES, PlainSource, Source
+from engine.inference.decoder.operands import Source
 from engine.inference.decoder.projection import Projection
 from engine.spec import FULL_BITS
 from kernels.activation_rounding import round_activations
 from kernels.attention import Scoring
-from kernels.kv_append import HeadStates, Rotary, append_kv
+from kernels.kv_append import HeadNorms, HeadStates, Rotary
 from kernels.kv_pages import KvPages
-from kernels.layer_math import Norm
 from kernels.rotary import RotaryTable
 
-__all__ = ["Attention", "HeadNorms", "Heads"]
+__all__ = ["Attention", "Heads"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +31,6 @@ class Heads:
     """H."""
     dims: int
     """D."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadNorms:
-    """Norms over each head, before it turns."""
-
-    query: Norm
-    key: Norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,31 +59,19 @@ class Attention:
         self, device: Device, source: Source, batch: TokenBatch, pages: KvPages
     ) -> torch.Tensor:
         """Append the tokens of a batch and attend: ``[M, hidden]``."""
-        states = self._split(device, self.qkv.apply(source))
-        query = append_kv(pages, states, batch.kv_slots, self._turn(batch))
-        assert query is not None, "the states have queries"
+        states = self._split(self.qkv.apply(source))
+        query = device.append(states, pages, batch.kv_slots, self._turn(batch), self.norms)
         if self.query_bits != FULL_BITS:
             query = round_activations(query, self.query_bits).to(query.dtype)
-        seen = device.attend(query, pages, batch, self.scoring, self.biases)
-        return self.out.apply(PlainSource(device.passes, seen.view(len(seen), -1)))
+        return self.out.apply(device.attend(query, pages, batch, self.scoring, self.biases))
 
-    def _split(self, device: Device, joined: torch.Tensor) -> HeadStates:
+    def _split(self, joined: torch.Tensor) -> HeadStates:
         heads = self.heads
         states = joined.view(len(joined), heads.queries + 2 * heads.keys, heads.dims)
         query, key, value = torch.split(states, [heads.queries, heads.keys, heads.keys], dim=1)
-        if self.norms is not None:
-            query = _normalize(device, query, self.norms.query)
-            key = _normalize(device, key, self.norms.key)
         return HeadStates(query=query, key=key, value=value)
 
     def _turn(self, batch: TokenBatch) -> Rotary | None:
         if self.rotary is None:
             return None
         return Rotary(cos=self.rotary.cos, sin=self.rotary.sin, positions=batch.positions)
-
-
-def _normalize(device: Device, states: torch.Tensor, norm: Norm) -> torch.Tensor:
-    rows = states.reshape(-1, states.shape[-1])
-    normed = device.passes.normed(rows, norm, VALUES).operand
-    assert isinstance(normed, torch.Tensor), "values were asked for"
-    return normed.view(states.shape)

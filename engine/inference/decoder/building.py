@@ -13,7 +13,7 @@ from torch import nn
 
 from engine.checkpoint.reader import LoadedModel
 from engine.families.decoding import Arrangement, LayerPlan, Positions, Windows
-from engine.inference.decoder.attention import Attention, HeadNorms, Heads
+from engine.inference.decoder.attention import Attention, Heads
 from engine.inference.decoder.device import Device
 from engine.inference.decoder.feed_forward import Experts, FeedForward, Gated
 from engine.inference.decoder.layers import (
@@ -28,6 +28,7 @@ from engine.inference.decoder.positions import PositionTables
 from engine.inference.decoder.projection import Projection
 from engine.inference.decoder.stored import join_linears
 from kernels.attention import Scoring
+from kernels.kv_append import HeadNorms
 from kernels.layer_math import Norm, NormKind
 
 __all__ = ["build_layers", "norm_of", "projection_of"]

@@ -11,13 +11,16 @@ from engine.inference.decoder.operands import (
     InputPasses,
     NormedInputs,
     Operand,
+    PlainSource,
     Reading,
+    Source,
 )
 from engine.inference.decoder.projection import DerivedMatrix, FloatMatrix, Matrix
 from engine.inference.decoder.stored import FloatLinear, StoredLinear
 from engine.modules.operand import derive_operand
 from engine.modules.rotated import OnlineHadamard
 from kernels.attention import Scoring
+from kernels.kv_append import HeadNorms, HeadStates, Rotary, append_kv_reference
 from kernels.kv_pages import RAW_BITS, KvPages, field_bits
 from kernels.layer_math import Norm, NormKind, apply_norm
 
@@ -89,6 +92,19 @@ class CpuDevice:
             head_dim=head_dim,
         )
 
+    def append(
+        self,
+        states: HeadStates,
+        pages: KvPages,
+        slots: torch.Tensor,
+        rotary: Rotary | None,
+        norms: HeadNorms | None,
+    ) -> torch.Tensor:
+        """Normalize, rotate and store."""
+        query = append_kv_reference(pages, states, slots, rotary, norms=norms)
+        assert query is not None, "the states have queries"
+        return query
+
     def attend(
         self,
         query: torch.Tensor,
@@ -96,7 +112,7 @@ class CpuDevice:
         batch: TokenBatch,
         scoring: Scoring,
         biases: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> Source:
         """Attend sequence by sequence in float32."""
         out = torch.zeros_like(query)
         first = list(range(batch.decodes))
@@ -107,7 +123,7 @@ class CpuDevice:
             if length and rows.stop > rows.start:
                 seen = _Seen.of(pages, batch.block_table[number], length, rows, scoring.window)
                 out[rows] = seen.attend(query[rows], scoring, biases).to(query.dtype)
-        return out
+        return PlainSource(self._passes, out.view(len(out), -1))
 
 
 class _Seen:

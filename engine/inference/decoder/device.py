@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 
 from engine.inference.decoder.batch import TokenBatch
-from engine.inference.decoder.operands import InputPasses
+from engine.inference.decoder.operands import InputPasses, Source
 from engine.inference.decoder.projection import Matrix
 from engine.inference.decoder.stored import FloatLinear, StoredLinear
 from kernels.attention import Scoring
+from kernels.kv_append import HeadNorms, HeadStates, Rotary
 from kernels.kv_pages import KvPages
 
 __all__ = ["Device"]
@@ -37,6 +38,16 @@ class Device(Protocol):
     ) -> KvPages:
         """Allocate the cache of one layer."""
 
+    def append(
+        self,
+        states: HeadStates,
+        pages: KvPages,
+        slots: torch.Tensor,
+        rotary: Rotary | None,
+        norms: HeadNorms | None,
+    ) -> torch.Tensor:
+        """Normalize, rotate and store; give the queries ``[M, Q, D]``."""
+
     def attend(
         self,
         query: torch.Tensor,
@@ -44,7 +55,7 @@ class Device(Protocol):
         batch: TokenBatch,
         scoring: Scoring,
         biases: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> Source:
         """Attend float ``[M, Q, D]`` to the pages, the batch's tokens appended.
 
         Args:
@@ -53,4 +64,7 @@ class Device(Protocol):
             batch: whose tokens these are.
             scoring: scale, window and cap.
             biases: float32 ``[Q, positions]``, added to the scores of every key, or None.
+
+        Returns:
+            The outputs of all heads of a token side by side.
         """

@@ -4,19 +4,20 @@ Launches of a layer at decode, as Llama has them:
 
     1  quantize_normed      residual sum, norm, codes
     2  integer_linear       query, key and value in one
-    3  append_kv            rotary embedding, codes of keys and values, both into the pages
-    4  paged_attention      a second launch combines the chunks where a context is split
-    5  quantize_tokens      codes of the heads' outputs; `quantize_rotated` with a transform
+    3  append_kv            head norms, rotary embedding, codes of keys and values into the pages
+    4  attended_tokens      attention, by chunks where a context is split
+    5  attended_tokens      chunks combined, codes of the heads' outputs
     6  integer_linear       output
     7  quantize_normed      residual sum, norm, codes
     8  integer_linear       gate and up in one
     9  quantize_gated       gate, codes; `quantize_rotated` with a transform
     10 integer_linear       down
 
-Ten, and one more where contexts are split. More still: norms behind attention and feed-forward
-(two), norms of queries and keys (two, and their copies beyond one token), an activation without a
-gate (one), queries of few bits (two), and parts that stay apart because their bits differ (one
-product each and one that joins). Inputs of 16 bits have no launch 5 and unfused values in 1, 7, 9.
+Ten. More are: norms behind attention and feed-forward (two), an activation without a gate (one),
+halves that run in parallel (one sum), queries of few bits (two), a transform before the output
+product (one where contexts are split), decodes beside chunks (two), experts (theirs, all of them)
+and parts that stay apart because their bits differ (one product each and one that joins). Inputs
+of 16 bits have no codes: 5 combines chunks, or is not needed.
 
 Shape legend: M tokens, K features.
 """
@@ -25,7 +26,7 @@ from dataclasses import replace
 
 import torch
 
-from engine.errors import UnsupportedModel
+from engine.inference.decoder.attended import AttendedSource
 from engine.inference.decoder.batch import TokenBatch
 from engine.inference.decoder.operands import (
     VALUES,
@@ -34,17 +35,18 @@ from engine.inference.decoder.operands import (
     NormedInputs,
     Operand,
     Reading,
+    Source,
 )
 from engine.inference.decoder.projection import DerivedMatrix, FloatMatrix, Matrix, SlicedMatrix
 from engine.inference.decoder.stored import FloatLinear, StoredLinear
 from engine.modules.operand import pack_operand
 from engine.modules.rotated import OnlineHadamard
 from engine.spec import FULL_BITS
-from kernels import paged_attention as decode
-from kernels import paged_prefill as prefill
+from kernels import kv_append
 from kernels import quantize_tokens as tokens
 from kernels import rotated_tokens as rotated
-from kernels.attention import PagedContext, Scoring
+from kernels.attention import Scoring
+from kernels.kv_append import HeadNorms, HeadStates, Rotary
 from kernels.kv_pages import KvPages
 from kernels.layer_math import Norm
 from kernels.layer_ops import gate_values, normalize_values
@@ -182,6 +184,21 @@ class GpuDevice:
             device=self._device,
         )
 
+    def append(
+        self,
+        states: HeadStates,
+        pages: KvPages,
+        slots: torch.Tensor,
+        rotary: Rotary | None,
+        norms: HeadNorms | None,
+    ) -> torch.Tensor:
+        """Normalize, rotate and store in one launch."""
+        chosen = kv_append.select_config(len(slots), pages.kv_heads)
+        config = replace(chosen, launch_pdl=self._launch_pdl)
+        query = kv_append.append_kv(pages, states, slots, rotary, norms=norms, config=config)
+        assert query is not None, "the states have queries"
+        return query
+
     def attend(
         self,
         query: torch.Tensor,
@@ -189,46 +206,17 @@ class GpuDevice:
         batch: TokenBatch,
         scoring: Scoring,
         biases: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> Source:
         """Attend: decoding sequences by one kernel, chunks of prompts by another."""
-        if biases is not None:
-            raise UnsupportedModel(
-                "alibi", "alibi = True is not supported on a GPU: run the model on a CPU"
-            )
-        out = query.new_empty(query.shape)
-        context = PagedContext(block_table=batch.block_table, lengths=batch.lengths)
-        first = batch.decodes
-        if batch.cu_seqlens is None:
-            self._decode(query, pages, context, scoring, out)
-            return out
-        if first:
-            self._decode(query[:first], pages, _part(context, 0, first), scoring, out[:first])
-        rest = _part(context, first, len(batch.lengths))
-        chosen = prefill.select_config(
-            len(query) - first, query.shape[1] // pages.kv_heads, pages.head_dim
+        assert biases is None, "tables of positions refuse biases on a GPU"
+        return AttendedSource(
+            passes=self._passes,
+            query=query,
+            pages=pages,
+            batch=batch,
+            scoring=scoring,
+            launch_pdl=self._launch_pdl,
         )
-        prefill.paged_prefill(
-            query[first:],
-            pages,
-            rest,
-            scoring,
-            batch.cu_seqlens,
-            out=out[first:],
-            config=replace(chosen, pdl=self._launch_pdl),
-        )
-        return out
-
-    def _decode(
-        self,
-        query: torch.Tensor,
-        pages: KvPages,
-        context: PagedContext,
-        scoring: Scoring,
-        out: torch.Tensor,
-    ) -> None:
-        chosen = decode.select_config(pages, context.block_table.shape[1] * pages.page_size)
-        config = replace(chosen, pdl=self._launch_pdl)
-        decode.paged_attention(query, pages, context, scoring, out=out, config=config)
 
     def _packed(self, linear: StoredLinear) -> Matrix:
         transform = OnlineHadamard(linear.hadamard) if linear.hadamard else None
@@ -238,9 +226,3 @@ class GpuDevice:
             a_bits=linear.a_bits,
             transform=None if transform is None else transform.to(self._device),
         )
-
-
-def _part(context: PagedContext, start: int, stop: int) -> PagedContext:
-    return PagedContext(
-        block_table=context.block_table[start:stop], lengths=context.lengths[start:stop]
-    )

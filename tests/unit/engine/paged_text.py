@@ -12,6 +12,7 @@ from engine.models.loading import load_full_precision, read_config
 from engine.models.rotated import install_rotation, rotated
 from engine.modules.attention import round_queries
 from engine.modules.fake_quant import FakeQuantLinear
+from engine.modules.linear import QuantLinear
 from engine.modules.swap import prepare_model, swap_linears
 from engine.rotation import name_in_layer, online_blocks
 
@@ -79,8 +80,11 @@ def logits_in_chunks(decoder, *, kv_bits, ids=TOKENS, chunks=CHUNKS):
     return torch.cat(sequence.logits)
 
 
-def load_rotated(source, spec, rotation):
-    """Quantize a source as calibration stores it: rotated, inputs of down projections online."""
+def load_rotated(source, spec, rotation, device="cpu", dtype=torch.float32):
+    """Quantize a source as calibration stores it: rotated, inputs of down projections online.
+
+    `dtype` is that of parameters and biases; tables of a model stay float32, as a reader has them.
+    """
     architecture = check_config(read_config(source))
     blocks = online_blocks(architecture, rotation)
     names = {each.name for each in architecture.linears}
@@ -101,6 +105,12 @@ def load_rotated(source, spec, rotation):
 
     with torch.no_grad():
         swap_linears(model, quantized)
+    for each in model.modules():
+        if isinstance(each, QuantLinear) and each.bias is not None:
+            each.bias = each.bias.to(dtype)
+    for each in model.parameters():
+        each.data = each.data.to(dtype)
+    model.to(device)
     prepare_model(model)
     for index in range(architecture.layers):
         round_queries(model.get_submodule(architecture.layer_name(index)), spec.q_bits)

@@ -6,11 +6,11 @@ import triton
 from torch.profiler import ProfilerActivity, profile
 
 from engine.checkpoint.reader import load_checkpoint
-from engine.inference.decoder import Decoder, attention
+from engine.inference.decoder import Decoder
 from engine.inference.decoder.gpu import GpuDevice
 from engine.rotation import Rotation
 from engine.spec import LayerOverride, QuantSpec
-from kernels import kv_append, paged_attention, paged_prefill
+from kernels import attended_tokens, kv_append, paged_attention, paged_prefill
 from kernels._token_kernel import token_kernel
 from tests.tiny_models import save_tiny_model
 from tests.unit.engine.paged_text import (
@@ -115,8 +115,7 @@ def test_every_grid_gives_the_logits_of_a_cpu(tmp_path, spec, head_bits, launch_
 def test_a_rotated_checkpoint_gives_the_logits_of_a_cpu(tmp_path, tied, head_bits):
     source = save_tiny_model(tmp_path, head_dim=64, tie_word_embeddings=tied)
     spec, rotation = QuantSpec(w_bits=4, a_bits=8), Rotation(seed=5, online_hadamard=True)
-    loaded = load_rotated(source, spec, rotation)
-    loaded.model.to("cuda", torch.bfloat16)
+    loaded = load_rotated(source, spec, rotation, "cuda", torch.bfloat16)
 
     found = logits_in_chunks(Decoder.from_loaded(loaded, head_bits), kv_bits=16)
 
@@ -138,7 +137,8 @@ def test_a_step_is_recorded_in_a_graph_and_replayed(tmp_path, family):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = decoder.forward(batch, pages)
-    out.zero_()
+    with torch.inference_mode():
+        out.zero_()
 
     graph.replay()
     graph.replay()
@@ -165,8 +165,9 @@ def test_a_layer_keeps_to_its_launches(tmp_path, family, spec, most):
 def launches(folder, family, spec, layers):
     """Kernels of one decode step."""
     decoder = on_device(saved(folder, spec, family, layers=layers))
-    pages = decoder.new_pages(4, kv_bits=spec.kv_bits)
-    batch = batch_of([(Sequence(ids=TOKENS, pages=(0, 1, 2)), 1)], device="cuda")
+    # enough for a context in chunks
+    pages = decoder.new_pages(40, kv_bits=spec.kv_bits)
+    batch = batch_of([(Sequence(ids=TOKENS, pages=tuple(range(40))), 1)], device="cuda")
     decoder.forward(batch, pages)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -201,7 +202,8 @@ def forced_kernels(monkeypatch):
     """On tensors of a CPU, the kernels that a GPU would run; products stay their references."""
     monkeypatch.setattr(paged_attention, "paged_attention", paged_attention.launch_paged_attention)
     monkeypatch.setattr(paged_prefill, "paged_prefill", paged_prefill.launch_paged_prefill)
-    monkeypatch.setattr(attention, "append_kv", kv_append.launch_append_kv)
+    monkeypatch.setattr(kv_append, "append_kv", kv_append.launch_append_kv)
+    monkeypatch.setattr(attended_tokens, "attended_tokens", attended_tokens.launch_attended_tokens)
 
 
 @interpreted
@@ -225,8 +227,7 @@ def test_the_kernels_of_a_gpu_give_the_logits_of_a_cpu(tmp_path, forced_kernels,
 def test_the_kernels_transform_inputs_as_a_cpu_does(tmp_path, forced_kernels):
     source = save_tiny_model(tmp_path, head_dim=64, layers=1)
     spec, rotation = QuantSpec(w_bits=4, a_bits=8), Rotation(seed=5, online_hadamard=True)
-    loaded = load_rotated(source, spec, rotation)
-    loaded.model.to(torch.float16)
+    loaded = load_rotated(source, spec, rotation, dtype=torch.float16)
     device = GpuDevice(torch.device("cpu"), torch.float16)
 
     found = logits_in_chunks(Decoder.build(loaded, device), kv_bits=16, chunks=(3, 1))
