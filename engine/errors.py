@@ -16,6 +16,7 @@ __all__ = [
     "EngineError",
     "EngineOverloaded",
     "EvaluationUnavailable",
+    "NoTokenDrawn",
     "SpecError",
     "UnsupportedModel",
 ]
@@ -95,6 +96,12 @@ class DeviceFailed(EngineError):
     """The device failed while the request ran; send it again."""
 
     code: ClassVar[str] = "device_failed"
+
+
+class NoTokenDrawn(EngineError):
+    """No token can be drawn: a logit is not finite, or the guide of the answer allows none."""
+
+    code: ClassVar[str] = "no_token_drawn"
 
 
 class EngineOverloaded(EngineError):

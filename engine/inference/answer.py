@@ -1,5 +1,6 @@
 """One answer as it grows: from chosen tokens to text, and when it ends; no tensors."""
 
+from engine.errors import NoTokenDrawn
 from engine.inference.request import FinishReason, GenerationChunk, GenerationRequest
 from engine.inference.text import IncrementalDecoder, StopFilter, TextCodec
 
@@ -18,7 +19,16 @@ class Answer:
         self._tokens = 0
 
     def accept(self, token_id: int) -> GenerationChunk:
-        """Add a token; the chunk has a finish reason where the answer ends with it."""
+        """Add a token; the chunk has a finish reason where the answer ends with it.
+
+        Args:
+            token_id: -1 where nothing could be drawn.
+
+        Raises:
+            NoTokenDrawn: if nothing was.
+        """
+        if token_id < 0:
+            raise NoTokenDrawn
         self._tokens += 1
         if token_id in self._end_ids:
             return self._end(FinishReason.STOP)
