@@ -2,8 +2,9 @@
 
 from engine.errors import CacheExceeded, ContextLengthExceeded
 from engine.inference.request import GenerationRequest, RequestInvalid
+from engine.inference.sampling_params import Guide
 
-__all__ = ["check_ids", "fitting_tokens"]
+__all__ = ["check_ids", "fitting_tokens", "refuse_guide"]
 
 
 def check_ids(request: GenerationRequest, vocabulary: int) -> None:
@@ -49,3 +50,12 @@ def fitting_tokens(
     if prompt + request.max_tokens > limit:
         raise error("max_tokens", prompt + request.max_tokens, limit)
     return request.max_tokens
+
+
+def refuse_guide(guide: Guide) -> None:
+    """Refuse every guide, where the engine has no compiler for them.
+
+    Raises:
+        RequestInvalid: naming its kind.
+    """
+    raise RequestInvalid("guide", str(guide.kind), "leave it out: this engine follows no guides")

@@ -4,10 +4,11 @@ import secrets
 import time
 from collections.abc import Callable
 
-from engine.inference.admission import check_ids, fitting_tokens
+from engine.inference.admission import check_ids, fitting_tokens, refuse_guide
 from engine.inference.answer import Answer
 from engine.inference.limits import RunnerShape, SchedulerLimits
 from engine.inference.request import GenerationRequest
+from engine.inference.sampling_params import Guide
 from engine.inference.scheduler import Scheduler
 from engine.inference.sequence import TokenSequence
 from engine.inference.statistics import EngineStatistics
@@ -33,6 +34,7 @@ class BatchingEngine:
         limits: SchedulerLimits | None = None,
         reopen: Callable[[], Runner] | None = None,
         draft_tokens: int = 0,
+        check_guide: Callable[[Guide], None] | None = None,
     ) -> None:
         """Start to serve.
 
@@ -43,12 +45,14 @@ class BatchingEngine:
             reopen: makes a runner of the same shape after a fault; without it a fault ends the
                 engine.
             draft_tokens: guesses a step for greedy requests that do not say; 0 for none.
+            check_guide: refuses a guide that cannot be followed; without it all are refused.
         """
         self.text = text
         self.memory_bytes = runner.memory_bytes
         self._shape = RunnerShape.of(runner)
         self.context_length = min(runner.context_length, self._shape.cache_tokens)
         self._draft_tokens = draft_tokens
+        self._check_guide = check_guide or refuse_guide
         self._scheduler = Scheduler(self._shape, limits or SchedulerLimits())
         self._book = TicketBook(self._scheduler)
         self._loop = StepLoop(runner, self._book, reopen)
@@ -80,11 +84,13 @@ class BatchingEngine:
 
         Raises:
             ContextLengthExceeded: if prompt and completion never fit context or cache.
-            RequestInvalid: if a token id is not in the vocabulary.
+            RequestInvalid: if a token id is not in the vocabulary, or a guide cannot be followed.
             EngineOverloaded: if as much waits as may.
             EngineError: if the engine was closed, by a fault or on demand.
         """
         check_ids(request, self._shape.vocabulary)
+        if request.guide is not None:
+            self._check_guide(request.guide)
         max_tokens = fitting_tokens(request, self._shape.context_length, self._shape.cache_tokens)
         answers = {
             sequence: Answer(request, max_tokens, self.text)

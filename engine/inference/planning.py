@@ -1,7 +1,8 @@
 """One step as it is put together, and how its tokens are shared out; no tensors."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Self
 
 from engine.inference.sequence import TokenSequence
 from engine.inference.steps import SequenceStep, StepPlan
@@ -22,6 +23,16 @@ class PlannedStep:
     """Which slot of its life each sequence had."""
     started: tuple[TokenSequence, ...]
     """Those whose slots are to be opened before the launch."""
+
+    def without(self, refused: Collection[TokenSequence]) -> Self:
+        """Leave out sequences that the runner does not take; there may be no step left."""
+        kept = [place for place, sequence in enumerate(self.sequences) if sequence not in refused]
+        return replace(
+            self,
+            plan=StepPlan(steps=tuple(self.plan.steps[place] for place in kept)),
+            sequences=tuple(self.sequences[place] for place in kept),
+            tenures=tuple(self.tenures[place] for place in kept),
+        )
 
 
 class StepBuilder:

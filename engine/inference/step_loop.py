@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from engine.errors import EngineError
 from engine.inference.limits import RunnerShape
 from engine.inference.planning import PlannedStep
+from engine.inference.sequence import TokenSequence
 from engine.inference.statistics import StepClock
-from engine.inference.steps import PendingStep, Runner
+from engine.inference.steps import PendingStep, Runner, StepResult
 from engine.inference.ticket import Ticket
 from engine.inference.ticket_book import TicketBook
 
@@ -34,6 +35,13 @@ class _Flight:
     planned: PlannedStep
     pending: PendingStep
     launched_s: float
+
+
+class _Nothing:
+    """What a step without sequences draws."""
+
+    def wait(self) -> StepResult:
+        return StepResult(drawn={})
 
 
 class StepLoop:
@@ -124,17 +132,26 @@ class StepLoop:
                 assert not len(self._book), "sequences wait and nothing can be planned"
 
     def _launch(self, planned: PlannedStep) -> None:
-        runner = self._live_runner()
         now = time.monotonic()
-        for sequence in planned.started:
-            known = len(sequence.prompt_ids)
-            runner.open(
+        refused = [each for each in planned.started if not self._open(each, now)]
+        if refused:
+            planned = planned.without(refused)
+        # the numbers of steps have no gaps, so one of which nothing is left is received too
+        pending = self._live_runner().launch(planned.plan) if planned.sequences else _Nothing()
+        self._in_flight.append(_Flight(planned=planned, pending=pending, launched_s=now))
+
+    def _open(self, sequence: TokenSequence, now_s: float) -> bool:
+        known = len(sequence.prompt_ids)
+        try:
+            self._live_runner().open(
                 sequence.slot, sequence.sampling, sequence.prompt_ids, sequence.tokens[known:]
             )
-            if sequence.tenure == 1:
-                self._book.start(sequence, now)
-        pending = runner.launch(planned.plan)
-        self._in_flight.append(_Flight(planned=planned, pending=pending, launched_s=now))
+        except EngineError as error:
+            self._book.refuse(sequence, error)
+            return False
+        if sequence.tenure == 1:
+            self._book.start(sequence, now_s)
+        return True
 
     def _receive(self) -> None:
         flight = self._in_flight.popleft()

@@ -83,12 +83,10 @@ class Ticket:
             How many of the tokens belong to the answer.
 
         Raises:
-            EngineError: if a logit was not finite.
+            NoTokenDrawn: if a logit was not finite, or a guide allows nothing.
         """
         answer = self._answers[sequence]
         for place, token_id in enumerate(drawn.token_ids):
-            if token_id < 0:
-                raise EngineError("the model produced a value that is not finite")
             chunk = replace(
                 answer.accept(token_id),
                 index=self._index[sequence],

@@ -48,7 +48,9 @@ class TicketBook:
 
     def start(self, sequence: TokenSequence, now_s: float) -> None:
         """Note that a sequence enters its first step."""
-        self._tickets[sequence].start(sequence, now_s)
+        ticket = self._tickets.get(sequence)
+        if ticket is not None:
+            ticket.start(sequence, now_s)
 
     def receive(self, planned: PlannedStep, result: StepResult) -> None:
         """Deliver what a step drew; answers that end give their slots up."""
@@ -59,6 +61,12 @@ class TicketBook:
             # none where another answer to the same request failed a moment ago
             if ticket is not None:
                 self._guard(ticket, partial(self._accept, ticket, sequence, drawn))
+
+    def refuse(self, sequence: TokenSequence, error: EngineError) -> None:
+        """End the request of a sequence that the runner does not take."""
+        ticket = self._tickets.get(sequence)
+        if ticket is not None:
+            self._fail(ticket, error)
 
     def end_cancelled(self) -> None:
         """End the requests whose callers went away."""

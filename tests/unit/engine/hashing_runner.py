@@ -7,6 +7,7 @@ are opened and closed in turn, results come in order. A plan that breaks it is a
 import threading
 from hashlib import blake2b
 
+from engine.errors import EngineError
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.steps import Drawn, StepPlan, StepResult, TokenLogprobs
 
@@ -40,6 +41,8 @@ class HashingRunner:
         self.opened = []
         self.fault = None
         """Called with each plan; what it raises is raised by the launch."""
+        self.refuses = None
+        """A prompt that it refuses to open."""
         self.gate = None
         """A semaphore that each `wait` acquires."""
         self._cells = {}
@@ -54,6 +57,8 @@ class HashingRunner:
         assert 0 <= slot < self.max_sequences
         assert slot not in self._slots, "a slot is opened twice"
         self._slots[slot] = _Slot(sampling)
+        if tuple(prompt_ids) == self.refuses:
+            raise EngineError("the guide cannot be followed")
         self.opened.append((slot, tuple(prompt_ids), tuple(drawn_ids)))
 
     def close(self, slot):

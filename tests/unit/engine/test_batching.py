@@ -243,6 +243,52 @@ class SickRunner(HashingRunner):
         return Drawn(token_ids=(-1,)) if is_sick else drawn
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_what_the_runner_refuses_to_open_fails_alone(open_engine, codec, n):
+    runner = HashingRunner()
+    runner.refuses, runner.gate = (7, 7), step_gate()
+    engine = open_engine(runner)
+    before = engine.generate(request_of())
+    refused = engine.generate(request_of(prompt_ids=(7, 7), n=n))
+    after = engine.generate(request_of(seed=1))
+
+    runner.gate.release(10_000)
+
+    with pytest.raises(EngineError, match="cannot be followed"):
+        list(refused)
+    for stream in (before, after):
+        assert outcome_of(list(stream)) == answer_alone(request_of(), codec)
+    assert engine.statistics().faults == 0
+    wait_until_empty(engine, runner)
+
+
+def test_a_step_of_which_nothing_is_left_stops_nobody(open_engine, codec):
+    runner = HashingRunner()
+    runner.refuses = (7, 7)
+    engine = open_engine(runner)
+
+    with pytest.raises(EngineError, match="cannot be followed"):
+        list(engine.generate(request_of(prompt_ids=(7, 7))))
+
+    wait_until_empty(engine, runner)
+    assert outcome_of(list(engine.generate(request_of()))) == answer_alone(request_of(), codec)
+
+
+def test_a_guide_is_checked_before_its_request_is_taken(open_engine):
+    def check(guide):
+        if guide.text == "(":
+            raise RequestInvalid("guided_regex", guide.text, "close the bracket")
+
+    guides = [Guide(kind=GuideKind.REGEX, text=text) for text in "(a"]
+    engine = open_engine(check_guide=check)
+
+    with pytest.raises(RequestInvalid, match="close the bracket"):
+        engine.generate(request_of(guide=guides[0], ignore_eos=False))
+    assert list(engine.generate(request_of(guide=guides[1], ignore_eos=False)))
+    with pytest.raises(RequestInvalid, match=r"guide = 'regex' .* follows no guides"):
+        open_engine().generate(request_of(guide=guides[1], ignore_eos=False))
+
+
 def test_a_caller_whose_function_fails_disturbs_nobody_else(open_engine, codec):
     def fail(_):
         raise RuntimeError("the event loop is closed")
@@ -407,7 +453,10 @@ def test_a_chunk_says_how_long_its_request_waited(open_engine):
 )
 def test_thousands_of_mixed_requests_are_answered_as_one_by_one(open_engine, codec, shape, options):
     runner = HashingRunner(**shape)
-    engine = open_engine(runner, **{"limits": SchedulerLimits(max_waiting=10_000), **options})
+    engine = open_engine(
+        runner,
+        **{"limits": SchedulerLimits(max_waiting=10_000), "check_guide": lambda _: None, **options},
+    )
     callers = [Caller(engine, codec, seed) for seed in range(6)]
 
     for caller in callers:

@@ -17,7 +17,9 @@ class Machine:
 
     def __init__(self, *, overlaps=True, limits=None, **shape):
         self.runner = HashingRunner(**shape)
-        self.scheduler = Scheduler(RunnerShape.of(self.runner), limits or SchedulerLimits())
+        limits = limits or SchedulerLimits()
+        self.scheduler = Scheduler(RunnerShape.of(self.runner), limits)
+        self._max_step_tokens = limits.max_step_tokens
         self.flights = []
         self._overlaps = overlaps
 
@@ -25,6 +27,7 @@ class Machine:
         planned = self.scheduler.plan()
         self.close_slots()
         if planned is not None:
+            assert sum(step.count for step in planned.plan.steps) <= self._max_step_tokens
             for sequence in planned.started:
                 self.runner.open(sequence.slot, sequence.sampling, sequence.prompt_ids)
             self.flights.append((planned, self.runner.launch(planned.plan)))
