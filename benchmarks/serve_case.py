@@ -48,6 +48,7 @@ CASES: Sequence[ServeCase] = (
     _case(concurrency=8, prompt=128, requests=32),
     _case(concurrency=32, prompt=128, requests=128),
     _case(concurrency=32, prompt=1000, new_tokens=1000, requests=32),
+    ServeCase(shape="llama-7b", config="w2a8", prompt=128, new_tokens=256, requests=4),
 )
 TOY: Sequence[ServeCase] = (
     ServeCase(shape="toy", config="w4a8kv8", concurrency=2, prompt=20, new_tokens=5, requests=4),

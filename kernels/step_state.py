@@ -82,9 +82,7 @@ class BatchRows:
     """int32 ``[B, P]``, rows adjacent; valid as far as a sequence has pages."""
 
     @classmethod
-    def allocate(
-        cls, rows: int, pages: int, *, scratch_page: int, device: torch.device | str
-    ) -> Self:
+    def allocate(cls, rows: int, pages: int, *, device: torch.device | str) -> Self:
         """Allocate for B = ``rows``."""
         ints = torch.zeros(3, rows, dtype=torch.int32, device=device)
         longs = torch.zeros(2, rows, dtype=torch.int64, device=device)
@@ -94,7 +92,8 @@ class BatchRows:
             positions=ints[1],
             kv_slots=longs[1],
             lengths=ints[2],
-            block_table=torch.full((rows, pages), scratch_page, dtype=torch.int32, device=device),
+            # page 0 exists, whatever reads beyond a sequence
+            block_table=torch.zeros(rows, pages, dtype=torch.int32, device=device),
         )
 
     def first(self, rows: int) -> "BatchRows":

@@ -8,25 +8,16 @@ reads what another wrote there.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from engine.inference.decode_step import DecodeStep
 from engine.inference.draw_kind import DrawKind
 
-__all__ = ["DecodeGraphs", "DecodeStep"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeStep:
-    """What is captured, over persistent buffers."""
-
-    forward: Callable[[int], torch.Tensor]
-    """Computes the first rows of the batch: logits ``[rows, V]``."""
-    draw: Callable[[torch.Tensor, DrawKind], None]
-    """Draws from logits and records the tokens."""
+__all__ = ["DecodeGraphs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from engine.inference.decode_graphs import DecodeGraphs, DecodeStep
-from engine.inference.decoder.batch import TokenBatch
+from engine.inference.decode_graphs import DecodeGraphs
+from engine.inference.decode_step import DecodeStep
 from engine.inference.draw_kind import DrawKind
 from engine.inference.memory_plan import MemoryPlan
 from engine.inference.mixed_batch import MixedBatch
@@ -28,14 +28,16 @@ from engine.inference.sampling_params import SamplingParams
 from engine.inference.step_buffers import HostArena, StepBuffers
 from engine.inference.step_results import LaunchedStep, Reading, StepResults
 from engine.inference.steps import SequenceStep, StepPlan
-from kernels.step_state import BatchRows, SequenceState, advance_rows, record_tokens
+from kernels.step_state import SequenceState
 
 __all__ = ["PagedRunner"]
 
 ARENAS = 2
-INTS_PER_TOKEN = 3
-"""Ids, positions and slots of a mixed step."""
-INTS_PER_SEQUENCE = 6
+MAX_DRAFTS = 32
+INTS_PER_TOKEN = 4
+"""Ids, positions, slots and rows of logits of a mixed step."""
+INTS_PER_SEQUENCE = 6 + 2 * MAX_DRAFTS
+"""Slots, lengths and the like, and a table of drafts."""
 
 
 class PagedRunner:
@@ -80,6 +82,11 @@ class PagedRunner:
                 self._graphs.capture(self._device)
         self.memory = replace(plan, graph_bytes=self._graphs.graph_bytes)
         self.memory_bytes = self.memory.total_bytes
+
+    @property
+    def settled(self) -> RunnerOptions:
+        """Options that make a runner of the same shape again, whatever memory is free then."""
+        return replace(self._options, pages=self.pages)
 
     def open(
         self,
@@ -144,47 +151,23 @@ class PagedRunner:
 
     def _allocate(self, plan: MemoryPlan) -> None:
         options, device, scratch = self._options, self._device, plan.pages
+        decoder, sampler = self._decoder, self._sampler
         slots = options.max_sequences + 1
+        tokens = slots + options.max_step_tokens
         per_sequence = -(-self.context_length // options.page_size)
-        self.kv_pages = self._decoder.new_pages(
+        self.kv_pages = decoder.new_pages(
             plan.pages + 1, kv_bits=options.kv_bits, page_size=options.page_size
         )
         state = SequenceState.allocate(slots, per_sequence, scratch_page=scratch, device=device)
-        self._rows = BatchRows.allocate(slots, per_sequence, scratch_page=scratch, device=device)
+        drawn = torch.zeros(tokens, dtype=torch.int32, device=device)
         self._buffers = StepBuffers(state, options.page_size)
-        self._drawn = torch.zeros(slots + options.max_step_tokens, dtype=torch.int32, device=device)
-        ints = 2 * len(state.words) + INTS_PER_SEQUENCE * slots
-        ints += INTS_PER_TOKEN * (slots + options.max_step_tokens)
+        ints = 2 * len(state.words) + INTS_PER_SEQUENCE * slots + INTS_PER_TOKEN * tokens
         self._arenas = cycle([HostArena(ints, device) for _ in range(ARENAS)])
-        self._results = StepResults(self._drawn, self._sampler.logprobs, self._sampler.accept)
-        self._graphs = DecodeGraphs(
-            DecodeStep(forward=self._forward, draw=self._draw), options.buckets_on(device.type)
-        )
-        self._mixed = MixedStep(
-            self._decoder, self._sampler, self.kv_pages, self._buffers, self._drawn
-        )
-
-    def _forward(self, rows: int) -> torch.Tensor:
-        """What a graph computes of the first rows."""
-        batch = self._rows.first(rows)
-        advance_rows(self._buffers.state, batch, page_size=self.page_size)
-        return self._decoder.forward(
-            TokenBatch(
-                token_ids=batch.token_ids,
-                positions=batch.positions,
-                kv_slots=batch.kv_slots,
-                block_table=batch.block_table,
-                lengths=batch.lengths,
-                decodes=rows,
-            ),
-            self.kv_pages,
-        )
-
-    def _draw(self, logits: torch.Tensor, kind: DrawKind) -> None:
-        """What a graph draws from them."""
-        slots = self._rows.slots[: len(logits)]
-        tokens = self._sampler.draw(logits, slots, full=kind.is_full, limited=kind.is_limited)
-        record_tokens(self._buffers.state, slots, tokens, self._drawn)
+        self._results = StepResults(drawn, sampler.logprobs, sampler.accept)
+        # neither knows the runner: without a cycle its memory is free as soon as it is dropped
+        step = DecodeStep(decoder, sampler, self.kv_pages, state, drawn)
+        self._graphs = DecodeGraphs(step, options.buckets_on(device.type))
+        self._mixed = MixedStep(decoder, sampler, self.kv_pages, self._buffers, drawn)
 
     def _prepare_draw(self, steps: tuple[SequenceStep, ...]) -> DrawKind:
         guided = self._open.guided(steps)
@@ -227,6 +210,8 @@ class PagedRunner:
             raise ValueError(f"slot {step.slot}: token ids must be below {self.vocabulary}")
         if step.drafts and not (step.draws and self._open.can_verify(step.slot)):
             raise ValueError(f"slot {step.slot}: drafts are for greedy sequences that draw")
+        if step.drafts > MAX_DRAFTS:
+            raise ValueError(f"slot {step.slot}: {step.drafts} drafts, verify at most {MAX_DRAFTS}")
 
     def _in_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -33,7 +33,7 @@ def filled_state(device, pages=PAGES, lengths=LENGTHS):
 
 
 def poisoned_rows(count, device, pages=PAGES):
-    batch = BatchRows.allocate(count, pages, scratch_page=SCRATCH_PAGE, device=device)
+    batch = BatchRows.allocate(count, pages, device=device)
     for name in BatchRows.__slots__:
         getattr(batch, name).fill_(-77)
     return batch

@@ -1,5 +1,8 @@
 """The runner: what plans compute equals a plain forward pass, whatever they are cut into."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch
 from engine.inference.draw_kind import DrawKind
 from engine.inference.open_slots import OpenSlots
 from engine.inference.paged_runner import PagedRunner
-from engine.inference.runner_start import plan_memory
+from engine.inference.runner_start import plan_memory, start_runner, warm_up
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.steps import Runner, SequenceStep, StepPlan
 from tests.unit.engine.runner_bench import GREEDY, MAX_SEQUENCES, PAGE, Bench, text
@@ -433,6 +436,40 @@ def test_memory_is_counted():
 
     assert bench.runner.memory == plan_memory(bench.decoder, bench.options)
     assert bench.runner.memory_bytes == 4096 + 41 * PAGE * per_token
+
+
+def test_the_memory_of_a_runner_is_free_as_soon_as_it_is_dropped():
+    bench = Bench(buckets=(6,))
+    generate(bench, 0, CHANCE, text(9), (), 4)
+    bench.open(1)
+    bench.run(bench.step(1, 0, text(5)))
+    pages = weakref.ref(bench.runner.kv_pages[0].codes)
+    bench.decoder.batches.clear()
+
+    gc.disable()
+    try:
+        del bench
+        assert pages() is None
+    finally:
+        gc.enable()
+
+
+def test_a_runner_is_made_again_in_the_same_shape():
+    first = Bench(pages=None, kv_bytes=51 * PAGE * 256)
+
+    again = start_runner(first.decoder, first.sampler, first.runner.settled)
+
+    assert again.memory == first.runner.memory
+    assert again.pages == 50
+
+
+def test_warming_up_leaves_no_trace():
+    bench, prompt = Bench(), text(9)
+
+    warm_up(bench.runner, 64)
+
+    assert {batch.positions.shape[0] for batch in bench.decoder.batches} == {15, 16, 31, 32, 64}
+    assert generate(bench, 0, GREEDY, prompt, (), 3) == bench.decoder.greedy(prompt, 3)
 
 
 def test_a_runner_is_what_a_scheduler_expects():

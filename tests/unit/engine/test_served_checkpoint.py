@@ -44,13 +44,12 @@ def serve(directory):
     def start(**options):
         decoder = Decoder.from_loaded(load_checkpoint(directory, prepares=False), 8)
         codec = TextCodec.from_directory(directory)
-        sampler = SamplerState(
-            SEQUENCES, decoder.vocabulary, decoder.device, guides=GuideCompiler(codec)
-        )
+        guides = GuideCompiler(codec)
+        sampler = SamplerState(SEQUENCES, decoder.vocabulary, decoder.device, guides=guides)
         sizes = {"max_sequences": SEQUENCES, "kv_bits": 8, "pages": 64, "max_step_tokens": 32}
         runner = start_runner(decoder, sampler, RunnerOptions(**(sizes | options)))
         limits = SchedulerLimits(max_step_tokens=32)
-        engines.append(BatchingEngine(runner, codec, limits=limits))
+        engines.append(BatchingEngine(runner, codec, limits=limits, check_guide=guides.check))
         return engines[-1]
 
     yield start
