@@ -83,17 +83,19 @@ class BatchRows:
 
     @classmethod
     def allocate(cls, rows: int, pages: int, *, device: torch.device | str) -> Self:
-        """Allocate for B = ``rows``."""
-        ints = torch.zeros(3, rows, dtype=torch.int32, device=device)
-        longs = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        """Allocate for B = ``rows``; every part is aligned, so kernels see one kind of address."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         return cls(
-            slots=longs[0],
-            token_ids=ints[0],
-            positions=ints[1],
-            kv_slots=longs[1],
-            lengths=ints[2],
+            slots=zeros(rows, dtype=torch.int64),
+            token_ids=zeros(rows),
+            positions=zeros(rows),
+            kv_slots=zeros(rows, dtype=torch.int64),
+            lengths=zeros(rows),
             # page 0 exists, whatever reads beyond a sequence
-            block_table=torch.zeros(rows, pages, dtype=torch.int32, device=device),
+            block_table=zeros(rows, pages),
         )
 
     def first(self, rows: int) -> "BatchRows":

@@ -17,6 +17,10 @@ from kernels.step_state import SequenceState, write_words
 
 __all__ = ["HostArena", "StepBuffers"]
 
+ALIGNMENT = 4
+"""Integers: kernels are compiled apart for addresses that 16 bytes do not divide."""
+SLACK = 32 * ALIGNMENT
+"""What aligning takes at most; a step adds about a dozen pieces."""
 UNKNOWN = -1
 """A length that only the device knows."""
 
@@ -25,7 +29,8 @@ class HostArena:
     """Pinned int32 memory that one step is written to, and its copy on the device."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
+        """Allocate; `size` integers of one step and the room to align them."""
+        on_gpu, size = device.type == "cuda", size + SLACK
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu)
         self._view = self._host.numpy()
         # on a CPU the host's memory is the device's
@@ -40,8 +45,9 @@ class HostArena:
         self._used = 0
 
     def add(self, values: Sequence[int] | np.ndarray) -> slice:
-        """Append integers; returns where they lie."""
-        place = slice(self._used, self._used + len(values))
+        """Append integers; returns where they lie, aligned."""
+        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        place = slice(start, start + len(values))
         self._view[place] = values
         self._used = place.stop
         return place
