@@ -90,7 +90,9 @@ def earlier_rows(
     column: str,
     again: Container[tuple[str, str]],
 ) -> list[Row]:
-    """Rows of the file that this run does not measure again; none unless told to append.
+    """Rows of the file that this run does not measure again, with their commit.
+
+    There are none unless the run is told to append.
 
     Raises:
         SystemExit: if the file was measured with other settings.
@@ -101,7 +103,12 @@ def earlier_rows(
     record = json.loads(path.read_bytes())
     if record.get("settings") != settings:
         raise SystemExit(f"{path} was measured with {record.get('settings')}, not {settings}")
-    return [row for row in record["rows"] if (row["config"], row[column]) not in again]
+    # the file will name the commit of this run; what is kept says where it came from
+    return [
+        {**row, "commit": row.get("commit", record["commit"])}
+        for row in record["rows"]
+        if (row["config"], row[column]) not in again
+    ]
 
 
 def in_order(

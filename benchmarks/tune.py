@@ -165,6 +165,7 @@ def _cases(options: argparse.Namespace) -> list[KernelCase]:
         if not case.cut
         and (not options.widths or case.w_bits in options.widths)
         and (not options.tokens or case.m in options.tokens)
+        and (not options.groups or case.group_size in options.groups)
         and (not options.shapes or f"{case.n}x{case.k}" in options.shapes)
     ]
 
@@ -181,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--widths", type=int, nargs="*", help="weight bits")
     parser.add_argument("--tokens", type=int, nargs="*", help="M")
     parser.add_argument("--shapes", nargs="*", help="N x K: 4096x4096")
+    parser.add_argument("--groups", type=int, nargs="*", help="columns a scale; -1 is a row")
     parser.add_argument("--again", action="store_true", help="measure also what the table has")
     parser.add_argument("--most-plans", type=int, help="candidates of a shape, best guess first")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))

@@ -1,4 +1,4 @@
-"""The Gluon code of `kernels.binary_linear`: the formula, the operands and the legend are there.
+"""The Gluon decode of `kernels.binary_linear`: the formula, the operands and the legend are there.
 
 Gluon fixes which lane holds which element, so that an instruction of a whole warp may stand in
 inline assembly: `pack=4` hands it the four words of a lane, and operands of another shape are
@@ -7,12 +7,16 @@ broadcast in registers. Nothing here has an interpreter; tests read the machine 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-__all__ = ["bmma_decode_kernel", "bmma_prefill_kernel"]
-
-# Triton renamed it between 3.6 and 3.9 and left a stub behind
-_copy_async = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
+__all__ = [
+    "axis3",
+    "bmma",
+    "bmma_decode_kernel",
+    "correct",
+    "load_rows",
+    "load_tokens",
+    "scale",
+]
 
 
 @gluon.jit
@@ -66,12 +70,12 @@ def bmma_decode_kernel(
 
     zero = gl.full([COLUMN_TILES, SLOTS, ROW_TILES, 32, 4], 0, gl.int32, FULL)
     # what scales the result comes from memory as weights do: asked for first, it costs no time
-    rows = _load_rows(w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr, n, N, HAS_BIAS, GROUPED)
+    rows = load_rows(w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr, n, N, HAS_BIAS, GROUPED)
     tokens = ()
     for half in gl.static_range(HALVES):
         m = (column + 8 * half) // WIDTH
         tokens += (  # type: ignore[assignment]  # Triton's tuples grow
-            _load_tokens(x_scale_ptr, x_zero_ptr, x_sums_ptr, m, M, K, SHIFT, GROUPED),
+            load_tokens(x_scale_ptr, x_zero_ptr, x_sums_ptr, m, M, K, SHIFT, GROUPED),
         )
     acc0 = zero.to(gl.float32) if GROUPED else zero
     acc1 = acc0
@@ -101,107 +105,19 @@ def bmma_decode_kernel(
             total = gl.sum(acc, 1)
         else:
             total = _sum_columns(gl.sum(acc << gl.expand_dims(bit, 1), 1), WIDTH)
-            total = _correct(total, rows, tokens[half], K, MULTIPLIER)
-        out = _scale(total, rows, tokens[half], HAS_BIAS)
+            total = correct(total, rows, tokens[half], K, MULTIPLIER)
+        out = scale(total, rows, tokens[half], HAS_BIAS)
         # every column of a token holds its sum; the first one writes
         ptrs = out_ptr + m.to(gl.int64) * stride_om + n
         gl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=(bit == 0) & (m < M) & (n < N))
 
 
 @gluon.jit
-def bmma_prefill_kernel(
-    w_ptr, stride_wn, stride_wk, stride_wp,
-    x_ptr, stride_xm, stride_xk,
-    w_scale_ptr, w_zero_ptr, w_sums_ptr,
-    x_scale_ptr, x_zero_ptr, x_sums_ptr,
-    bias_ptr,
-    out_ptr, stride_om,
-    M, N, K, T, B, J,
-    P: gl.constexpr,
-    Q: gl.constexpr,
-    SHIFT: gl.constexpr,
-    MULTIPLIER: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    ROW_TILES: gl.constexpr,
-    COLUMN_TILES: gl.constexpr,
-    WARPS_N: gl.constexpr,
-    WARPS_M: gl.constexpr,
-    STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """One CTA: a tile of 16 ROW_TILES outputs x 16 COLUMN_TILES tokens over all of K."""
-    WARPS: gl.constexpr = WARPS_N * WARPS_M
-    FULL: gl.constexpr = gl.BlockedLayout(
-        [ROW_TILES // WARPS_N, COLUMN_TILES // WARPS_M, 1, 4],
-        [1, 1, 32, 1],
-        [WARPS_N, WARPS_M, 1, 1],
-        [3, 2, 1, 0],
-    )
-    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [WARPS, 1, 1], [2, 1, 0])
-    # fragment order has no bank conflicts: nothing to swizzle
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    w_tile = gl.program_id(0) * ROW_TILES + _axis3(ROW_TILES, COPY, 1, 2)
-    x_tile = gl.program_id(1) * COLUMN_TILES + _axis3(COLUMN_TILES, COPY, 1, 2)
-    place = _axis3(32, COPY, 0, 2) * 4 + _axis3(4, COPY, 0, 1)
-    w_ptrs = w_ptr + w_tile.to(gl.int64) * stride_wn + place
-    x_ptrs = x_ptr + x_tile.to(gl.int64) * stride_xm + place
-    w_shared = gl.allocate_shared_memory(gl.int32, [STAGES * STEPS * P, ROW_TILES, 32, 4], SHARED)
-    x_shared = gl.allocate_shared_memory(
-        gl.int32, [STAGES * STEPS * Q, COLUMN_TILES, 32, 4], SHARED
-    )
-    for ahead in gl.static_range(STAGES - 1):
-        _fetch(
-            w_shared, x_shared, w_ptrs, x_ptrs, w_tile < T, x_tile < J, stride_wk, stride_wp,
-            stride_xk, ahead, B, P, Q, STEPS, STAGES,
-        )  # fmt: skip
-    acc0 = gl.full([ROW_TILES, COLUMN_TILES, 32, 4], 0, gl.int32, FULL)
-    acc1 = acc0
-    for pair in range((B + 2 * STEPS - 1) // (2 * STEPS)):
-        for down in gl.static_range(2):
-            chunk = pair * 2 + down
-            async_copy.wait_group(STAGES - 2)
-            # steps beyond B come as zeros and add nothing
-            _fetch(
-                w_shared, x_shared, w_ptrs, x_ptrs, w_tile < T, x_tile < J, stride_wk, stride_wp,
-                stride_xk, chunk + STAGES - 1, B, P, Q, STEPS, STAGES,
-            )  # fmt: skip
-            first = chunk % STAGES * STEPS
-            for i in gl.static_range(P + Q - 1):
-                if i > 0:
-                    acc0 = _rotate(acc0, 1 if down else 31)
-                    acc1 = _rotate(acc1, 1 if down else 31)
-                acc0, acc1 = _add_level(
-                    acc0, acc1, w_shared, x_shared, first, P + Q - 2 - i if down else i,
-                    P, Q, STEPS, FULL,
-                )  # fmt: skip
-    async_copy.wait_group(0)
-
-    OUT: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [16 // ROW_TILES, 2 * ROW_TILES], [WARPS, 1], [1, 0]
-    )
-    row = gl.arange(0, COLUMN_TILES * 8, gl.SliceLayout(1, OUT))
-    n = gl.program_id(0) * ROW_TILES * 16 + gl.arange(0, ROW_TILES * 16, gl.SliceLayout(0, OUT))
-    n = gl.expand_dims(n, 0)
-    rows = _load_rows(w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr, n, N, HAS_BIAS, GROUPED=False)
-    for half in gl.static_range(2):
-        m = (gl.program_id(1) * COLUMN_TILES + row // 8) * 16 + half * 8 + row % 8
-        m = gl.expand_dims(m, 1)
-        # [n tile, m tile, g, t, r, e] -> [m tile, t, e, n tile, r, g]
-        acc = gl.reshape(acc1 if half else acc0, [ROW_TILES, COLUMN_TILES, 8, 4, 2, 2])
-        total = gl.reshape(gl.permute(acc, [1, 3, 5, 0, 4, 2]), [COLUMN_TILES * 8, ROW_TILES * 16])
-        tokens = _load_tokens(x_scale_ptr, x_zero_ptr, x_sums_ptr, m, M, K, SHIFT, GROUPED=False)
-        total = _correct(gl.convert_layout(total, OUT), rows, tokens, K, MULTIPLIER)
-        out = _scale(total, rows, tokens, HAS_BIAS)
-        ptrs = out_ptr + m.to(gl.int64) * stride_om + n
-        gl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))
-
-
-@gluon.jit
 def _add_planes(acc, planes, x, zero, P: gl.constexpr, HALF: gl.constexpr):
     """Add 2^a times the product of every plane a."""
-    acc = _bmma(planes[0], x, acc, HALF)
+    acc = bmma(planes[0], x, acc, HALF)
     for a in gl.static_range(1, P):
-        acc += _bmma(planes[a], x, zero, HALF) << a
+        acc += bmma(planes[a], x, zero, HALF) << a
     return acc
 
 
@@ -239,43 +155,7 @@ def _add_groups(
 
 
 @gluon.jit
-def _add_level(
-    acc0, acc1, w_shared, x_shared, first, LEVEL: gl.constexpr,
-    P: gl.constexpr, Q: gl.constexpr, STEPS: gl.constexpr, FULL: gl.constexpr,
-):  # fmt: skip
-    """Add a chunk's products of all planes a + b = LEVEL, unshifted."""
-    for step in gl.static_range(STEPS):
-        for a in gl.static_range(P):
-            if LEVEL - a >= 0 and LEVEL - a < Q:
-                w = w_shared.index((first + step) * P + a).load(gl.SliceLayout(1, FULL))
-                x = x_shared.index((first + step) * Q + LEVEL - a).load(gl.SliceLayout(0, FULL))
-                w, x = gl.expand_dims(w, 1), gl.expand_dims(x, 0)
-                acc0 = _bmma(w, x, acc0, 0)
-                acc1 = _bmma(w, x, acc1, 1)
-    return acc0, acc1
-
-
-@gluon.jit
-def _fetch(
-    w_shared, x_shared, w_ptrs, x_ptrs, mask_w, mask_x, stride_wk, stride_wp, stride_xk, chunk, B,
-    P: gl.constexpr, Q: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Start the copy of one chunk of K; what the masks leave out becomes zero."""
-    w_first = chunk % STAGES * (STEPS * P)
-    x_first = chunk % STAGES * (STEPS * Q)
-    for i in gl.static_range(STEPS * P):
-        k = chunk * STEPS + i // P
-        ptrs = w_ptrs + k * stride_wk + i % P * stride_wp
-        _copy_async(w_shared.index(w_first + i), ptrs, mask=mask_w & (k < B))
-    for i in gl.static_range(STEPS * Q):
-        k = chunk * STEPS + i // Q
-        ptrs = x_ptrs + k * stride_xk + i % Q * 128
-        _copy_async(x_shared.index(x_first + i), ptrs, mask=mask_x & (k < B))
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _load_rows(
+def load_rows(
     w_scale_ptr, w_zero_ptr, w_sums_ptr, bias_ptr, n, N,
     HAS_BIAS: gl.constexpr, GROUPED: gl.constexpr,
 ):  # fmt: skip
@@ -291,7 +171,7 @@ def _load_rows(
 
 
 @gluon.jit
-def _load_tokens(
+def load_tokens(
     x_scale_ptr, x_zero_ptr, x_sums_ptr, m, M, K, SHIFT: gl.constexpr, GROUPED: gl.constexpr
 ):
     """Return what belongs to tokens: scale, and zero-point and sum of the unsigned codes."""
@@ -304,7 +184,7 @@ def _load_tokens(
 
 
 @gluon.jit
-def _correct(total, rows, tokens, K, MULTIPLIER: gl.constexpr):
+def correct(total, rows, tokens, K, MULTIPLIER: gl.constexpr):
     """Correct the zero-points of whole rows in int32, convert once, times the scale of the row."""
     z_x, r_x = tokens[1], tokens[2]
     integer = MULTIPLIER * total - rows[2] * (r_x - K * z_x) - MULTIPLIER * z_x * rows[3]
@@ -312,13 +192,13 @@ def _correct(total, rows, tokens, K, MULTIPLIER: gl.constexpr):
 
 
 @gluon.jit
-def _scale(total, rows, tokens, HAS_BIAS: gl.constexpr):
+def scale(total, rows, tokens, HAS_BIAS: gl.constexpr):
     out = total * tokens[0]
     return out + rows[0] if HAS_BIAS else out
 
 
 @gluon.jit
-def _bmma(w, x, acc, HALF: gl.constexpr):
+def bmma(w, x, acc, HALF: gl.constexpr):
     """Return acc + the product with 8 of the 16 columns: words 0, 1 of x or words 2, 3."""
     return gl.inline_asm_elementwise(
         "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {$0,$1,$2,$3},{$4,$5,$6,$7},"
@@ -362,13 +242,7 @@ def _sum_columns(value, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _rotate(acc, BITS: gl.constexpr):
-    bits = acc.to(gl.uint32, bitcast=True)
-    return ((bits << BITS) | (bits >> (32 - BITS))).to(gl.int32, bitcast=True)
-
-
-@gluon.jit
-def _axis3(SIZE: gl.constexpr, LAYOUT: gl.constexpr, A0: gl.constexpr, A1: gl.constexpr):
+def axis3(SIZE: gl.constexpr, LAYOUT: gl.constexpr, A0: gl.constexpr, A1: gl.constexpr):
     """Count along the axis of a 3-d layout that is neither A0 nor A1, A0 < A1."""
     layout: gl.constexpr = gl.SliceLayout(A0, gl.SliceLayout(A1, LAYOUT))
     return gl.expand_dims(gl.expand_dims(gl.arange(0, SIZE, layout), A0), A1)
@@ -380,4 +254,4 @@ def _axis4(
     A0: gl.constexpr, A1: gl.constexpr, A2: gl.constexpr,
 ):  # fmt: skip
     """The same of a 4-d layout."""
-    return gl.expand_dims(_axis3(SIZE, gl.SliceLayout(A2, LAYOUT), A0, A1), A2)
+    return gl.expand_dims(axis3(SIZE, gl.SliceLayout(A2, LAYOUT), A0, A1), A2)

@@ -4,6 +4,15 @@ A word holds 32/f codes of a field; one mask leaves four of consecutive columns,
 Every tile of rows and every token has a chain of its own for every field: none waits for another,
 and what words and activations become in between is shared.
 
+With scales in groups, every lane keeps a float of its own for each row and token:
+
+    total  <-  fma(s_w float(c S - z_w R), total)      S, R over the lane's own columns of a group
+
+R comes from the activations the lane holds, one more dot product for all of its rows; c S - z_w R
+is an exact int32. Nothing crosses lanes before the end, and what z_x brings, the sum over groups of
+s_w (c C - G z_w), is a number of the row that the weight keeps. Scales and zero-points of a row's
+neighbouring groups come as one word each, up to four groups in it: 24 bits a group in all.
+
 Shape legend: W words in a slice, KB blocks of columns, RL rows beside each other, RT tiles of rows,
 MP tokens; all tiles are int32 ``[KB, RL, W]``.
 """
@@ -11,14 +20,12 @@ MP tokens; all tiles are int32 ``[KB, RL, W]``.
 import triton
 import triton.language as tl
 
-__all__ = ["add_codes", "multiply_slices"]
+__all__ = ["load_groups", "multiply_groups", "multiply_slices"]
 
 
 @triton.jit
 def multiply_slices(
     data, x_ptrs, stride_xm, M,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
     F0: tl.constexpr,
     F1: tl.constexpr,
     F2: tl.constexpr,
@@ -27,17 +34,17 @@ def multiply_slices(
     MP: tl.constexpr,
     INTERP: tl.constexpr,
 ):  # fmt: skip
-    """Sum codes times activations over COUNT slices, one chain a field: RT x MP tiles.
+    """Sum codes times activations over the slices of a block, one chain a field: RT x MP tiles.
 
-    Over whole blocks, codes of odd slices stay where a mask finds them, F bits up: one exact shift
+    Codes of odd slices stay where a mask finds them, F bits up: one exact shift
     of their sums, in the middle of the chain, stands for a shift of every word.
     """
-    IN_PLACE: tl.constexpr = COUNT == 8 and F0 < 8
+    IN_PLACE: tl.constexpr = F0 < 8
     RUNS: tl.constexpr = F0 + F1 + F2
     none = tl.full((1, 1, 1), 0, tl.int32)
     sums = ((none, none, none),) * (RT * MP)
     for even in tl.static_range(2):
-        for s in tl.static_range(FIRST, FIRST + COUNT):
+        for s in tl.static_range(8):
             if s % 2 != even:
                 tokens = _load_tokens(x_ptrs + s * W, stride_xm, M, MP)
                 new = ()
@@ -51,10 +58,134 @@ def multiply_slices(
                 sums = new
         if even == 0 and IN_PLACE:
             sums = _moved_down(sums, F0, F1, F2)
-    dots = ()
-    for i in tl.static_range(RT * MP):
-        dots = dots + (_joined(sums[i], F0, F1, F2),)  # type: ignore[assignment]  # noqa: RUF005  as above
-    return dots
+    return _all_joined(sums, F0, F1, F2)
+
+
+@triton.jit
+def load_groups(
+    scale_ptrs, zero_ptrs, kb, valid,
+    ROW_WORDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    RT: tl.constexpr,
+    RL: tl.constexpr,
+    ALL: tl.constexpr,
+):  # fmt: skip
+    """Load the scales and zero-points of a turn: WORDS words of each ``[KB, RL]``, RT times.
+
+    Unless ALL blocks and groups are there, those beyond the last have a scale of zero.
+    """
+    data = ()
+    for t in tl.static_range(RT):
+        for i in tl.static_range(WORDS):
+            word = kb * WORDS + i
+            counts = (valid & (word < ROW_WORDS))[:, None]
+            word = word if ALL else tl.minimum(word, ROW_WORDS - 1)
+            word = word[:, None] + t * RL * ROW_WORDS
+            scales = tl.load(scale_ptrs + word)
+            scales = scales if ALL else tl.where(counts, scales, 0)
+            data = data + (scales, tl.load(zero_ptrs + word))  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
+    return data
+
+
+@triton.jit
+def multiply_groups(
+    data, x_ptrs, stride_xm, M, totals,
+    F0: tl.constexpr,
+    F1: tl.constexpr,
+    F2: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    PARTS: tl.constexpr,
+    WORD_GROUPS: tl.constexpr,
+    W: tl.constexpr,
+    RT: tl.constexpr,
+    MP: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """Add the scaled sums of the PARTS groups of a block to RT x MP float tiles."""
+    FIRST: tl.constexpr = RT * (F0 + F1 + F2)
+    WORDS: tl.constexpr = PARTS // WORD_GROUPS
+    SHIFT: tl.constexpr = 128 if F0 == 8 else 0
+    for part in tl.static_range(PARTS):
+        dots, x_sums = _multiply_part(
+            data, x_ptrs, stride_xm, M, part * (8 // PARTS), 8 // PARTS,
+            F0, F1, F2, W, RT, MP, INTERP,
+        )  # fmt: skip
+        new = ()
+        for t in tl.static_range(RT):
+            scales = data[FIRST + 2 * (t * WORDS + part // WORD_GROUPS)]
+            zeros = data[FIRST + 2 * (t * WORDS + part // WORD_GROUPS) + 1]
+            scale = _scale_of(scales, part % WORD_GROUPS, WORD_GROUPS)[:, :, None]
+            zero = _zero_of(zeros, part % WORD_GROUPS)[:, :, None] - SHIFT
+            zero = MULTIPLIER * zero + (MULTIPLIER - 1)
+            for m in tl.static_range(MP):
+                value = MULTIPLIER * _lane_sum(dots[t * MP + m]) - zero * x_sums[m]
+                total = tl.fma(value.to(tl.float32), scale, totals[t * MP + m])
+                new = new + (total,)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
+        totals = new
+    return totals
+
+
+@triton.jit
+def _multiply_part(
+    data, x_ptrs, stride_xm, M,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    F0: tl.constexpr,
+    F1: tl.constexpr,
+    F2: tl.constexpr,
+    W: tl.constexpr,
+    RT: tl.constexpr,
+    MP: tl.constexpr,
+    INTERP: tl.constexpr,
+):  # fmt: skip
+    """Sum codes times activations over COUNT slices, and those activations a lane."""
+    none = tl.full((1, 1, 1), 0, tl.int32)
+    sums = ((none, none, none),) * (RT * MP)
+    x_sums = (none,) * MP
+    for s in tl.static_range(FIRST, FIRST + COUNT):
+        tokens = _load_tokens(x_ptrs + s * W, stride_xm, M, MP)
+        new, new_x = (), ()
+        for m in tl.static_range(MP):
+            x_sum = _dp4a(none + 0x01010101, tokens[m], x_sums[m], SIGNED=False, INTERP=INTERP)
+            new_x = new_x + (x_sum,)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
+        for t in tl.static_range(RT):
+            for m in tl.static_range(MP):
+                one = _add_slice(
+                    data, t * (F0 + F1 + F2), tokens[m], sums[t * MP + m], s,
+                    F0, F1, F2, IN_PLACE=False, INTERP=INTERP,
+                )  # fmt: skip
+                new = new + (one,)  # type: ignore[assignment]  # noqa: RUF005  as above
+        sums, x_sums = new, new_x
+    lanes = ()
+    for m in tl.static_range(MP):
+        lanes = lanes + (_lane_sum(x_sums[m]),)  # type: ignore[assignment]  # noqa: RUF005  as above
+    return _all_joined(sums, F0, F1, F2), lanes
+
+
+@triton.jit
+def _lane_sum(tile):
+    """Sum the words of one load, which one lane holds: ``[.., .., W]`` to ``[.., .., W / 4]``."""
+    KB: tl.constexpr = tile.shape[0]
+    RL: tl.constexpr = tile.shape[1]
+    QUADS: tl.constexpr = tile.shape[2] // 4
+    return tl.sum(tl.reshape(tile, (KB, RL, QUADS, 4)), axis=3)
+
+
+@triton.jit
+def _scale_of(word, PLACE: tl.constexpr, WORD_GROUPS: tl.constexpr):
+    """One scale of a word of scales, as float32."""
+    BITS: tl.constexpr = word.dtype.primitive_bitwidth // WORD_GROUPS
+    bits = word >> (BITS * PLACE)
+    if BITS == 16:
+        scale = bits.to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        scale = bits.to(tl.int32).to(tl.float32, bitcast=True)
+    return scale.to(tl.float32)
+
+
+@triton.jit
+def _zero_of(word, PLACE: tl.constexpr):
+    return (word >> (8 * PLACE)).to(tl.int32) & 0xFF
 
 
 @triton.jit
@@ -75,27 +206,6 @@ def _moved_down(sums, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr):
         sum0, sum1, sum2 = sums[i]
         moved = moved + ((sum0 >> F0, sum1 >> F1, sum2 >> F2),)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
     return moved
-
-
-@triton.jit
-def add_codes(
-    data,
-    FIRST_RUN: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    F0: tl.constexpr,
-    F1: tl.constexpr,
-    F2: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    """Sum the codes of COUNT slices: int32 ``[KB, RL, W]``."""
-    none = tl.full((1, 1, 1), 0, tl.int32)
-    sums = (none, none, none)
-    for s in tl.static_range(FIRST, FIRST + COUNT):
-        sums = _add_slice(
-            data, FIRST_RUN, none + 0x01010101, sums, s, F0, F1, F2, IN_PLACE=False, INTERP=INTERP
-        )
-    return _joined(sums, F0, F1, F2)
 
 
 @triton.jit
@@ -140,6 +250,14 @@ def _codes(
         SIGNED: tl.constexpr = (MASK ^ 0x80000000) - 0x80000000
         words = (words >> (F * (PLACE - UP))) & SIGNED
     return words
+
+
+@triton.jit
+def _all_joined(sums, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr):
+    dots = ()
+    for i in tl.static_range(len(sums)):
+        dots = dots + (_joined(sums[i], F0, F1, F2),)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
+    return dots
 
 
 @triton.jit

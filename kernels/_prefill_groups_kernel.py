@@ -16,6 +16,7 @@ one float instruction for each output:
 Conversions are exact. Signs alternate so that what B adds does not pile up; `terms` says what is
 left of it. 2^100 keeps products normal and leaves with 2^49 at the end. With SUBNORMAL off the
 bits S + 0x4B400000 are the float 12582912 + S, which costs one subtraction more and needs no B.
+CONVERT leaves that to the machine's own conversion, one instruction of an unmeasured rate.
 
 A tile is cut into two or four pieces, and the products of one piece run while the sums of the piece
 before are scaled and the next codes are unpacked. Integers of two pieces and floats of all lie in
@@ -65,6 +66,7 @@ def prefill_groups_kernel(
     MULTIPLIER: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     SUBNORMAL: gl.constexpr,
+    CONVERT: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     PART_M: gl.constexpr,
@@ -75,7 +77,7 @@ def prefill_groups_kernel(
 ):  # fmt: skip
     """One program computes tiles ``[BLOCK_N, BLOCK_M]`` in pieces ``[BAND, PART_M]``, all of K.
 
-    A round is what one turn of the loop takes: turns of whole groups.
+    A round is what one turn of the loop takes: turns of whole groups, or one group of a turn.
     """
     NARROWEST: gl.constexpr = 8 // TURN
     R0: gl.constexpr = F0 // NARROWEST
@@ -86,6 +88,9 @@ def prefill_groups_kernel(
     BANDS: gl.constexpr = BLOCK_N // BAND
     PARTS: gl.constexpr = BLOCK_M // PART_M
     TURNS: gl.constexpr = max(1, ROUND // TURN)
+    # rounds that share a turn, and groups of a round
+    CUTS: gl.constexpr = TURN // GROUP_SLICES if ROUND == GROUP_SLICES else 1
+    TAKEN: gl.constexpr = TURN // GROUP_SLICES // CUTS
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, PART_M, 32]
     )
@@ -111,6 +116,8 @@ def prefill_groups_kernel(
     )  # fmt: skip
     # the stage of a turn, whether it was filled an even number of times, the stage before
     stage, phase, before = 0, 0, STAGES - 1
+    # the first slice of the round in its turn
+    first = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         tile_n, tile_m = tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
         first_n = tile_n * BLOCK_N
@@ -122,11 +129,11 @@ def prefill_groups_kernel(
         group = 0
         next_words = _read_rows(rows_ptr, 0, first_n, GROUPS, NP, BAND, MMA)
         words = next_words
-        for _round in range(steps // TURNS):
+        for _round in range(steps * CUTS // TURNS):
             for _turn in gl.static_range(TURNS):
-                mbarrier.wait(ready.index(stage), phase)
+                _wait_for_turn(ready.index(stage), phase, first, CUTS)
                 codes = ()
-                for piece in gl.static_range(TURN // GROUP_SLICES * BANDS * PARTS):
+                for piece in gl.static_range(TAKEN * BANDS * PARTS):
                     if piece % PARTS == 0:
                         # then come the rows of the next band, or of the first in the next group
                         words = next_words
@@ -136,17 +143,17 @@ def prefill_groups_kernel(
                             GROUPS, NP, BAND, MMA,
                         )  # fmt: skip
                         codes = _unpack_group(
-                            w0_tiles, w1_tiles, w2_tiles, words, stage,
+                            w0_tiles, w1_tiles, w2_tiles, words, stage, first,
                             piece // (BANDS * PARTS) * GROUP_SLICES, piece // PARTS % BANDS, BANDS,
-                            F0, F1, F2, TURN, GROUP_SLICES, MULTIPLIER, LEFT,
+                            F0, F1, F2, TURN, GROUP_SLICES, CUTS, MULTIPLIER, LEFT,
                         )  # fmt: skip
                     spare = _multiply_group(
                         codes, x_tiles, spare,
-                        stage * TURN + piece // (BANDS * PARTS) * GROUP_SLICES,
+                        stage * TURN + first + piece // (BANDS * PARTS) * GROUP_SLICES,
                         piece % PARTS, PARTS, GROUP_SLICES,
                     )  # fmt: skip
                     running, spare = warpgroup_mma_wait(GROUP_SLICES, deps=(running, spare))
-                    if piece == 0:
+                    if piece == 0 and (CUTS == 1 or first == 0):
                         # every warp has ended the products of the turn before
                         meet()
                         order_turn(
@@ -162,16 +169,19 @@ def prefill_groups_kernel(
                     # the piece before, of the group before where this is the first
                     totals = _promote(
                         totals, (piece - 1) % (BANDS * PARTS), running, scale,
-                        group - (piece % (BANDS * PARTS) == 0), BOUND, SUBNORMAL,
+                        group - (piece % (BANDS * PARTS) == 0), BOUND, SUBNORMAL, CONVERT,
                     )  # fmt: skip
                     scale = _scale_of(words, SUBNORMAL)
                     group += (piece + 1) % (BANDS * PARTS) == 0
                     running, spare = spare, running
-                before = stage
-                stage, phase = _next_stage(stage, phase, STAGES)
+                first, stage, phase, before = _next_place(
+                    first, stage, phase, before, TURN, GROUP_SLICES, CUTS, STAGES
+                )
             # the compiler follows no product into the next turn of a loop: it would wait for each
             running = warpgroup_mma_wait(0, deps=(running,))
-        totals = _promote(totals, BANDS * PARTS - 1, running, scale, group - 1, BOUND, SUBNORMAL)
+        totals = _promote(
+            totals, BANDS * PARTS - 1, running, scale, group - 1, BOUND, SUBNORMAL, CONVERT
+        )
         for piece in gl.static_range(BANDS * PARTS):
             _finish_piece(
                 totals[piece], first_n + piece // PARTS * BAND,
@@ -203,12 +213,27 @@ def _order_ahead(
 
 
 @gluon.jit
-def _next_stage(stage, phase, STAGES: gl.constexpr):
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
+def _wait_for_turn(bar, phase, first, CUTS: gl.constexpr):
+    if CUTS == 1 or first == 0:
+        mbarrier.wait(bar, phase)
+
+
+@gluon.jit
+def _next_place(
+    first, stage, phase, before,
+    TURN: gl.constexpr, GROUP_SLICES: gl.constexpr, CUTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The next group of the turn, or the stage of the next turn."""
+    if CUTS > 1:
+        first += GROUP_SLICES
+    if CUTS == 1 or first == TURN:
+        first = 0
+        before = stage
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+    return first, stage, phase, before
 
 
 @gluon.jit
@@ -221,20 +246,33 @@ def _read_rows(rows_ptr, group, first_n, GROUPS, NP, BAND: gl.constexpr, MMA: gl
 
 @gluon.jit
 def _unpack_group(
-    w0_tiles, w1_tiles, w2_tiles, words, stage,
+    w0_tiles, w1_tiles, w2_tiles, words, stage, first,
     FIRST: gl.constexpr, BAND_AT: gl.constexpr, BANDS: gl.constexpr,
     F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr,
-    TURN: gl.constexpr, GROUP_SLICES: gl.constexpr, MULTIPLIER: gl.constexpr, LEFT: gl.constexpr,
+    TURN: gl.constexpr, GROUP_SLICES: gl.constexpr, CUTS: gl.constexpr,
+    MULTIPLIER: gl.constexpr, LEFT: gl.constexpr,
 ):  # fmt: skip
-    """Codes less zero-points, int8 ``[BAND, SLICE]`` for each slice of a group from FIRST on."""
+    """Codes less zero-points, int8 ``[BAND, SLICE]`` for each slice of a group.
+
+    The group begins FIRST slices behind `first`, of which only one is not 0.
+    """
     centre = ((words >> 16) & 0xFF) * 0x01010101
     centre = gl.convert_layout(centre, gl.SliceLayout(1, LEFT))[:, None]
     codes = ()
     w0, w1, w2 = 0, 0, 0
     for s in gl.static_range(GROUP_SLICES):
-        w0 = _hold_run(w0, w0_tiles, stage, FIRST + s, F0, TURN, BAND_AT, BANDS, s, LEFT)
-        w1 = _hold_run(w1, w1_tiles, stage, FIRST + s, F1, TURN, BAND_AT, BANDS, s, LEFT)
-        w2 = _hold_run(w2, w2_tiles, stage, FIRST + s, F2, TURN, BAND_AT, BANDS, s, LEFT)
+        w0 = _hold_run(
+            w0, w0_tiles, stage, first, FIRST + s, F0, TURN, BAND_AT, BANDS, s,
+            GROUP_SLICES, CUTS, LEFT,
+        )  # fmt: skip
+        w1 = _hold_run(
+            w1, w1_tiles, stage, first, FIRST + s, F1, TURN, BAND_AT, BANDS, s,
+            GROUP_SLICES, CUTS, LEFT,
+        )  # fmt: skip
+        w2 = _hold_run(
+            w2, w2_tiles, stage, first, FIRST + s, F2, TURN, BAND_AT, BANDS, s,
+            GROUP_SLICES, CUTS, LEFT,
+        )  # fmt: skip
         code = _centre_codes(w0, w1, w2, centre, FIRST + s, F0, F1, F2, MULTIPLIER)
         codes += (code,)  # type: ignore[assignment]
     return codes
@@ -242,15 +280,23 @@ def _unpack_group(
 
 @gluon.jit
 def _hold_run(
-    held, tiles, stage,
+    held, tiles, stage, first,
     S: gl.constexpr, FIELD: gl.constexpr, TURN: gl.constexpr,
-    BAND_AT: gl.constexpr, BANDS: gl.constexpr, NTH: gl.constexpr, LEFT: gl.constexpr,
+    BAND_AT: gl.constexpr, BANDS: gl.constexpr, NTH: gl.constexpr,
+    GROUP_SLICES: gl.constexpr, CUTS: gl.constexpr, LEFT: gl.constexpr,
 ):  # fmt: skip
     """Bytes of a band that hold a field of slice S, the NTH of its group."""
     run = held
     if FIELD > 0 and (NTH == 0 or S * FIELD % 8 == 0):
         RUNS: gl.constexpr = FIELD * TURN // 8
-        run = tiles.index((stage * RUNS + S * FIELD // 8) * BANDS + BAND_AT).load(LEFT)
+        at = S * FIELD // 8 + first * FIELD // 8
+        run = tiles.index((stage * RUNS + at) * BANDS + BAND_AT).load(LEFT)
+        if CUTS > 1 and GROUP_SLICES * FIELD < 8:
+            # what slips in from the next byte is masked away with its other fields
+            run = gl.inline_asm_elementwise(
+                "shr.b32 $0, $1, $2;", "=r,r,r,r,r,r", [run, first * FIELD % 8],
+                dtype=gl.uint8, is_pure=True, pack=4,
+            )  # fmt: skip
     return run
 
 
@@ -292,11 +338,16 @@ def _scale_of(words, SUBNORMAL: gl.constexpr):
 
 
 @gluon.jit
-def _promote(totals, PIECE: gl.constexpr, acc, scale, group, BOUND, SUBNORMAL: gl.constexpr):
+def _promote(
+    totals, PIECE: gl.constexpr, acc, scale, group, BOUND,
+    SUBNORMAL: gl.constexpr, CONVERT: gl.constexpr,
+):  # fmt: skip
     """Add the scaled sums of a piece to its total."""
     if SUBNORMAL:
         odd = group & 1
         values = (acc * (1 - 2 * odd) + (BOUND - (odd << 31))).to(gl.float32, bitcast=True)
+    elif CONVERT:
+        values = acc.to(gl.float32)
     else:
         values = (acc + 0x4B400000).to(gl.float32, bitcast=True) - 12582912.0
     total = gl.fma(values, scale[:, None], totals[PIECE])

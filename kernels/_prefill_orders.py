@@ -11,14 +11,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 __all__ = [
-    "along", "down", "make_barriers", "make_more_stages", "make_stages", "meet", "next_step",
-    "order_turn", "tile_of",
+    "along", "await_tokens", "down", "make_barriers", "make_more_stages", "make_stages", "meet",
+    "next_step", "order_turn", "tile_of",
 ]  # fmt: skip
 
 # names of Triton 3.6, and those that replaced them
 _order_bytes = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 meet = getattr(gl, "barrier", None) or gl.thread_barrier
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def await_tokens(PDL: gl.constexpr):
+    """Let the kernel that follows start, and wait for the one before and what it wrote."""
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; // $0", "=r", [],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -12,7 +12,8 @@ here fixes which lane holds what: that is why the file is Gluon and inline assem
 `bmma_prefill` takes tokens as columns and stages both operands in shared memory. Its products of
 one weight 2^s, s = a + b, must be shifted before they meet those of s + 1; instead of shifting each
 product, the accumulator itself is rotated by one bit between levels: up in one chunk of K, down in
-the next. Bits that leave at the bottom wait at the top, as S is below 2^32.
+the next. Bits that leave at the bottom wait at the top, as S is below 2^32. Rows of an accumulator
+take turns: while one is rotated, others are multiplied.
 
 Shape legend: M tokens, N outputs, K inputs, G inputs in a group, S = K / G groups, P and Q bits,
 T = ceil(N / 16) row tiles, J column tiles of 16, B = ceil(K / 256) steps.
@@ -24,7 +25,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from kernels._binary_linear_kernel import bmma_decode_kernel, bmma_prefill_kernel
+from kernels._binary_linear_kernel import bmma_decode_kernel
+from kernels._binary_prefill_kernel import bmma_prefill_kernel
 from kernels.fragments import (
     TILE,
     ColumnOrder,
@@ -47,6 +49,8 @@ __all__ = [
 SMS = 132
 COLUMN_TILES = 8
 FRAGMENT_BYTES = 512
+MOST_PLANES = 4
+"""Of a chunk's tokens in registers: 16 a plane and step, beside 128 sums."""
 SHARED_BYTES = 227 << 10
 """Of an H100; one CTA may use them all."""
 
@@ -99,8 +103,11 @@ def select_config(
         return table[shape]
     tiles, steps = triton.cdiv(shape.n, TILE), triton.cdiv(shape.k, 256)
     if shape.order is ColumnOrder.TOKENS:
-        chunk = 2 if shape.weight_bits * shape.token_bits <= 4 else 1
-        return _prefill_config(shape, 16, warps_m=2, steps=chunk)
+        chunk = max(1, MOST_PLANES // _planes_at_once(shape)) if _products(shape) <= 4 else 1
+        # a turn of the loop multiplies as many chunks as there are stages: rather few than too many
+        fitting = SHARED_BYTES // _chunk_bytes(shape, 16, chunk)
+        stages = 4 if fitting >= 4 and steps % (4 * chunk) == 0 else 2
+        return _prefill_config(16, warps_m=2, steps=chunk, stages=stages)
     columns = triton.cdiv(shape.m * columns_a_token(shape.token_bits), TILE)
     row_tiles = 2 if tiles >= 2 * SMS and columns * shape.weight_bits <= 8 else 1
     warps = min(8, triton.next_power_of_2(steps))
@@ -115,13 +122,17 @@ def select_config(
 def binary_configs(shape: ProductShape) -> list[LaunchConfig]:
     """List launches worth timing."""
     if shape.order is ColumnOrder.TOKENS:
-        tried = [
-            _prefill_config(shape, row_tiles, warps_m=warps_m, steps=steps, ctas=ctas)
-            for row_tiles, warps_m, ctas in ((16, 2, 1), (16, 4, 1), (8, 2, 1), (8, 2, 2))
-            for steps in (1, 2)
-            if 2 * ctas * _chunk_bytes(shape, row_tiles, steps) <= SHARED_BYTES
+        return [
+            _prefill_config(row_tiles, warps_m=warps_m, steps=steps, stages=stages)
+            for row_tiles, warps_m, ctas, chunks in (
+                (16, 2, 1, (2, 4, 1)),
+                (8, 2, 2, (2, 4, 1)),
+                (16, 4, 1, (2,)),
+            )
+            for steps in chunks
+            if steps == 1 or steps * _planes_at_once(shape) <= MOST_PLANES
+            for stages in _stages(SHARED_BYTES // ctas // _chunk_bytes(shape, row_tiles, steps))
         ]
-        return list(dict.fromkeys(tried))
     return [
         LaunchConfig(
             row_tiles=rows * warps_n,
@@ -232,19 +243,30 @@ def binary_linear_reference(
     return out_MN if bias is None else out_MN + bias
 
 
-def _prefill_config(
-    shape: ProductShape, row_tiles: int, *, warps_m: int, steps: int, ctas: int = 1
-) -> LaunchConfig:
-    """Fill shared memory with as many chunks as `ctas` CTAs of an SM leave room for."""
-    chunks = SHARED_BYTES // ctas // _chunk_bytes(shape, row_tiles, steps)
+def _prefill_config(row_tiles: int, *, warps_m: int, steps: int, stages: int) -> LaunchConfig:
+    """Tiles of 64 outputs a warp."""
     return LaunchConfig(
         row_tiles=row_tiles,
         column_tiles=COLUMN_TILES,
         warps_n=row_tiles // 4,
         warps_other=warps_m,
         steps=steps,
-        stages=max(2, min(4, chunks)),
+        stages=stages,
     )
+
+
+def _stages(fitting: int) -> list[int]:
+    """As many as fit, 4 at most, and 2, whose loop is the shortest."""
+    return list(dict.fromkeys((min(4, fitting), 2))) if fitting >= 2 else []
+
+
+def _products(shape: ProductShape) -> int:
+    return shape.weight_bits * shape.token_bits
+
+
+def _planes_at_once(shape: ProductShape) -> int:
+    """Planes of tokens that a level needs at most."""
+    return min(shape.weight_bits, shape.token_bits)
 
 
 def _chunk_bytes(shape: ProductShape, row_tiles: int, steps: int) -> int:

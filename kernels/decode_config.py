@@ -18,6 +18,10 @@ WARP = 32
 LOAD_BYTES = 16
 LOAD_WORDS = 4
 
+GROUP_BITS = 24
+GROUP_SIZE = 128
+"""Assumed where scales belong to groups."""
+
 PROCESSORS = 132
 CYCLES_PER_US = 1755
 MEMORY_BYTES_PER_US = 3.1e6
@@ -132,7 +136,7 @@ def _fitting(shape: DecodeShape) -> Iterator[LaunchConfig]:
             lanes = slice_lanes * lane_rows * turn
             narrow = config.rows <= 64 and slice_lanes * lane_rows <= WARP
             # the scales of a turn are loaded by the lanes that use them only while they are few
-            few = not shape.grouped or config.rows * turn < WARP * warps
+            few = not shape.grouped or lane_rows * turn < WARP * warps
             split_fits = split == 1 or turn * split <= one_turn
             held = _registers(config, shape) <= MAX_REGISTERS
             if narrow and few and split_fits and held and lanes >= WARP * warps:
@@ -165,7 +169,10 @@ def _registers(config: LaunchConfig, shape: DecodeShape) -> float:
     """Estimate the registers of a thread, as read from compiled kernels."""
     words = LOAD_WORDS * _loads(config, shape)
     in_turn = words * config.thread_rows
-    sums = in_turn * (shape.m + (1 if shape.grouped else 0))
+    sums = in_turn * shape.m
+    if shape.grouped:
+        # floats of whole loads, a load's words of one row and token, scales and zero-points
+        sums = words * shape.m + config.thread_rows * _loads(config, shape) * (shape.m + 3)
     again = 2 if _turns(config, shape) > 1 else 1
     fields = 2 if shape.bits in {3, 5, 6, 7} else 1
     return 28 + in_turn * shape.bits * again + sums * (fields + again - 1) + words * 2 * shape.m
@@ -186,7 +193,8 @@ def _microseconds(config: LaunchConfig, shape: DecodeShape) -> float:
     pieces = shape.bits * loads * config.thread_rows
     flying = resident * warps * WARP * LOAD_BYTES * pieces
     held = min(1.0, flying / BYTES_IN_FLIGHT)
-    total_bytes = shape.n * shape.columns * shape.bits / 8
+    bits = shape.bits + (GROUP_BITS / GROUP_SIZE if shape.grouped else 0.0)
+    total_bytes = shape.n * shape.columns * bits / 8
     memory = total_bytes / MEMORY_BYTES_PER_US * uneven / (0.4 + 0.6 * held)
 
     per_processor = programs / PROCESSORS * uneven * warps
@@ -194,7 +202,9 @@ def _microseconds(config: LaunchConfig, shape: DecodeShape) -> float:
     words = SLICES * LOAD_WORDS * loads * config.thread_rows * fields
     issue = 140.0 + 14 * config.thread_rows * shape.m
     issue += turns * (words * (1.6 + shape.m) + pieces + SLICES * loads * shape.m * 1.5)
-    issue += turns * 40 * config.thread_rows * loads * (4 if shape.grouped else 0)
+    if shape.grouped:
+        # four groups a block; the activations of a lane are summed once for all rows
+        issue += turns * loads * 4 * (config.thread_rows * (10 + 4 * shape.m) + 10 * shape.m)
     # four schedulers issue; a 16-byte load of a warp takes four cycles
     issued = per_processor * issue / 4 / CYCLES_PER_US
     loaded = per_processor * turns * (pieces + SLICES * loads * shape.m) * 4 / CYCLES_PER_US

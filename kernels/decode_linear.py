@@ -1,9 +1,13 @@
 """The product for a few tokens, by four-lane dot products on sliced weights.
 
-    I[m,n,g] = mult (S - z_x C) - z_w (R - G z_x)
-    Y[m,n]   = s_x[m] (sum_g s_w[n,g] float(I[m,n,g])) + bias[n]
+    I[m,n] = mult (S - z_x C) - z_w (R - K z_x)                                  one scale a row
+    Y[m,n] = s_x[m] s_w[n] float(I[m,n]) + bias[n]
 
-with S = sum u_x u_w, C = sum u_w and R = sum u_x over the G columns of a group, in int32.
+    Y[m,n] = s_x[m] (sum_g s_w[n,g] (mult S - z_w R) - z_x T[n]) + bias[n]       scales in groups
+    T[n]   = sum_g s_w[n,g] (mult C - K/S z_w)
+
+with S = sum u_x u_w, C = sum u_w and R = sum u_x over a row or a group, in int32; S groups. Of a
+group, every lane scales its own part of the integer: float32 adds up in a fixed order.
 
 Reading the weights is all the time there is; `kernels._decode_kernel` says how that is reached and
 `kernels.decode_config` how it is launched.
@@ -11,6 +15,7 @@ Reading the weights is all the time there is; `kernels._decode_kernel` says how 
 Shape legend: M tokens, N outputs, NP rows padded to whole blocks, L columns, G bytes in a slice.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -26,6 +31,8 @@ __all__ = ["LaunchConfig", "decode_configs", "decode_linear", "select_config"]
 
 SLICES = 8
 HOPPER = 9
+LARGEST_WORD = 8
+"""Bytes."""
 OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -79,13 +86,16 @@ def decode_linear(
     fields += fields[:1] * (3 - len(fields))
     field_bits = (*weight.field_bits, 0, 0)
     slice_words = weight.slice_bytes // 4
+    word_groups = _word_groups(weight)
+    scales = _as_words(weight.scale, word_groups) if weight.groups > 1 else weight.scale
+    zero_codes = _as_words(weight.zero_codes, word_groups)
     interpreted = not isinstance(decode_linear_kernel, triton.JITFunction)
     pdl = config.launch_pdl and not interpreted and _can_overlap(out.device.index)
     decode_linear_kernel[(tiles, config.split_k)](
         x, x.stride(0),
         tokens.scale, tokens.zero_point, tokens.sums,
         *fields, weight.padded_rows * slice_words,
-        weight.scale, weight.zero_point, weight.zero_codes, weight.sums,
+        scales, weight.zero_point, zero_codes, weight.sums, weight.terms,
         bias if bias is not None else out,
         out, out.stride(0),
         partials, weight.padded_rows,
@@ -97,6 +107,7 @@ def decode_linear(
         MULTIPLIER=weight.multiplier,
         GROUPS=weight.groups,
         GROUP_SIZE=weight.group_size,
+        WORD_GROUPS=word_groups,
         HAS_BIAS=bias is not None,
         BLOCK_ROWS=weight.block_rows,
         W=slice_words,
@@ -110,11 +121,22 @@ def decode_linear(
         INTERP=interpreted,
         num_warps=config.num_warps,
         num_stages=1,
-        # products are rounded before they are summed, as the reference does
+        # products at the end are rounded before they are summed, as the reference does
         enable_fp_fusion=False,
         **_launch_options(config, pdl=pdl),
     )  # fmt: skip
     return out
+
+
+def _word_groups(weight: SlicedWeight) -> int:
+    """Groups of a row and of a block of columns whose scales make one word."""
+    in_block = max(1, SLICES * weight.slice_bytes // weight.group_size)
+    return math.gcd(weight.groups, in_block, LARGEST_WORD // weight.scale.itemsize)
+
+
+def _as_words(per_group: torch.Tensor, word_groups: int) -> torch.Tensor:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return per_group.view(kinds[per_group.itemsize * word_groups])
 
 
 @lru_cache(maxsize=16)

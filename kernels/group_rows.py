@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["GroupRows", "pack_group_rows"]
+__all__ = ["GroupRows", "pack_group_rows", "zero_terms"]
 
 BYTE_BITS = 8
 LARGEST_BYTE = 127
@@ -79,9 +79,23 @@ def pack_group_rows(
     bound = 1 << (group_size * TOKEN_REACH * max(most, highest, 1) - 1).bit_length()
     if bound > LARGEST_BOUND:
         return None
-    steps_NS = scale.double()
-    whole_NS = multiplier * sums.double() - group_size * zero_point
     signs_S = 1.0 - 2.0 * (torch.arange(scale.shape[1], device=scale.device) % 2)
-    terms = ((steps_NS * whole_NS).sum(1) / multiplier, (steps_NS * signs_S).sum(1))
+    of_zero_N = zero_terms(
+        scale, zero_point, sums, multiplier=multiplier, group_size=group_size
+    )  # fmt: skip
+    terms = (of_zero_N, (scale.double() * signs_S).sum(1).float())
     words_NS = (scale.view(torch.int16).int() & 0xFFFF) | ((TOKEN_REACH - zero_point) << SCALE_BITS)
-    return GroupRows(rows=words_NS.t().contiguous(), terms=torch.stack(terms).float(), bound=bound)
+    return GroupRows(rows=words_NS.t().contiguous(), terms=torch.stack(terms), bound=bound)
+
+
+def zero_terms(
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    sums: torch.Tensor,
+    *,
+    multiplier: int,
+    group_size: int,
+) -> torch.Tensor:
+    """What a step of a token's zero-point takes from each output: float32 ``[NP]``, `terms[0]`."""
+    whole_NS = multiplier * sums.double() - group_size * zero_point
+    return ((scale.double() * whole_NS).sum(1) / multiplier).float()

@@ -154,9 +154,9 @@ def _tokens_of(parts: Tensors, bits: int) -> TokenCodes:
 
 
 def _tensors_of(weight: SlicedWeight) -> list[torch.Tensor]:
-    per_group = [weight.scale, weight.zero_point, weight.zero_codes, weight.sums]
+    per_row = [weight.scale, weight.zero_point, weight.zero_codes, weight.sums, weight.terms]
     rows = weight.group_rows
-    return [*per_group, *weight.fields, *([rows.rows, rows.terms] if rows else [])]
+    return [*per_row, *weight.fields, *([rows.rows, rows.terms] if rows else [])]
 
 
 def _numbers_of(weight: SlicedWeight) -> list[int]:
@@ -166,12 +166,12 @@ def _numbers_of(weight: SlicedWeight) -> list[int]:
 
 
 def _weight_of(tensors: Tensors, numbers: Sequence[int]) -> SlicedWeight:
-    scale, zero_point, zero_codes, sums, *fields = tensors
+    scale, zero_point, zero_codes, sums, terms, *fields = tensors
     in_features, out_features, columns, bits, multiplier, bound, *field_bits = numbers
     group_rows = None
     if bound:
-        *fields, rows, terms = fields
-        group_rows = GroupRows(rows=rows, terms=terms, bound=bound)
+        *fields, rows, row_terms = fields
+        group_rows = GroupRows(rows=rows, terms=row_terms, bound=bound)
     return SlicedWeight(
         fields=tuple(fields),
         field_bits=tuple(field_bits),
@@ -179,6 +179,7 @@ def _weight_of(tensors: Tensors, numbers: Sequence[int]) -> SlicedWeight:
         zero_point=zero_point,
         zero_codes=zero_codes,
         sums=sums,
+        terms=terms,
         in_features=in_features,
         out_features=out_features,
         columns=columns,

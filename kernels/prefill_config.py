@@ -1,14 +1,16 @@
 """How `kernels.prefill_linear` is launched.
 
-Candidates for groups of scales are ordered by a model of an H100, none of it measured with that
-kernel. For one group of G columns of a tile, in clocks of a multiprocessor:
+Candidates for groups of scales are ordered by a model of an H100. For one group of G columns of a
+tile, in clocks of a multiprocessor:
 
     tensor cores       BN BM G / 4096, and 100 in which they wait for the first codes of a round
     instructions       (2 BN BM + BN G / 4 (7/2 + 2 more for every further field)
                        + 100 threads of bookkeeping for each warp and piece) / 128
     bytes through L2   G (BM + p BN / 8) / 26
 
-The largest of the three counts, times the tiles of the busiest multiprocessor.
+The largest of the three counts, times the tiles of the busiest multiprocessor. Measured, programs
+of eight warps took the sum of the first two instead: 86 us at 4 bits and 4096x4096x2048, where the
+model has 57. Those that may do better are listed last until they are timed.
 """
 
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ TERMS_BYTES = 4 * 1024
 """Scales and corrections of a small tile, and what the driver keeps for itself."""
 GROUP_SCRATCH_BYTES = 12 * 1024
 """Results of a piece, not of a tile, change their layout in shared memory."""
+PROCESSORS = 132
 PRODUCTS_A_CLOCK = 4096
 LANES = 128
 L2_BYTES_A_CLOCK = 26
@@ -34,7 +37,8 @@ ROOMY_OUTPUTS = 128 * 128
 SPILLS = 100
 """Instructions of a warp and a group that move registers to memory and back."""
 WIDE_PART = 64
-MULTIPROCESSORS = 132
+SMALLEST_FITTED = 64
+"""Tokens of a tile below which there is always room."""
 LEAST_TOKENS = 16
 MOST_SMALL = 64
 """Tokens of one small tile."""
@@ -75,7 +79,7 @@ class PrefillConfig:
     num_warps: int = 8
     group_m: int = 8
     """Tiles of tokens walked before the next tile of weights."""
-    programs: int = 132
+    programs: int = PROCESSORS
     """One for each multiprocessor, or a multiple where registers and shared memory allow it."""
     part_m: int = 64
     """With groups: tokens of a piece, 32, 64 or 128. Two pieces or four need fewest registers."""
@@ -83,15 +87,27 @@ class PrefillConfig:
     """With groups: slices of an order, 2, 4 or 8; as few as hold whole runs and groups where this
     is less."""
     round_slices: int = 8
-    """With groups: slices of one turn of the loop; few take fewer registers, many idle less."""
+    """With groups: slices of one turn of the loop; few take fewer registers, many idle less. One
+    group where it is as many; an order where it is less than one."""
+    staged: bool = False
+    """Without groups: results leave through shared memory by one copy, behind the next products."""
+    pdl: bool = False
+    """Without groups: start before the kernel that writes the tokens has ended."""
     subnormal: bool = True
     """With groups: read sums as subnormal floats, an instruction less for each."""
+    convert: bool = False
+    """With groups: convert sums by the instruction for it instead."""
 
     def shared_bytes(self, field_bits: tuple[int, ...], turn: int | None = None) -> int:
         """Shared memory of the stages, for orders of so many slices."""
         turn = 8 // field_bits[-1] if turn is None else turn
         runs = sum(field_bits) * turn // 8
         return self.stages * self.block_k * (runs * self.block_n + turn * self.block_m)
+
+    def result_bytes(self) -> int:
+        """Shared memory that results pass through."""
+        tile = 2 * self.block_m * self.block_n
+        return tile + TERMS_BYTES if self.staged else min(SCRATCH_BYTES, 2 * tile + TERMS_BYTES)
 
     def turn_slices(self, field_bits: tuple[int, ...], group_slices: int) -> int:
         """Slices of an order with groups of so many slices."""
@@ -110,11 +126,16 @@ class PrefillConfig:
         """
         block_k = slice_bytes if group_slices else min(self.block_k, slice_bytes)
         turn = self.turn_slices(field_bits, group_slices) if group_slices else None
-        room = SHARED_BYTES - (GROUP_SCRATCH_BYTES if group_slices else SCRATCH_BYTES)
-        one = replace(self, block_k=block_k, stages=1)
-        while 2 * one.shared_bytes(field_bits, turn) > room and one.block_m > 64:
-            one = replace(one, block_m=one.block_m // 2)
-        return replace(one, stages=min(self.stages, room // one.shared_bytes(field_bits, turn)))
+        share = SHARED_BYTES // max(1, self.programs // PROCESSORS)
+        one = replace(self, block_k=block_k, stages=1, staged=self.staged and not group_slices)
+        while True:
+            room = share - (GROUP_SCRATCH_BYTES if group_slices else one.result_bytes())
+            most = room // one.shared_bytes(field_bits, turn)
+            if most > 1 or one.block_m <= SMALLEST_FITTED:
+                return replace(one, stages=max(1, min(self.stages, most)))
+            one = (
+                replace(one, staged=False) if one.staged else replace(one, block_m=one.block_m // 2)
+            )
 
 
 def prefill_configs(
@@ -135,22 +156,35 @@ def prefill_configs(
         # bytes, not products, take the time: more programs have more of them on their way, and
         # smaller tiles are spread more evenly
         shapes = [(block_m, n, warps, programs) for n, warps, programs in SMALL_TILES]
-    found = []
-    for block_m, block_n, num_warps, resident in shapes:
-        for block_k in (128, 64, 32):
-            if block_k > slice_bytes:
-                continue
-            for stages in (6, 4, 3, 2) if m <= MOST_SMALL else (4, 3, 2):
-                config = PrefillConfig(
-                    block_m=block_m, block_n=block_n, block_k=block_k, stages=stages,
-                    num_warps=num_warps, programs=resident * MULTIPROCESSORS,
-                )  # fmt: skip
-                # results change their layout in shared memory too
-                scratch = min(SCRATCH_BYTES, 4 * block_m * block_n + TERMS_BYTES)
-                if resident * (config.shared_bytes(field_bits) + scratch) <= SHARED_BYTES:
-                    found.append((shapes.index((block_m, block_n, num_warps, resident)), config))
-                    break
-    return [config for _, config in sorted(found, key=lambda each: (each[0], each[1].stages < 3))]
+    wanted = [
+        PrefillConfig(
+            block_m=block_m, block_n=block_n, block_k=block_k, stages=0, num_warps=num_warps,
+            programs=resident * PROCESSORS, staged=staged, pdl=staged,
+        )
+        for block_m, block_n, num_warps, resident in shapes
+        for staged in (True, False)
+        for block_k in (128, 64, 32)
+        if block_k <= slice_bytes
+    ]  # fmt: skip
+    deepest = 6 if m <= MOST_SMALL else 4
+    found = [each for each in (_deepened(one, field_bits, deepest) for one in wanted) if each]
+    # a stage that waits for the one before hides nothing
+    return sorted(found, key=lambda each: (shapes.index(_shape_of(each)), each.stages < 3))
+
+
+def _shape_of(config: PrefillConfig) -> tuple[int, int, int, int]:
+    resident = config.programs // PROCESSORS
+    return config.block_m, config.block_n, config.num_warps, resident
+
+
+def _deepened(
+    config: PrefillConfig, field_bits: tuple[int, ...], deepest: int
+) -> PrefillConfig | None:
+    """Give a launch as many stages as its share of shared memory holds, None below two."""
+    room = SHARED_BYTES * PROCESSORS // config.programs - config.result_bytes()
+    stage = replace(config, stages=1).shared_bytes(field_bits)
+    stages = min(deepest, room // stage)
+    return replace(config, stages=stages) if stages > 1 else None
 
 
 def group_configs(shape: GroupShape) -> list[PrefillConfig]:
@@ -172,7 +206,31 @@ def group_configs(shape: GroupShape) -> list[PrefillConfig]:
                     found.append(config)
                     break
     found.sort(key=lambda each: (_spills(each, shape), _predicted_clocks(each, shape)))
-    return [*found, *(replace(config, subnormal=False) for config in found[:1])]
+    plain = [replace(config, subnormal=False) for config in found[:1]]
+    converted = [replace(config, convert=True) for config in found[:2]]
+    if shape.least_turn > shape.group_slices:
+        # one group a round holds the sums of the widest tile without spills
+        wide = [config for config in found if config.block_m * config.block_n > ROOMY_OUTPUTS]
+        converted += [
+            replace(config, convert=True, round_slices=shape.group_slices) for config in wide[:1]
+        ]
+    return [*found, *plain, *converted, *_paired_programs(shape)]
+
+
+def _paired_programs(shape: GroupShape) -> list[PrefillConfig]:
+    """Launches of two programs of four warps on a multiprocessor.
+
+    A warp that multiplies codes from its registers waits until the tensor cores take them; where
+    all warps meet every turn, they wait together and scale together. Programs do not meet.
+    """
+    one = PrefillConfig(
+        block_m=128, block_n=128, block_k=shape.slice_bytes, stages=4, num_warps=4,
+        programs=2 * PROCESSORS, turn=shape.least_turn, round_slices=shape.group_slices,
+        convert=True,
+    ).fitted(shape.field_bits, shape.slice_bytes, shape.group_slices)  # fmt: skip
+    if one.block_m >= 2 * max(shape.m, 64) or one.stages < 2:
+        return []
+    return [one, replace(one, part_m=32), replace(one, convert=False, subnormal=False)]
 
 
 def _spills(config: PrefillConfig, shape: GroupShape) -> bool:

@@ -31,8 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._prefill_groups_kernel import prefill_groups_kernel
 from kernels._prefill_orders import (
-    along,
-    down,
+    await_tokens,
     make_barriers,
     make_more_stages,
     make_stages,
@@ -40,6 +39,13 @@ from kernels._prefill_orders import (
     next_step,
     order_turn,
     tile_of,
+)
+from kernels._prefill_results import (
+    load_terms,
+    make_staging,
+    scale_sums,
+    wait_for_copies,
+    write_tile,
 )
 from kernels.field_codes import join_assembly
 from kernels.prefill_config import (
@@ -52,6 +58,11 @@ from kernels.sliced import SlicedWeight
 from kernels.tokens import TokenCodes
 
 __all__ = ["prefill_linear"]
+
+STAGED_BYTES = 2
+"""Of a result: a tile of wider ones has no room in shared memory."""
+STAGED_STEP = 8
+"""Results a row is a multiple of: a copy starts at 16 bytes."""
 
 
 def prefill_linear(
@@ -99,19 +110,25 @@ def _launch_rows(
     m, n = out.shape
     config = config or prefill_configs(weight.field_bits, weight.slice_bytes, max(1, m))[0]
     turn = 8 // weight.field_bits[-1]
+    staged = config.staged and out.element_size() == STAGED_BYTES and n % STAGED_STEP == 0
+    descriptors = _descriptors(tokens, weight, config, turn)
     _prefill_kernel[(_programs(config, m, weight),)](
-        *_descriptors(tokens, weight, config, turn),
+        *descriptors,
         tokens.scale, tokens.zero_point, tokens.sums,
         weight.scale, weight.zero_point, weight.sums,
         bias if bias is not None else weight.scale,
+        _result_descriptor(out, config) if staged else descriptors[0],
         out, out.stride(0),
         m, n, weight.padded_rows, weight.columns // (8 * weight.slice_bytes), weight.in_features,
         **_common_constants(weight, config),
         TURN=turn,
+        STAGED=staged,
+        PDL=config.pdl,
         HAS_BIAS=bias is not None,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         enable_fp_fusion=False,
+        **({"launch_pdl": True} if config.pdl else {}),
     )  # fmt: skip
 
 
@@ -144,7 +161,8 @@ def _launch_groups(
         TURN=turn,
         GROUP_SLICES=group_slices,
         HAS_BIAS=bias is not None,
-        SUBNORMAL=config.subnormal,
+        SUBNORMAL=config.subnormal and not config.convert,
+        CONVERT=config.convert,
         PART_M=config.part_m,
         ROUND=config.round_slices,
         num_warps=config.num_warps,
@@ -203,6 +221,13 @@ def _field_descriptor(
     return TensorDescriptor(field, shape, strides, box, _box_layout(config, 4))
 
 
+def _result_descriptor(out: torch.Tensor, config: PrefillConfig) -> TensorDescriptor:
+    """View results as ``[M, N]``: one box is a tile."""
+    box = [config.block_m, config.block_n]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(out, list(out.shape), [out.stride(0), 1], box, layout)
+
+
 def _box_layout(config: PrefillConfig, rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=config.block_k, element_bitwidth=8, rank=rank)
 
@@ -227,7 +252,7 @@ def _prefill_kernel(
     x_scale_ptr, x_zero_ptr, x_sums_ptr,
     w_scale_ptr, w_zero_ptr, w_sums_ptr,
     bias_ptr,
-    out_ptr, stride_om,
+    out_desc, out_ptr, stride_om,
     M, N, NP, BLOCKS, K,
     F0: gl.constexpr,
     F1: gl.constexpr,
@@ -241,6 +266,8 @@ def _prefill_kernel(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
+    STAGED: gl.constexpr,
+    PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program computes tiles ``[BLOCK_N, BLOCK_M]``, weights on the left, all of K."""
@@ -264,6 +291,8 @@ def _prefill_kernel(
         w2_desc, w0_stages, w0_tiles, STAGES, R2, BLOCK_N, BLOCK_K
     )
     ready = make_barriers(STAGES)
+    staging = make_staging(out_desc, x_stages, STAGED)
+    await_tokens(PDL)
 
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(NP, BLOCK_N)
     steps = BLOCKS * NARROWEST * CUTS
@@ -282,7 +311,7 @@ def _prefill_kernel(
         )
     n = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        x_zero, x_rest, x_scale, w_zero, w_sum, w_scale = _load_terms(
+        x_zero, x_rest, x_scale, w_zero, w_sum, w_scale = load_terms(
             tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr,
             M, NP, K, BLOCK_M, BLOCK_N, GROUP_M, num_warps,
         )  # fmt: skip
@@ -314,59 +343,16 @@ def _prefill_kernel(
                 order_step, order_tile, order_n, order_m, steps, M, NP, BLOCK_M, BLOCK_N, GROUP_M
             )
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        _finish(
-            acc, tile, x_zero, x_rest, x_scale, w_zero, w_sum, w_scale,
-            bias_ptr, out_ptr, stride_om, M, N, NP,
+        y = scale_sums(
+            acc, tile, x_zero, x_rest, x_scale, w_zero, w_sum, w_scale, bias_ptr, M, N, NP,
             MULTIPLIER, HAS_BIAS, BLOCK_M, BLOCK_N, GROUP_M, MMA, num_warps,
         )  # fmt: skip
-
-
-@gluon.jit
-def _load_terms(
-    tile, x_scale_ptr, x_zero_ptr, x_sums_ptr, w_scale_ptr, w_zero_ptr, w_sums_ptr, M, NP, K,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
-    """What corrects and scales a tile, asked of memory before its products: they hide the wait."""
-    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    pid_n, pid_m = tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, ROW)
-    offs_n = pid_n * BLOCK_N + gl.arange(0, BLOCK_N, ROW)
-    mask_m, mask_n = offs_m < M, offs_n < NP
-    x_zero = gl.load(x_zero_ptr + offs_m, mask=mask_m, other=0)
-    x_rest = gl.load(x_sums_ptr + offs_m, mask=mask_m, other=0) - K * x_zero
-    x_scale = gl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)
-    w_zero = gl.load(w_zero_ptr + offs_n, mask=mask_n, other=0)
-    w_sum = gl.load(w_sums_ptr + offs_n, mask=mask_n, other=0)
-    w_scale = gl.load(w_scale_ptr + offs_n, mask=mask_n, other=0.0).to(gl.float32)
-    return x_zero, x_rest, x_scale, w_zero, w_sum, w_scale
-
-
-@gluon.jit
-def _finish(
-    acc, tile, x_zero, x_rest, x_scale, w_zero, w_sum, w_scale,
-    bias_ptr, out_ptr, stride_om, M, N, NP, MULTIPLIER: gl.constexpr, HAS_BIAS: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
-    MMA: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
-    """Correct the sums in int32, convert once, scale, store."""
-    ROW: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    OUT: gl.constexpr = gl.BlockedLayout(
-        [8, 1], [BLOCK_N // 8, 256 // BLOCK_N], [1, num_warps], [0, 1]
-    )
-    pid_n, pid_m = tile_of(tile, M, NP, BLOCK_M, BLOCK_N, GROUP_M)
-    # int32 may wrap on the way; the result fits
-    whole = acc * MULTIPLIER - down(w_zero, MMA) * along(x_rest, MMA)
-    whole -= down(w_sum, MMA) * along(x_zero * MULTIPLIER, MMA)
-    y = whole.to(gl.float32) * down(w_scale, MMA) * along(x_scale, MMA)
-    if HAS_BIAS:
-        offs_n = pid_n * BLOCK_N + gl.arange(0, BLOCK_N, ROW)
-        bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
-        y += down(bias, MMA)
-    y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), OUT)
-    rows_n = pid_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, OUT))
-    rows_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT))
-    out_ptrs = out_ptr + rows_n[:, None] + (rows_m.to(gl.int64) * stride_om)[None, :]
-    gl.store(out_ptrs, y, mask=(rows_n < N)[:, None] & (rows_m < M)[None, :])
+        write_tile(
+            y, tile, out_desc, staging, out_ptr, stride_om, M, N, NP,
+            BLOCK_M, BLOCK_N, GROUP_M, STAGED, num_warps,
+        )  # fmt: skip
+    # shared memory goes with the program
+    wait_for_copies(STAGED)
 
 
 @gluon.jit

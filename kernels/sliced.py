@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.group_rows import GroupRows, pack_group_rows
+from kernels.group_rows import GroupRows, pack_group_rows, zero_terms
 from kernels.layouts import WORD_BITS, unpack_codes
 
 __all__ = [
@@ -70,6 +70,8 @@ class SlicedWeight:
     """uint8 ``[NP, S]``: the stored zero-points, a quarter of the bytes where groups are many."""
     sums: torch.Tensor
     """int32 ``[NP, S]``: codes summed over a group."""
+    terms: torch.Tensor
+    """float32 ``[NP]``: the sum of a row's levels, which a token's zero-point multiplies."""
     in_features: int
     out_features: int
     columns: int
@@ -82,9 +84,9 @@ class SlicedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor."""
-        per_group = (self.scale, self.zero_point, self.zero_codes, self.sums)
+        per_row = (self.scale, self.zero_point, self.zero_codes, self.sums, self.terms)
         rows = () if self.group_rows is None else (self.group_rows.rows, self.group_rows.terms)
-        return sum(each.nbytes for each in (*self.fields, *per_group, *rows))
+        return sum(each.nbytes for each in (*self.fields, *per_row, *rows))
 
     @property
     def slice_bytes(self) -> int:
@@ -201,6 +203,9 @@ def slice_weight(
         zero_point=zero,
         zero_codes=_pad_rows(zero_point, np_rows),
         sums=sums,
+        terms=zero_terms(
+            scale, zero, sums, multiplier=multiplier, group_size=in_features // groups
+        ),
         in_features=in_features,
         out_features=n,
         columns=columns,

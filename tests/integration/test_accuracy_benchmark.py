@@ -77,15 +77,20 @@ def test_an_ablation_changes_one_ingredient_of_the_recipe_at_a_time(folder, tmp_
     assert "no-second-order" in capsys.readouterr().out
 
 
-def test_an_ablation_adds_single_rows_to_those_it_has(folder, tmp_path):
+def test_an_ablation_adds_single_rows_to_those_it_has_and_tells_their_commit(
+    folder, tmp_path, monkeypatch
+):
     short = ("--timeout", "0.2")
+    monkeypatch.setenv("ABQ_COMMIT", "first")
     run_ablation(folder, tmp_path, "--rows", "w4a16:nearest,w4a4:gptq", *short)
 
+    monkeypatch.setenv("ABQ_COMMIT", "second")
     rows = run_ablation(folder, tmp_path, "--rows", "w4a4:as-it-is", "--append", *short)
 
     assert [(row["config"], row["variant"]) for row in rows] == [
         ("w4a16", "nearest"), ("w4a4", "as-it-is"), ("w4a4", "gptq"),
     ]  # fmt: skip
+    assert [row.get("commit") for row in rows] == ["first", None, "first"]
 
 
 @pytest.mark.skipif(

@@ -54,6 +54,9 @@ class Shared:
     def index(self, position):
         return Shared(self.array[position])
 
+    def slice(self, start, length):
+        return Shared(self.array[start : start + length])
+
     def load(self, layout):
         return self.array.copy().view(Tensor)
 
@@ -109,10 +112,37 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
     registers = dict(enumerate(np.moveaxis(np.concatenate(words, -1), -1, 0), start=4))
     if "shfl" in asm or "mma" not in asm:
         return _sum_over_lanes(asm, registers)
+    if isinstance(dtype, tuple):
+        return _mma_beside_rotation(asm, np.concatenate(words, -1))
     lists = [[int(r) for r in re.findall(r"\d+", group)] for group in re.findall(r"{(.*?)}", asm)]
     a, b, c = ([registers[r] for r in group] for group in lists[1:])
     assert len(b) == {"m16n8k256": 2, "m16n8k128": 1}[re.search(r"m\d+n\d+k\d+", asm)[0]]
     return _mma(a, b, c)
+
+
+def _mma_beside_rotation(asm, words):
+    """Run what has two results in the order of its text: a register may be written too early."""
+    registers = dict(enumerate(np.moveaxis(words, -1, 0), start=8))
+    for statement in filter(None, asm.split(";")):
+        operands = [int(r) for r in re.findall(r"\$(\d+)", statement)]
+        if statement.startswith("mma"):
+            a, b, c = operands[4:8], operands[8:10], operands[10:]
+            product = _mma(*([registers[r] for r in part] for part in (a, b, c)))
+            registers |= dict(zip(operands[:4], np.moveaxis(product, -1, 0), strict=True))
+            continue
+        opcode, bits = statement.split()[0], int(statement.rpartition(",")[2].lstrip("$"))
+        value = registers[operands[1]]
+        if opcode == "shf.l.wrap.b32":
+            assert operands[1] == operands[2]
+            unsigned = value.view(np.uint32)
+            value = (unsigned << bits | unsigned >> (32 - bits)).view(np.int32)
+        else:
+            assert opcode == "mov.b32"
+        registers[operands[0]] = value
+    return tuple(
+        np.stack([registers[r] for r in part], -1).view(Tensor)
+        for part in ((0, 1, 2, 3), (4, 5, 6, 7))
+    )
 
 
 def _run_half(asm, outputs, words, dtype):
@@ -170,7 +200,7 @@ def _language(program):
         allocate_shared_memory=allocate_shared_memory, full=full,
         arange=lambda start, end, layout: np.arange(start, end, dtype=np.int32).view(Tensor),
         expand_dims=np.expand_dims, reshape=np.reshape, permute=np.transpose,
-        convert_layout=lambda x, layout: x,
+        convert_layout=lambda x, layout: x, join=lambda a, b: np.stack([a, b], -1),
         sum=lambda x, axis: np.sum(x, axis, dtype=x.dtype),
         program_id=lambda axis: np.array(program[axis], np.int32).view(Tensor),
         inline_asm_elementwise=inline_asm_elementwise,
@@ -211,7 +241,11 @@ def _argument(value):
 
 
 def _kernel(emulated, program):
-    copies = Copies(emulated.early)
+    return vars(_executed(emulated.file, Copies(emulated.early), program))[emulated.name]
+
+
+def _executed(name, copies, program):
+    """Run a file of kernels, and what it takes from others, as Python."""
     package = ModuleType("triton.experimental.gluon")
     package.jit = lambda function: function
     package.language = _language(program)
@@ -224,8 +258,10 @@ def _kernel(emulated, program):
         package.__name__: package,
         ampere.__name__: ampere,
     }
-    file = KERNELS / emulated.file
-    namespace = {"__name__": "emulated"}
+    text = (KERNELS / name).read_text()
+    for other in re.findall(r"^from kernels\.(_\w+) import", text, re.MULTILINE):
+        modules[f"kernels.{other}"] = _executed(f"{other}.py", copies, program)
+    executed = ModuleType("emulated")
     with mock.patch.dict(sys.modules, modules):
-        exec(compile(file.read_text(), str(file), "exec"), namespace)  # noqa: S102  our own file
-    return namespace[emulated.name]
+        exec(compile(text, str(KERNELS / name), "exec"), vars(executed))  # noqa: S102  our own file
+    return executed

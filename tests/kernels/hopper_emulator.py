@@ -16,7 +16,7 @@ import torch
 from tests.kernels.assembly import run_assembly
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-MODULES = ("_prefill_orders", "_prefill_groups_kernel", "prefill_linear")
+MODULES = ("_prefill_orders", "_prefill_results", "_prefill_groups_kernel", "prefill_linear")
 GARBAGE = 0x55
 
 
@@ -52,6 +52,9 @@ class Memory:
     def load(self, layout):
         return self.array.copy()
 
+    def store(self, value):
+        self.array[...] = value
+
 
 class Barrier:
     def __init__(self):
@@ -78,18 +81,36 @@ class Descriptor:
         out[tuple(slice(0, size) for size in inside.shape)] = inside
         return out
 
+    def fill(self, place, values):
+        """Write a box but for what lies beyond the tensor."""
+        target = self.array[
+            tuple(slice(p, p + b) for p, b in zip(place, values.shape, strict=True))
+        ]
+        target[...] = values[tuple(slice(0, size) for size in target.shape)]
+
 
 class Machine:
     """One program at a time, its outstanding products and the moment that copies land."""
 
     def __init__(self, late):
         self.late, self.program, self.programs, self.products = late, 0, 1, []
+        self.leaving = []
 
     def copy(self, descriptor, place, barrier, target, pred):
         if pred:
             data = descriptor.box(place)
             target.array[...] = GARBAGE if self.late else data
             barrier.copies.append((target.array, data))
+
+    def copy_out(self, descriptor, place, source):
+        self.leaving.append((descriptor, place, source))
+        if not self.late:
+            self.wait_results(0)
+
+    def wait_results(self, outstanding):
+        while len(self.leaving) > outstanding:
+            descriptor, place, source = self.leaving.pop(0)
+            descriptor.fill(place, source.array)
 
     def expect(self, barrier, size, pred):
         if pred:
@@ -126,12 +147,13 @@ class Kernel:
         return self.function(*args)
 
     def __getitem__(self, grid):
-        def launch(*args, enable_fp_fusion, **constants):
+        def launch(*args, enable_fp_fusion, launch_pdl=False, **constants):
             args = [Pointer(a.view(-1)) if isinstance(a, torch.Tensor) else a for a in args]
             self.machine.programs = grid[0]
             for self.machine.program in range(grid[0]):
                 self.function(*args, **constants)
                 assert not self.machine.products
+                assert not self.machine.leaving, "shared memory goes with the program"
 
         return launch
 
@@ -153,15 +175,19 @@ def store(pointer, value, mask):
 
 
 def inline_assembly(text, constraints, args, dtype, is_pure, pack):
+    if not args:
+        return None  # programs run one after the other: nothing to wait for
     words = []
     for arg in args:
-        if arg.itemsize == 1:
+        if isinstance(arg, int):
+            words += [np.full_like(words[0], arg)] * 4
+        elif arg.itemsize == 1:
             words.append(np.ascontiguousarray(arg).view(np.uint32))
         else:
             # the same word for all columns: each of the four elements has a register
             assert arg.shape[1] == 1
             words += [np.broadcast_to(arg.view(np.uint32), words[0].shape)] * 4
-    return run_assembly(text, words).astype(np.uint32).view(np.int8)
+    return run_assembly(text, words).astype(np.uint32).view(dtype)
 
 
 def multiply_add(a, b, c):
@@ -178,6 +204,7 @@ def language(machine):
     gl.static_range, gl.cdiv = range, lambda a, b: -(-a // b)
     gl.minimum, gl.maximum = min, max
     gl.int8, gl.int16, gl.int32, gl.int64 = np.int8, np.int16, np.int32, np.int64
+    gl.uint8 = np.uint8
     gl.float16, gl.float32, gl.fma = np.float16, np.float32, multiply_add
     gl.arange = lambda start, stop, layout: np.arange(start, stop).view(Tensor)
     gl.zeros = lambda shape, dtype, layout: np.zeros(shape, dtype).view(Tensor)
@@ -197,7 +224,10 @@ def emulated_prefill(*, late):
     gluon.jit = lambda function: Kernel(function, machine)
     gluon.language = language(machine)
     hopper = ModuleType("hopper")
-    hopper.tma = SimpleNamespace(async_load=machine.copy)
+    hopper.tma = SimpleNamespace(
+        async_load=machine.copy, async_store=machine.copy_out, store_wait=machine.wait_results
+    )
+    hopper.fence_async_shared = lambda: None
     hopper.mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: "barrier",
         init=lambda barrier, count: None,

@@ -21,6 +21,10 @@ from tests.kernels.machine_code import compile_kernel
 
 GPU = torch.cuda.is_available()
 BITS, TOKENS = ColumnOrder.BITS, ColumnOrder.TOKENS
+KERNELS = {
+    "bmma_decode_kernel": "_binary_linear_kernel.py",
+    "bmma_prefill_kernel": "_binary_prefill_kernel.py",
+}
 SMALL = LaunchConfig(row_tiles=4, column_tiles=2, warps_n=2, warps_other=1, steps=1, stages=2)
 
 
@@ -29,8 +33,8 @@ def copies(request, monkeypatch):
     """Run the Gluon kernels: on the GPU, else on NumPy with copies that land late or early."""
     if GPU:
         return
-    for name in ("bmma_decode_kernel", "bmma_prefill_kernel"):
-        kernel = EmulatedKernel(name, early=request.param == "early")
+    for name, file in KERNELS.items():
+        kernel = EmulatedKernel(name, early=request.param == "early", file=file)
         monkeypatch.setattr(module, name, kernel)
 
 
@@ -133,6 +137,16 @@ def test_prefill_gives_the_bits_of_an_int64_product(copies, w_bits, a_bits, step
     actual = case.run(TOKENS, replace(SMALL, steps=steps, stages=stages))
 
     assert torch.equal(actual, case.expected())
+
+
+@pytest.mark.parametrize(("row_tiles", "warps_n"), [(2, 2), (4, 1), (3, 1)])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (1, 3), (3, 2)])
+def test_rows_of_a_warp_rotate_in_turn(copies, row_tiles, warps_n, steps, w_bits, a_bits):
+    case = Case(19, 70, 1500, w_bits, a_bits)
+    config = replace(SMALL, row_tiles=row_tiles, warps_n=warps_n, steps=steps)
+
+    assert torch.equal(case.run(TOKENS, config), case.expected())
 
 
 @pytest.mark.parametrize("order", ColumnOrder)
@@ -248,7 +262,7 @@ def machine_code(shape, config, *, grouped=False):
             "TURNS": -(-shape.k // (256 * config.steps * config.warps_other)),
         }  # fmt: skip
     return compile_kernel(
-        "kernels._binary_linear_kernel", name, types=types, constants=constants,
+        f"kernels.{KERNELS[name].removesuffix('.py')}", name, types=types, constants=constants,
         unaligned=("M", "T", "B", "J", "S"), num_warps=config.num_warps,
     )  # fmt: skip
 
@@ -258,15 +272,18 @@ def test_prefill_issues_two_and_a_half_instructions_a_product(w_bits, a_bits):
     shape = ProductShape(
         order=TOKENS, m=2048, n=4096, k=4096, weight_bits=w_bits, token_bits=a_bits
     )
+    config = select_config(shape)
 
-    code = machine_code(shape, select_config(shape))
+    code = machine_code(shape, config)
 
-    # two chunks of two steps, 32 products a plane pair of a warp's 64 x 64
-    assert code.count_in_loop("BMMA.168256.AND.POPC") == 4 * 32 * w_bits * a_bits
-    assert code.count_in_loop() <= 2.75 * code.count_in_loop("BMMA")
-    # a fragment is read once, though its plane meets several others: the compiler keeps it; twice
-    # would still leave shared memory half idle
-    assert code.count_in_loop("LDS.128") <= 2 * 4 * 4 * (w_bits + a_bits)
+    # 32 products a plane pair and step of a warp's 64 x 64
+    steps = config.stages * config.steps
+    assert code.count_in_loop("BMMA.168256.AND.POPC") == steps * 32 * w_bits * a_bits
+    assert code.count_in_loop() <= 2.6 * code.count_in_loop("BMMA")
+    # a fragment of tokens is read once, one of weights for each plane it meets, if not kept
+    assert code.count_in_loop("LDS.128") <= steps * 4 * (w_bits + 1) * a_bits
+    # a chunk's copies are waited for once, and none of them waits for another
+    assert code.count_in_loop("BAR") == config.stages
     assert code.count_in_loop("LDGSTS.E.BYPASS.128") > 0
     assert code.count("STG.E.128") > 0
     assert code.spills == 0

@@ -50,6 +50,19 @@ def sliced_of(weight, **layout):
     )
 
 
+def rounding_of_groups(x, w):
+    """What float32 may lose of tokens times levels ``[N, S, G]``, by sums of magnitudes.
+
+    Of a group, a lane converts its integer and adds its product: one rounding more than groups.
+    Joining up to 2^10 lanes rounds ten times, and the zero-point's term and its product, their
+    difference, the token's scale and the output once each.
+    """
+    groups, columns = w.shape[1], w[0].numel()
+    size = x.codes.cpu()[:, :columns].double().abs() + x.zero_point.cpu().abs().unsqueeze(1)
+    size *= x.scale.cpu().unsqueeze(1)
+    return size @ w.flatten(1).abs().t() * 2.0**-24 * (groups + 16)
+
+
 def codes_of(tokens, weight):
     return TokenCodes.from_activations(tokens, groups=weight.groups, columns=weight.columns)
 
@@ -148,10 +161,24 @@ def test_group_scales_stay_within_float32_rounding(
     u = (tokens.codes.cpu().double() - tokens.zero_point.cpu()) * tokens.scale.cpu()
     codes = unslice_codes(sliced).cpu().view(11, k // group, group).double()
     w = (codes - weight.zero_point.cpu().unsqueeze(-1)) * weight.scale.cpu().double().unsqueeze(-1)
-    # converting, scaling by the weight's and the token's scale, and adding groups round once each
-    bound = u.view(2, 1, -1, group).mul(w).sum(-1).abs().sum(-1) * 2.0**-24 * (k // group + 4)
+    bound = rounding_of_groups(codes_of(tokens, sliced), w)
     assert bool(((actual.cpu() - u @ w.view(11, k).t()).abs() <= bound).all())
     assert torch.equal(run(), actual)
+
+
+@pytest.mark.parametrize(("k", "m", "half_step"), [(384, 1, False), (640, 2, True)])
+def test_a_block_that_lacks_groups_counts_those_it_has(decode, device, k, m, half_step):
+    tokens = random_tokens(m, k, 8, device)
+    weight = random_weight(9, k, 3, k // 128, device)
+    sliced = sliced_of(weight, half_step=half_step, slice_bytes=64)
+    x = codes_of(tokens, sliced)
+
+    actual = decode(x, sliced, out_dtype=torch.float32, config=ONE_TURN)
+
+    expected = sliced_linear_reference(x, sliced).double().cpu()
+    w = unslice_codes(sliced).cpu().view(9, -1, 128).double() * sliced.multiplier
+    w = (w - sliced.zero_point[:9].cpu().unsqueeze(-1)) * sliced.scale[:9].cpu().unsqueeze(-1)
+    assert bool(((actual.cpu() - expected).abs() <= 2 * rounding_of_groups(x, w)).all())
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -165,9 +192,9 @@ def test_levels_half_a_step_apart_are_exact(decode, device, groups):
     u = (tokens.codes.cpu().double() - tokens.zero_point.cpu()) * tokens.scale.cpu()
     codes = unslice_codes(sliced).cpu().view(10, groups, -1).double()
     w = codes - weight.zero_point.cpu().unsqueeze(-1) - 0.5
-    w = (w * weight.scale.cpu().double().unsqueeze(-1)).view(10, 256)
-    bound = u.abs() @ w.abs().t() * 2.0**-24 * (groups + 4)
-    assert bool(((actual.cpu() - u @ w.t()).abs() <= bound).all())
+    w = w * weight.scale.cpu().double().unsqueeze(-1)
+    bound = rounding_of_groups(codes_of(tokens, sliced), w)
+    assert bool(((actual.cpu() - u @ w.view(10, 256).t()).abs() <= bound).all())
     reference = sliced_linear_reference(codes_of(tokens, sliced), sliced)
     assert groups > 1 or torch.equal(actual, reference)
 

@@ -35,7 +35,8 @@ def compiled(shape, config):
     constants = {
         **dict(zip(("F0", "F1", "F2"), (*bits, 0, 0), strict=False)), "TURN": config.turn,
         "SLICE": width, "GROUP_SLICES": shape.group_slices, "MULTIPLIER": 1, "HAS_BIAS": True,
-        "SUBNORMAL": config.subnormal, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "SUBNORMAL": config.subnormal and not config.convert, "CONVERT": config.convert,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "PART_M": config.part_m, "STAGES": config.stages, "ROUND": config.round_slices,
         "GROUP_M": config.group_m, "num_warps": config.num_warps,
     }  # fmt: skip
@@ -83,3 +84,20 @@ def test_products_run_while_sums_of_groups_are_scaled(bits, m):
     assert not code.count("FFMA.FTZ")
     # nor any conversion: I2F.RP belongs to a division
     assert not any(op.startswith("I2F") and not op.endswith("RP") for op in loop)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_two_programs_of_four_warps_share_a_processor(bits):
+    shape = GroupShape(field_bits=(bits,), slice_bytes=64, group_slices=2, m=2048, n=4096)
+    config = next(each for each in group_configs(shape) if each.num_warps == 4)
+
+    code = compiled(shape, config)
+
+    # a multiprocessor keeps a KiB of every program's shared memory for itself
+    assert 2 * (code.shared_bytes + 1024) <= SHARED_BYTES + 1024
+    loop = product_loop(code)
+    outputs = config.block_m * config.block_n // (32 * config.num_warps)
+    # a conversion and a multiply-add for each sum of a group, and half as much for all else
+    assert loop["I2FP.F32.S32"] == loop["FFMA"] == outputs
+    assert sum(loop.values()) <= (2.6 if TRITON == "3.6" else 2.9) * 2 * outputs
+    assert sum(n for op, n in loop.items() if op.startswith("STL")) <= 8

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,6 +83,26 @@ def test_small_tiles_of_few_tokens_are_exact(block_m, block_n, warps, bits):
     assert torch.equal(actual, product_of_codes(tokens, codes, weight, None))
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("bits", "outputs"), [(2, 296), (5, 296), (4, 301)])
+def test_results_that_leave_by_one_copy_are_those_that_threads_write(bits, outputs, late):
+    weight, _ = sliced_weight(random_codes(outputs, 600, bits), bits, block_rows=64)
+    tokens = token_codes(150, weight, 8)
+    tokens = replace(tokens, scale=tokens.scale * 2.0**-8)
+    bias = torch.randn(outputs)
+    written = [
+        emulated_prefill(late=late)(
+            tokens, weight, bias, out_dtype=torch.float16, config=PrefillConfig(
+                block_m=64, block_n=128, block_k=32, stages=2, programs=2, staged=staged
+            ),
+        )
+        for staged in (False, True)
+    ]  # fmt: skip
+
+    assert written[0].isfinite().all()
+    assert torch.equal(*written)
+
+
 def test_half_step_grids_double_their_codes():
     weight, codes = sliced_weight(random_codes(64, 256, 3), 3, half_step=True)
     tokens = token_codes(5, weight, 4)
@@ -93,19 +115,22 @@ def test_half_step_grids_double_their_codes():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("block_rows", [64, 128])
-def test_prefill_equals_an_int64_product(bits, block_rows):
+@pytest.mark.parametrize(("block_rows", "m"), [(64, 300), (128, 300), (64, 13), (64, 50)])
+def test_prefill_equals_an_int64_product(bits, block_rows, m):
     weight, codes = sliced_weight(
-        random_codes(700, 1100, bits), bits, device="cuda", block_rows=block_rows
+        random_codes(704, 1100, bits), bits, device="cuda", block_rows=block_rows
     )
-    tokens = token_codes(300, weight, 8, device="cuda")
-    bias = torch.randn(700, device="cuda")
+    tokens = token_codes(m, weight, 8, device="cuda")
+    tokens = replace(tokens, scale=tokens.scale * 2.0**-8)
+    bias = torch.randn(704, device="cuda")
     expected = product_of_codes(tokens, codes, weight, bias)
+    assert expected.half().isfinite().all()
 
-    for config in prefill_configs(weight.field_bits, weight.slice_bytes):
-        actual = prefill_linear(tokens, weight, bias, out_dtype=torch.float32, config=config)
+    for config in prefill_configs(weight.field_bits, weight.slice_bytes, m):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            actual = prefill_linear(tokens, weight, bias, out_dtype=dtype, config=config)
 
-        assert torch.equal(actual, expected), config
+            assert torch.equal(actual, expected.to(dtype)), (config, dtype)
 
 
 @pytest.mark.gpu

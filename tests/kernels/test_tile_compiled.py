@@ -136,12 +136,17 @@ def descriptor(kind, block, width):
     return f"tensordesc<{kind}{list(block)},{layout!r}>"
 
 
+def result_descriptor(tokens, outputs):
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return f"tensordesc<bf16{[tokens, outputs]},{layout!r}>"
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_prefill_unpacks_while_a_product_is_under_way(monkeypatch, tmp_path, bits):
-    module = compiled(["field_codes", "prefill_linear"], monkeypatch)
+    module = compiled(["field_codes", "_prefill_results", "prefill_linear"], monkeypatch)
     fields = field_widths(bits)
     turn = 8 // fields[-1]
-    config = prefill_configs(fields, 128)[0]
+    config = next(each for each in prefill_configs(fields, 128) if each.staged)
     types = POINTERS | {
         f"w{i}_desc": descriptor(
             "i8" if bits == 8 else "u8",
@@ -152,8 +157,10 @@ def test_prefill_unpacks_while_a_product_is_under_way(monkeypatch, tmp_path, bit
         for i in range(3)
     }  # fmt: skip
     types["x_desc"] = descriptor("i8", (turn, config.block_m, config.block_k), config.block_k)
+    types["out_desc"] = result_descriptor(config.block_m, config.block_n)
     constants = {
         **widths(bits), "TURN": turn, "SLICE": 128, "MULTIPLIER": 1, "HAS_BIAS": True,
+        "STAGED": config.staged, "PDL": config.pdl,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "STAGES": config.stages, "GROUP_M": config.group_m, "num_warps": config.num_warps,
     }  # fmt: skip
@@ -168,6 +175,9 @@ def test_prefill_unpacks_while_a_product_is_under_way(monkeypatch, tmp_path, bit
     assert sum(n for op, n in loop.items() if op.startswith("IGMMA")) == products
     assert sum(n for op, n in loop.items() if op.startswith("UTMALDG")) == 1 + len(fields)
     assert not spills(loop)
+    # results leave by a copy, not by the threads
+    assert any("UTMASTG" in line for line in code.splitlines())
+    assert any("ACQBULK" in line for line in code.splitlines()), "it waits for the tokens"
     # every wait leaves one product under way
     waits = [line for line in code.splitlines() if "WARPGROUP.DEPBAR" in line]
     assert sum("0x1" in line.split("DEPBAR")[1] for line in waits) == turn

@@ -80,7 +80,7 @@ def test_everything_that_slices_keep_is_counted():
     sliced = layer_of("w2a8g64", features=(128, 64))[0].sliced()
     per_group = 2 + 4 + 1 + 4  # scale, zero-point, its code, code sum
 
-    kept = 64 * 256 * 2 // 8 + 64 * 2 * per_group + sum(
+    kept = 64 * 256 * 2 // 8 + 64 * 2 * per_group + 64 * 4 + sum(
         each.nbytes for each in (sliced.group_rows.rows, sliced.group_rows.terms)
     )  # fmt: skip
     assert operand_bytes(sliced) == kept
