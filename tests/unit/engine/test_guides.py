@@ -123,6 +123,8 @@ def test_behind_the_end_only_an_end_token_may_follow(compiler, codec):
             "response_format",
             "cannot be read",
         ),
+        (Guide(kind=GuideKind.REGEX, text="a\ud800"), "guided_regex", "Unicode"),
+        (Guide(kind=GuideKind.REGEX, text="(" * 9000 + ")" * 9000), "guided_regex", "nest"),
         (schema_guide({"not": {}}), "response_format", "Unimplemented"),
         (schema_guide({"type": "size"}), "response_format", "size"),
         (schema_guide({"$ref": "http://example.org/x"}), "response_format", "example.org"),
@@ -139,6 +141,17 @@ def test_what_cannot_be_followed_is_refused_by_field_and_reason(compiler, guide,
 
     assert caught.value.field == field
     assert len(caught.value.message) < 700
+
+
+def test_references_as_deep_as_a_text_can_hold_do_not_overflow_a_stack(compiler, codec):
+    depth = 1600
+    chain = {f"{i:x}": {"items": {"$ref": f"#/d/{i + 1:x}"}} for i in range(depth)}
+    guide = schema_guide({"type": "array", "d": {**chain, f"{depth:x}": {}}, "$ref": "#/d/0"})
+    assert len(guide.text) > 0.9 * MAX_TEXT
+
+    matcher = compiler.start(guide)
+
+    assert codec.decode(allowed_by(matcher)) == "["
 
 
 def test_a_guide_that_takes_too_long_is_refused(compiler, monkeypatch):
