@@ -121,6 +121,10 @@ class Runner(Protocol):
             prompt_ids: of the request, which penalties look at.
             drawn_ids: what a preempted sequence had drawn before; penalties, `min_tokens` and
                 guides count them, and the steps that follow compute them like a prompt.
+
+        Raises:
+            EngineError: if this sequence alone is at fault, for example its guide; the slot is
+                closed like any other.
         """
 
     def close(self, slot: int) -> None:
