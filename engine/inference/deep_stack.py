@@ -21,15 +21,19 @@ def run_on_deep_stack(compute: Callable[[], T]) -> T:
         compute: what it returns or raises comes out here.
 
     Raises:
-        RuntimeError: if the system has no room for such a thread.
+        RuntimeError: if the system has no room for such a thread, or native code panics.
     """
     outcome: Future[T] = Future()
 
     def settle() -> None:
         try:
             outcome.set_result(compute())
-        except BaseException as error:  # noqa: BLE001  raised again by the caller's thread
+        except Exception as error:  # noqa: BLE001  raised again by the caller's thread
             outcome.set_exception(error)
+        except BaseException as error:  # noqa: BLE001  a panic of Rust passes for the end of all
+            fault = RuntimeError(f"native code failed: {error}")
+            fault.__cause__ = error
+            outcome.set_exception(fault)
 
     thread = threading.Thread(target=settle, name="deep-stack", daemon=True)
     with STARTING:

@@ -109,7 +109,13 @@ class GuideCompiler:
             raise _refusal(guide, f"it has {len(guide.text)} characters, use up to {MAX_TEXT}")
         if not _is_unicode(guide.text):
             raise _refusal(guide, "it is no valid Unicode")
-        trie, grammar = self._trie, _grammar(guide)
+        try:
+            trie = self._trie
+        except (ValueError, RuntimeError) as error:
+            raise _refusal(
+                guide, f"the bytes of this model's tokens are unknown: {error}"
+            ) from error
+        grammar = _grammar(guide)
         started_s = time.monotonic()
         matcher = LLMatcher(trie, grammar, log_level=0, limits=self._limits)
         if not matcher.is_error():

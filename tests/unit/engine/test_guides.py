@@ -161,6 +161,13 @@ def test_a_guide_that_takes_too_long_is_refused(compiler, monkeypatch):
         compiler.check(Guide(kind=GuideKind.REGEX, text="slow"))
 
 
+def test_a_tokenizer_whose_bytes_are_unknown_follows_no_guide(codec):
+    damaged = TextCodec(codec.tokenizer, frozenset({10**6}))
+
+    with pytest.raises(RequestInvalid, match="tokens are unknown"):
+        GuideCompiler(damaged).check(Guide(kind=GuideKind.REGEX, text="a"))
+
+
 def test_answers_under_one_guide_do_not_share_their_place(compiler, codec):
     guide = Guide(kind=GuideKind.REGEX, text="ab")
     first, second = compiler.start(guide), compiler.start(guide)
