@@ -151,8 +151,10 @@ class BatchingEngine:
             )
             for index in range(request.n)
         ]
+        # hashed in the caller's thread: the engine's has a step to plan
+        sequences[0].digests(self._shape.page_size)
         for follower in sequences[1:]:
-            follower.leader = sequences[0]
+            follower.follow(sequences[0])
         return sequences
 
 

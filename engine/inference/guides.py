@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.hf import from_tokenizer
 
 from engine.errors import EngineError
+from engine.inference.deep_stack import run_on_deep_stack
 from engine.inference.request import RequestInvalid
 from engine.inference.sampling_params import Guide, GuideKind
 from engine.inference.text import TextCodec
@@ -23,13 +24,16 @@ from engine.inference.text import TextCodec
 __all__ = ["GuideCompiler", "GuideFailed", "GuideMatcher"]
 
 MAX_TEXT = 1 << 16
-"""Characters of a guide."""
+"""Characters of a guide. The parser recurses along references, up to 12 KB of stack each, and text
+of this length holds up to 2000 of them in a schema and 8000, of 4 KB, in a grammar."""
 MAX_COMPILE_S = 1.0
 """Seconds for a parser and its first mask; who takes more would hold up every step after."""
 CACHED = 32
 """Compiled guides kept for requests that repeat one."""
 MAX_SHOWN = 200
 """Characters of a guide or a reason in a message."""
+MAX_REPEATED = 20
+"""Characters of a guide that a reason may repeat."""
 FIELDS = {
     GuideKind.JSON_SCHEMA: "response_format",
     GuideKind.JSON_OBJECT: "response_format",
@@ -90,7 +94,7 @@ class GuideCompiler:
                 self._prototypes.move_to_end(guide)
                 return self._begin(self._prototypes[guide])
         # not in turn: the engine's thread starts answers meanwhile
-        prototype = self._compile(guide)
+        prototype = run_on_deep_stack(lambda: self._compile(guide))
         with self._turn:
             self._prototypes[guide] = prototype
             while len(self._prototypes) > CACHED:
@@ -103,7 +107,15 @@ class GuideCompiler:
     def _compile(self, guide: Guide) -> LLMatcher:
         if len(guide.text) > MAX_TEXT:
             raise _refusal(guide, f"it has {len(guide.text)} characters, use up to {MAX_TEXT}")
-        trie, grammar = self._trie, _grammar(guide)
+        if not _is_unicode(guide.text):
+            raise _refusal(guide, "it is no valid Unicode")
+        try:
+            trie = self._trie
+        except (ValueError, RuntimeError) as error:
+            raise _refusal(
+                guide, f"the bytes of this model's tokens are unknown: {error}"
+            ) from error
+        grammar = _grammar(guide)
         started_s = time.monotonic()
         matcher = LLMatcher(trie, grammar, log_level=0, limits=self._limits)
         if not matcher.is_error():
@@ -198,7 +210,21 @@ def _json_grammar(guide: Guide, text: str) -> str:
         raise _refusal(guide, f"it cannot be read: {error}") from error
 
 
+def _is_unicode(text: str) -> bool:
+    # half a surrogate pair gets through JSON into a str, and no further
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _refusal(guide: Guide, reason: str) -> RequestInvalid:
+    # parsers repeat what they were given; it stands in the message once
+    if len(guide.text) > MAX_REPEATED:
+        reason = reason.replace(guide.text, "...")
+    # marks below a line point nowhere in a sentence
+    reason = " ".join(word for word in reason.split() if word.strip("^"))
     return RequestInvalid(
         FIELDS[guide.kind],
         _shown(guide.text or guide.kind.value),

@@ -9,6 +9,7 @@ A pending token is computed by its value on the device, so `computed` may exceed
 """
 
 from enum import StrEnum
+from typing import Self
 
 from engine.inference.drafts import NgramDrafts
 from engine.inference.pages import pages_for
@@ -32,6 +33,28 @@ class SequenceState(StrEnum):
 class TokenSequence:
     """State that the scheduler alone changes."""
 
+    state = SequenceState.WAITING
+    order = -1
+    """Place in the order of arrival."""
+    slot = -1
+    tenure = 0
+    """How many slots it has had: tells results of an earlier one apart."""
+    last_step = -1
+    """Number of the last step that names its slot."""
+    pages: tuple[int, ...] = ()
+    published = 0
+    """How many of its pages were offered to others."""
+    has_shared_prompt = False
+    """Whether those of the prompt were, once."""
+    computed = 0
+    pending = 0
+    has_drawn_here = False
+    """Whether the runner drew the last token for the slot that the sequence has."""
+    cached_tokens = 0
+    """Tokens of the prompt found in the prefix cache at the first start."""
+    leader: "TokenSequence | None" = None
+    """A sequence of the same prompt that computes it first, so that its pages are shared."""
+
     def __init__(
         self,
         prompt_ids: tuple[int, ...],
@@ -54,33 +77,12 @@ class TokenSequence:
                 plain.
         """
         self.prompt_ids = prompt_ids
+        self.tokens: list[int] = list(prompt_ids)
         self.sampling = sampling
         self.max_tokens = max_tokens
         self.tenant = tenant
-        self.state = SequenceState.WAITING
-        self.tokens: list[int] = list(prompt_ids)
-        self.order = -1
-        """Place in the order of arrival."""
-        self.slot = -1
-        self.tenure = 0
-        """How many slots it has had: tells results of an earlier one apart."""
-        self.last_step = -1
-        """Number of the last step that names its slot."""
-        self.pages: tuple[int, ...] = ()
-        self.published = 0
-        """How many of its pages were offered to others."""
-        self.has_shared_prompt = False
-        """Whether those of the prompt were, once."""
-        self.computed = 0
-        self.pending = 0
-        self.has_drawn_here = False
-        """Whether the runner drew the last token for the slot that the sequence has."""
-        self.cached_tokens = 0
-        """Tokens of the prompt found in the prefix cache at the first start."""
         self.draft_tokens = draft_tokens if sampling.is_greedy and sampling.is_plain else 0
         self._drafts = NgramDrafts() if self.draft_tokens else None
-        self.leader: TokenSequence | None = None
-        """A sequence of the same prompt that computes it first, so that its pages are shared."""
         self._root = root_digest(salt)
         self._digests: list[bytes] = []
 
@@ -114,6 +116,11 @@ class TokenSequence:
         if leader is None or leader.has_shared_prompt:
             return True
         return leader.state is SequenceState.FINISHED
+
+    def follow(self, leader: Self) -> None:
+        """Wait until a sequence of the same prompt has computed it."""
+        self.leader = leader
+        self._digests = list(leader._digests)
 
     def digests(self, page_size: int) -> list[bytes]:
         """Of all whole pages of known tokens."""

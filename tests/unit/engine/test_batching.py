@@ -337,6 +337,28 @@ def test_after_a_fault_what_ran_fails_and_what_waited_is_answered_by_a_new_runne
     wait_until_empty(engine, spare)
 
 
+class BrokenGate:
+    """Lets a step end by an error."""
+
+    def acquire(self, timeout):
+        raise RuntimeError("the device is gone")
+
+    def release(self, count):
+        pass
+
+
+def test_a_fault_that_shows_only_in_the_result_fails_what_ran_too(open_engine, codec):
+    runner, spare = HashingRunner(), HashingRunner()
+    runner.gate = BrokenGate()
+    engine = open_engine(runner, reopen=lambda: spare)
+
+    with pytest.raises(DeviceFailed):
+        list(engine.generate(request_of(n=2)))
+
+    assert outcome_of(list(engine.generate(request_of()))) == answer_alone(request_of(), codec)
+    wait_until_empty(engine, spare)
+
+
 @pytest.mark.parametrize("reopens", ["never", "fails", "differs"])
 def test_a_fault_that_cannot_be_undone_closes_the_engine_and_says_so(open_engine, reopens):
     def fail():

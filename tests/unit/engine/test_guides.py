@@ -123,6 +123,8 @@ def test_behind_the_end_only_an_end_token_may_follow(compiler, codec):
             "response_format",
             "cannot be read",
         ),
+        (Guide(kind=GuideKind.REGEX, text="a\ud800"), "guided_regex", "Unicode"),
+        (Guide(kind=GuideKind.REGEX, text="(" * 9000 + ")" * 9000), "guided_regex", "nest"),
         (schema_guide({"not": {}}), "response_format", "Unimplemented"),
         (schema_guide({"type": "size"}), "response_format", "size"),
         (schema_guide({"$ref": "http://example.org/x"}), "response_format", "example.org"),
@@ -141,11 +143,29 @@ def test_what_cannot_be_followed_is_refused_by_field_and_reason(compiler, guide,
     assert len(caught.value.message) < 700
 
 
+def test_references_as_deep_as_a_text_can_hold_do_not_overflow_a_stack(compiler, codec):
+    depth = 1600
+    chain = {f"{i:x}": {"items": {"$ref": f"#/d/{i + 1:x}"}} for i in range(depth)}
+    guide = schema_guide({"type": "array", "d": {**chain, f"{depth:x}": {}}, "$ref": "#/d/0"})
+    assert len(guide.text) > 0.9 * MAX_TEXT
+
+    matcher = compiler.start(guide)
+
+    assert codec.decode(allowed_by(matcher)) == "["
+
+
 def test_a_guide_that_takes_too_long_is_refused(compiler, monkeypatch):
     monkeypatch.setattr("engine.inference.guides.MAX_COMPILE_S", 0.0)
 
     with pytest.raises(RequestInvalid, match="simpler"):
         compiler.check(Guide(kind=GuideKind.REGEX, text="slow"))
+
+
+def test_a_tokenizer_whose_bytes_are_unknown_follows_no_guide(codec):
+    damaged = TextCodec(codec.tokenizer, frozenset({10**6}))
+
+    with pytest.raises(RequestInvalid, match="tokens are unknown"):
+        GuideCompiler(damaged).check(Guide(kind=GuideKind.REGEX, text="a"))
 
 
 def test_answers_under_one_guide_do_not_share_their_place(compiler, codec):

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -210,24 +208,25 @@ def interpreted(monkeypatch):
         copy = load_small_op(file, of_file, monkeypatch)
         for name in names:
             monkeypatch.setattr(draws, name, getattr(copy, name))
-    return SimpleNamespace(device="cuda" if torch.cuda.is_available() else "cpu")
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_kernels_draw_count_and_measure_as_torch_does(interpreted):
-    device = interpreted.device
-    by_torch = state_of(*EVERY_KIND)
+    device = interpreted
+    by_torch = SamplerState(5, VOCABULARY, device, launches=False)
     by_kernels = SamplerState(5, VOCABULARY, device, launches=True)
     for slot, params in enumerate(EVERY_KIND):
         by_kernels.open(slot, params, PROMPT)
-    slots = torch.tensor([3, 0, 4, 2, 1])
+        by_torch.open(slot, params, PROMPT)
+    slots = torch.tensor([3, 0, 4, 2, 1], device=device)
 
     for step in range(2):
-        logits = logits_of(5, step).bfloat16()
+        logits = logits_of(5, step).bfloat16().to(device)
         expected = by_torch.draw(logits, slots, full=True)
-        found = by_kernels.draw(logits.to(device), slots.to(device), full=True)
+        found = by_kernels.draw(logits, slots, full=True)
         assert found.tolist() == expected.tolist()
         for name in ("chosen", "top", "top_ids"):
-            pair = getattr(by_kernels.logprobs, name).cpu(), getattr(by_torch.logprobs, name)
+            pair = getattr(by_kernels.logprobs, name), getattr(by_torch.logprobs, name)
             torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from engine.errors import EngineOverloaded
 from engine.inference.limits import RunnerShape, SchedulerLimits
+from engine.inference.planning import share_tokens
 from engine.inference.sampling_params import Guide, GuideKind, SamplingParams
 from engine.inference.scheduler import Scheduler
 from engine.inference.sequence import SequenceState, TokenSequence
@@ -231,7 +232,7 @@ def test_answers_to_one_prompt_compute_it_once():
         sequence_of(range(13), sampling=SamplingParams(seed=seed)) for seed in range(4)
     ]
     for each in others:
-        each.leader = first
+        each.follow(first)
 
     machine.run(first, *others)
 
@@ -430,3 +431,18 @@ def random_sequence(rng, room):
         salt=rng.choice("xy"),
         draft_tokens=rng.choice([0, 0, 3]),
     )
+
+
+@pytest.mark.parametrize(
+    ("demand", "tokens", "shares"),
+    [
+        ({"a": 100}, 16, {"a": 16}),
+        ({"a": 100, "b": 100}, 16, {"a": 8, "b": 8}),
+        ({"a": 100, "b": 2, "c": 100}, 16, {"a": 7, "b": 2, "c": 7}),
+        ({"a": 3, "b": 2}, 16, {"a": 3, "b": 2}),
+        ({"a": 9, "b": 9}, 0, {"a": 0, "b": 0}),
+        ({}, 16, {}),
+    ],
+)
+def test_what_one_tenant_does_not_need_the_others_get(demand, tokens, shares):
+    assert share_tokens(demand, tokens) == shares
