@@ -35,6 +35,8 @@ class MemoryPlan:
     """One page of all layers."""
     pages: int
     """Without the scratch page."""
+    sampler_bytes: int = 0
+    """What draws keep by slot; taken before the rest is planned."""
 
     @property
     def kv_bytes(self) -> int:
@@ -44,7 +46,8 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """Everything."""
-        return self.weight_bytes + self.workspace_bytes + self.graph_bytes + self.kv_bytes
+        held = self.weight_bytes + self.sampler_bytes
+        return held + self.workspace_bytes + self.graph_bytes + self.kv_bytes
 
 
 def count_pages(budget_bytes: int, page_bytes: int, page_size: int) -> int:

@@ -80,7 +80,9 @@ class PagedRunner:
         if on_gpu and options.use_graphs:
             with self._in_stream(), torch.inference_mode():
                 self._graphs.capture(self._device)
-        self.memory = replace(plan, graph_bytes=self._graphs.graph_bytes)
+        self.memory = replace(
+            plan, graph_bytes=self._graphs.graph_bytes, sampler_bytes=sampler.memory_bytes
+        )
         self.memory_bytes = self.memory.total_bytes
 
     @property
@@ -153,6 +155,7 @@ class PagedRunner:
         options, device, scratch = self._options, self._device, plan.pages
         decoder, sampler = self._decoder, self._sampler
         slots = options.max_sequences + 1
+        assert sampler.pad_slot == slots - 1, "rows that fill up have one slot, here and there"
         tokens = slots + options.max_step_tokens
         per_sequence = -(-self.context_length // options.page_size)
         self.kv_pages = decoder.new_pages(

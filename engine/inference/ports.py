@@ -42,6 +42,10 @@ class TokenDecoder(Protocol):
 class TokenSampler(Protocol):
     """Draws tokens; keeps what a request asks for by slot, on the device."""
 
+    @property
+    def memory_bytes(self) -> int:
+        """What it keeps on the device."""
+
     pad_slot: int
     """Of rows that only fill a batch up; the number behind the last slot."""
     logprobs: RowLogprobs

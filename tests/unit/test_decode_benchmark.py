@@ -25,8 +25,9 @@ ROW = {
     "tokens_per_s", "ms_per_step", "bound_ms", "weight_gb", "graph_gb", "goal", "split",
 }  # fmt: skip
 LINEAR_FILES = {
-    "_binary_linear_kernel", "_binary_prefill_kernel", "_decode_kernel", "_half_decode_kernel", "_prefill_groups_kernel",
-    "half_linear", "int_linear", "prefill_linear", "tile_linear", "unpack",
+    "_binary_linear_kernel", "_binary_prefill_kernel", "_decode_kernel", "_half_decode_kernel",
+    "_prefill_groups_kernel", "half_linear", "int_linear", "prefill_linear", "tile_linear",
+    "unpack",
 }  # fmt: skip
 ATTENTION_FILES = {"paged_attention", "attention_chunks", "attended_tokens", "paged_prefill"}
 CALIBRATION_FILES = {"activation_rounding", "column_rounding"}
