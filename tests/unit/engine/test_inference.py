@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from engine.errors import ContextLengthExceeded, EngineError
+from engine.errors import ContextLengthExceeded, EngineError, NoTokenDrawn
 from engine.inference.answer import Answer
 from engine.inference.engine import open_engine
 from engine.inference.kv_cache import make_cache
@@ -226,6 +226,11 @@ def test_an_ignored_end_token_does_not_end_the_answer(engine):
 
     assert text_of(chunks) == "hi"
     assert chunks[-1].finish_reason is None
+
+
+def test_an_answer_fails_where_no_token_could_be_drawn(engine):
+    with pytest.raises(NoTokenDrawn, match="not finite"):
+        answer_of(engine, [*engine.text.encode("hi"), -1])
 
 
 def test_text_held_for_a_stop_string_comes_out_at_the_end(engine):
