@@ -4,9 +4,11 @@ The host works one step ahead of the results, so the device always has a step to
 leaves behind is decided here too: who fails, and whether the engine goes on.
 """
 
+import gc
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,14 +124,14 @@ class StepLoop:
         self._book.end_cancelled()
         with self._book.changed:
             planned = self._book.scheduler.plan()
+            # a request that comes right behind the lock is not in the plan and no sign of a stall
+            is_stalled = planned is None and not self._in_flight and len(self._book) > 0
+        assert not is_stalled, "sequences wait and nothing can be planned"
         self._close_slots()
         if planned is not None:
             self._launch(planned)
         if self._in_flight and (planned is None or len(self._in_flight) > 1):
             self._receive()
-        elif planned is None:
-            with self._book.changed:
-                assert not len(self._book), "sequences wait and nothing can be planned"
 
     def _launch(self, planned: PlannedStep) -> None:
         now = time.monotonic()
@@ -173,6 +175,9 @@ class StepLoop:
         self._in_flight.clear()
         failed = self._book.fail_running(cause)
         self._runner = None
+        # frames of the fault and cycles hold the old runner, and there is no memory for two
+        traceback.clear_frames(cause.__traceback__)
+        gc.collect()
         # a fault of a new runner that nobody's request brought about would come again and again
         if self._reopen is None or not (failed or self._has_run):
             self._stop(STOPPED)

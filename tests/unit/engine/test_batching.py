@@ -1,6 +1,7 @@
 import random
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -357,6 +358,27 @@ def test_a_fault_that_shows_only_in_the_result_fails_what_ran_too(open_engine, c
 
     assert outcome_of(list(engine.generate(request_of()))) == answer_alone(request_of(), codec)
     wait_until_empty(engine, spare)
+
+
+def test_a_failed_runner_is_gone_before_a_new_one_is_made(open_engine):
+    alive = []
+
+    def reopen():
+        alive.append(first() is not None)
+        return HashingRunner()
+
+    runner = HashingRunner()
+    runner.fault = break_once(1)
+    first = weakref.ref(runner)
+    engine = BatchingEngine(runner, open_engine().text, reopen=reopen)
+    del runner
+
+    with pytest.raises(DeviceFailed):
+        list(engine.generate(request_of()))
+    list(engine.generate(request_of()))
+    engine.close()
+
+    assert alive == [False]
 
 
 @pytest.mark.parametrize("reopens", ["never", "fails", "differs"])
