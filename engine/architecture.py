@@ -12,6 +12,7 @@ from typing import Any
 from engine.errors import UnsupportedModel
 from engine.families.base import ChannelPair, Family, QueryKeyPair
 from engine.families.config import unsupported
+from engine.families.decoding import LayerPlan
 from engine.families.reading import read_fields, read_sizes
 from engine.families.registry import FAMILIES
 from engine.families.sizes import LinearShape, Sizes
@@ -65,6 +66,11 @@ class Architecture:
     def query_key(self) -> QueryKeyPair | None:
         """Where a factor may move between queries and keys."""
         return self.family.query_key(self.sizes, self.fields)
+
+    @property
+    def plan(self) -> LayerPlan:
+        """How a layer runs."""
+        return self.family.decoding(self.sizes, self.fields)
 
     @property
     def linears_per_layer(self) -> tuple[LinearShape, ...]:

@@ -6,13 +6,17 @@ Every class has a stable `code`; its docstring is the default message.
 from typing import ClassVar
 
 __all__ = [
+    "CacheExceeded",
     "CalibrationDiverged",
     "CalibrationInterrupted",
     "CheckpointInvalid",
     "ContextLengthExceeded",
     "DatasetUnavailable",
+    "DeviceFailed",
     "EngineError",
+    "EngineOverloaded",
     "EvaluationUnavailable",
+    "NoTokenDrawn",
     "SpecError",
     "UnsupportedModel",
 ]
@@ -88,16 +92,50 @@ class CheckpointInvalid(EngineError):
     code: ClassVar[str] = "checkpoint_invalid"
 
 
+class DeviceFailed(EngineError):
+    """The device failed while the request ran; send it again."""
+
+    code: ClassVar[str] = "device_failed"
+
+
+class NoTokenDrawn(EngineError):
+    """No token can be drawn: a logit is not finite, or the guide of the answer allows none."""
+
+    code: ClassVar[str] = "no_token_drawn"
+
+
+class EngineOverloaded(EngineError):
+    """As much waits as may; try again later."""
+
+    code: ClassVar[str] = "overloaded"
+
+    def __init__(self, field: str, waiting: int, limit: int) -> None:
+        super().__init__(
+            f"{waiting} {field} would wait and at most {limit} may; try again in a moment"
+        )
+        self.field = field
+        self.waiting = waiting
+        self.limit = limit
+
+
 class ContextLengthExceeded(EngineError):
     """Prompt and completion do not fit the model's context."""
 
     code: ClassVar[str] = "context_length_exceeded"
 
+    holder: ClassVar[str] = "the model's context"
+
     def __init__(self, field: str, tokens: int, limit: int) -> None:
         super().__init__(
-            f"{field}: {tokens} tokens are more than the model's context of {limit}; shorten the"
+            f"{field}: {tokens} tokens are more than {self.holder} of {limit}; shorten the"
             " prompt or lower max_tokens"
         )
         self.field = field
         self.tokens = tokens
         self.limit = limit
+
+
+class CacheExceeded(ContextLengthExceeded):
+    """Prompt and completion do not fit the key-value cache, even alone."""
+
+    holder: ClassVar[str] = "the key-value cache"

@@ -40,7 +40,7 @@ def peak_kernel(
 @triton.jit
 def search_kernel(
     logits_ptr, stride_lm,
-    temperature_ptr, limit_ptr, peaks_ptr,
+    slots_ptr, temperature_ptr, limit_ptr, peaks_ptr,
     bases_ptr, sums_ptr,
     count_limit_ptr, count_bases_ptr, count_sums_ptr, lowest_ptr,
     M, V,
@@ -50,6 +50,7 @@ def search_kernel(
     KEY_SHIFT: tl.constexpr,
     MASS: tl.constexpr,
     AFTER_COUNT: tl.constexpr,
+    SLOTTED: tl.constexpr,
     SLICE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -64,10 +65,10 @@ def search_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     _follow(PDL)
-    temperature = tl.load(temperature_ptr + row)
-    base = threshold(
-        limit_ptr, bases_ptr, sums_ptr, row, M, LEVEL, LEVELS, DIGIT_BITS, MASS, SPLITS
-    )
+    slot = slot_of(slots_ptr, row, SLOTTED)
+    temperature = tl.load(temperature_ptr + slot)
+    limit = tl.load(limit_ptr + slot)
+    base = threshold(limit, bases_ptr, sums_ptr, row, M, LEVEL, LEVELS, DIGIT_BITS, MASS, SPLITS)
     # every program of the row writes the same
     tl.store(bases_ptr + LEVEL * M + row, base)
     lowest = base
@@ -77,13 +78,13 @@ def search_kernel(
     if AFTER_COUNT:
         if LEVEL == 0:
             lowest = threshold(
-                count_limit_ptr, count_bases_ptr, count_sums_ptr, row, M,
+                tl.load(count_limit_ptr + slot), count_bases_ptr, count_sums_ptr, row, M,
                 LEVEL=LEVELS, LEVELS=LEVELS, DIGIT_BITS=DIGIT_BITS, MASS=False, SPLITS=SPLITS,
             )  # fmt: skip
             tl.store(lowest_ptr + row, lowest)
         else:
             lowest = tl.maximum(lowest, tl.load(lowest_ptr + row))
-    if (temperature >= 1e-5) & is_limited(tl.load(limit_ptr + row), MASS):
+    if (temperature >= 1e-5) & is_limited(limit, MASS):
         digits = tl.arange(0, RADIX)
         found = tl.full((BLOCK, RADIX), 0, dtype=tl.int64)
         for first in range(0, SLICE, BLOCK):
@@ -106,7 +107,7 @@ def search_kernel(
 @triton.jit
 def draw_kernel(
     logits_ptr, stride_lm,
-    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
+    slots_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
     peaks_ptr, count_bases_ptr, count_sums_ptr, mass_bases_ptr, mass_sums_ptr,
     scores_ptr, ids_ptr,
     M, V,
@@ -116,6 +117,7 @@ def draw_kernel(
     HAS_COUNT: tl.constexpr,
     HAS_MASS: tl.constexpr,
     HAS_MIN_P: tl.constexpr,
+    SLOTTED: tl.constexpr,
     SLICE: tl.constexpr,
     SPLITS: tl.constexpr,
     LANES: tl.constexpr,
@@ -125,27 +127,28 @@ def draw_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     _follow(PDL)
-    temperature = tl.load(temperature_ptr + row)
+    slot = slot_of(slots_ptr, row, SLOTTED)
+    temperature = tl.load(temperature_ptr + slot)
     greedy = temperature < 1e-5
     scale = tl.where(greedy, 1.0, temperature)
-    seed = tl.load(seed_ptr + row)
-    position = tl.load(position_ptr + row).to(tl.uint32)
+    seed = tl.load(seed_ptr + slot)
+    position = tl.load(position_ptr + slot).to(tl.uint32)
     least = tl.full((), -2147483648, dtype=tl.int64)
     if HAS_COUNT:
         count = threshold(
-            top_k_ptr, count_bases_ptr, count_sums_ptr, row, M,
+            tl.load(top_k_ptr + slot), count_bases_ptr, count_sums_ptr, row, M,
             LEVEL=LEVELS, LEVELS=LEVELS, DIGIT_BITS=DIGIT_BITS, MASS=False, SPLITS=SPLITS,
         )  # fmt: skip
         least = tl.maximum(least, count)
     if HAS_MASS:
         mass = threshold(
-            top_p_ptr, mass_bases_ptr, mass_sums_ptr, row, M,
+            tl.load(top_p_ptr + slot), mass_bases_ptr, mass_sums_ptr, row, M,
             LEVEL=LEVELS, LEVELS=LEVELS, DIGIT_BITS=DIGIT_BITS, MASS=True, SPLITS=SPLITS,
         )  # fmt: skip
         least = tl.maximum(least, mass)
     lowest = tl.full((), float("-inf"), dtype=tl.float32)
     if HAS_MIN_P:
-        min_p = tl.load(min_p_ptr + row)
+        min_p = tl.load(min_p_ptr + slot)
         peak = tl.max(tl.load(peaks_ptr + row * SPLITS + tl.arange(0, SPLITS)), 0)
         bound = peak + scale * tl.log(tl.maximum(min_p, 1e-30))
         lowest = tl.where(min_p > 0, bound, lowest)
@@ -178,13 +181,18 @@ def draw_kernel(
 
 @triton.jit
 def choose_kernel(
-    scores_ptr, ids_ptr,
-    tokens_ptr,
+    scores_ptr, ids_ptr, slots_ptr,
+    tokens_ptr, position_ptr,
     V,
+    SLOTTED: tl.constexpr,
+    ADVANCE: tl.constexpr,
     SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The best token of a row: the lowest id among equals, -1 where no logit was usable."""
+    """The best token of a row: the lowest id among equals, -1 where no logit was usable.
+
+    With ADVANCE the row's position moves on by one.
+    """
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, SPLITS)
     _follow(PDL)
@@ -194,6 +202,18 @@ def choose_kernel(
     token = tl.min(tl.where(scores == top, ids, V), 0)
     usable = (tl.abs(top) < float("inf")) & (token < V)
     tl.store(tokens_ptr + row, tl.where(usable, token, -1))
+    if ADVANCE:
+        slot = slot_of(slots_ptr, row, SLOTTED)
+        tl.store(position_ptr + slot, tl.load(position_ptr + slot) + 1)
+
+
+@triton.jit
+def slot_of(slots_ptr, row, SLOTTED: tl.constexpr):
+    """int64: where a row's parameters lie."""
+    if SLOTTED:
+        return tl.load(slots_ptr + row)
+    else:
+        return row
 
 
 @triton.jit
@@ -255,7 +275,7 @@ def gumbel(words):
 
 @triton.jit
 def threshold(
-    limit_ptr, bases_ptr, sums_ptr, row, M,
+    limit, bases_ptr, sums_ptr, row, M,
     LEVEL: tl.constexpr,
     LEVELS: tl.constexpr,
     DIGIT_BITS: tl.constexpr,
@@ -266,7 +286,6 @@ def threshold(
     RADIX: tl.constexpr = 1 << DIGIT_BITS
     base = tl.full((), -(1 << (DIGIT_BITS * LEVELS - 1)), dtype=tl.int64)
     if LEVEL > 0:
-        limit = tl.load(limit_ptr + row)
         digits = tl.arange(0, RADIX)
         splits = tl.arange(0, SPLITS)
         if MASS:

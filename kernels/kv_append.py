@@ -1,4 +1,4 @@
-"""Appending to the paged key-value cache: rotate, quantize and write in one launch.
+"""Appending to the paged key-value cache: normalize, rotate, quantize and write in one launch.
 
     low, high  = min(min_d x, 0), max(max_d x, 0)          per token and key-value head, float32
     scale      = max((high - low) / (2^bits - 1), 1e-5)    x ~ (code - zero_point) * scale
@@ -11,6 +11,9 @@ to the dtype of the states, as the modules of a decoder round them:
 
     y_d = x_d cos_d -+ x_{d +- R/2} sin_d                  - in the first half of R dims, + after it
 
+Where heads of queries and keys have an RMS norm, it comes first: that of `kernels.layer_math`, bit
+for bit.
+
 Shape legend: M tokens, Q query heads, H key-value heads, D dims of a head, R of them rotated,
 T tokens of a page.
 """
@@ -19,12 +22,21 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 
+from kernels._kv_append_kernel import append_kv_kernel
 from kernels.activation_quant import MIN_ACTIVATION_SCALE, quantize_activations
 from kernels.kv_pages import RAW_BITS, KvPages, field_bits, pack_fields
+from kernels.layer_math import Norm, NormKind, apply_norm
 
-__all__ = ["HeadStates", "LaunchConfig", "Rotary", "append_kv", "append_kv_reference"]
+__all__ = [
+    "HeadNorms",
+    "HeadStates",
+    "LaunchConfig",
+    "Rotary",
+    "append_kv",
+    "append_kv_reference",
+    "select_config",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +64,25 @@ class Rotary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadNorms:
+    """RMS norms of one kind over the D dims of a head, shared by all heads."""
+
+    query: Norm
+    key: Norm
+
+    def __post_init__(self) -> None:
+        if self.query.kind is NormKind.LAYER or self.query.kind is not self.key.kind:
+            raise ValueError(f"need RMS norms of one kind, got {self.query.kind}, {self.key.kind}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchConfig:
     """Heads of one program, and its warps."""
 
     block_heads: int
     num_warps: int
+    launch_pdl: bool = False
+    """Start while the kernel before still runs (programmatic dependent launch)."""
 
 
 def select_config(
@@ -84,29 +110,31 @@ def append_kv(
     slots: torch.Tensor,
     rotary: Rotary | None = None,
     *,
+    norms: HeadNorms | None = None,
     out: torch.Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor | None:
-    """Rotate queries and keys, quantize keys and values and write them: one launch on a GPU.
+    """Turn queries and keys, quantize keys and values and write them: one launch on a GPU.
 
     Args:
         pages: written in place.
         states: M tokens.
         slots: int32 or int64 ``[M]``; a negative slot writes nothing.
-        rotary: None leaves queries and keys as they are.
-        out: for the rotated queries, ``[M, Q, D]`` like them, not the same memory.
+        rotary: None does not rotate.
+        norms: of the heads, before they rotate; None for none.
+        out: for the new queries, ``[M, Q, D]`` like them, not the same memory.
         config: None for `select_config`.
 
     Returns:
-        The rotated queries, or what was given as queries without a rotary embedding.
+        The normalized and rotated queries, or what was given where nothing changes them.
 
     Raises:
         ValueError: if the shapes or the devices do not fit each other.
     """
     _check_states(pages, states, slots, rotary)
     if pages.codes.device.type == "cpu":
-        return append_kv_reference(pages, states, slots, rotary, out=out)
-    return launch_append_kv(pages, states, slots, rotary, out=out, config=config)
+        return append_kv_reference(pages, states, slots, rotary, norms=norms, out=out)
+    return launch_append_kv(pages, states, slots, rotary, norms=norms, out=out, config=config)
 
 
 def launch_append_kv(
@@ -115,6 +143,7 @@ def launch_append_kv(
     slots: torch.Tensor,
     rotary: Rotary | None = None,
     *,
+    norms: HeadNorms | None = None,
     out: torch.Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor | None:
@@ -122,19 +151,22 @@ def launch_append_kv(
     query, key, value = states.query, states.key, states.value
     config = config or select_config(key.shape[0], pages.kv_heads)
     source, target, query_blocks = key, key, 0
-    if query is not None and rotary is not None:
+    if query is not None and (rotary is not None or norms is not None):
         source, target = query, query.new_empty(query.shape) if out is None else out
         query_blocks = triton.cdiv(query.shape[1], config.block_heads)
     kv_blocks = triton.cdiv(pages.kv_heads, config.block_heads)
     field = RAW_BITS if pages.bits == RAW_BITS else field_bits(pages.bits)
     width = pages.codes.shape[-1]
+    interpreted = key.device.type == "cpu"
     if key.shape[0]:
-        _append_kv_kernel[(key.shape[0], query_blocks + 2 * kv_blocks)](
+        append_kv_kernel[(key.shape[0], query_blocks + 2 * kv_blocks)](
             source, source.stride(0), source.stride(1),
             key, key.stride(0), key.stride(1),
             value, value.stride(0), value.stride(1),
             rotary.cos if rotary else key, rotary.sin if rotary else key,
             rotary.positions if rotary else slots,
+            norms.query.weight if norms else key, norms.key.weight if norms else key,
+            norms.query.eps if norms else 0.0, norms.key.eps if norms else 0.0,
             slots,
             target, target.stride(0), target.stride(1),
             pages.codes, pages.scale, pages.zero_point,
@@ -145,13 +177,17 @@ def launch_append_kv(
             FIELD=field,
             WIDTH=width,
             ROTATED=2 * rotary.cos.shape[1] if rotary else 0,
+            NORM="none" if norms is None else str(norms.query.kind),
             MIN_SCALE=MIN_ACTIVATION_SCALE,
             BLOCK_H=config.block_heads,
             BLOCK_C=triton.next_power_of_2(width),
-            INTERP=key.device.type == "cpu",
+            BLOCK_D=triton.next_power_of_2(pages.head_dim),
+            PDL=config.launch_pdl and not interpreted,
+            INTERP=interpreted,
             num_warps=config.num_warps,
             # a fused product and sum would round otherwise than the reference does
             enable_fp_fusion=False,
+            **({"launch_pdl": True} if config.launch_pdl else {}),
         )  # fmt: skip
     return target if query_blocks else query
 
@@ -162,14 +198,19 @@ def append_kv_reference(
     slots: torch.Tensor,
     rotary: Rotary | None = None,
     *,
+    norms: HeadNorms | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Compute `append_kv` in plain torch on any device."""
     query, key = states.query, states.key
+    if norms is not None:
+        key = apply_norm(key, norms.key)
+        query = None if query is None else apply_norm(query, norms.query)
     if rotary is not None:
         key = _rotate(key, rotary)
-        if query is not None:
-            query = _rotate(query, rotary) if out is None else out.copy_(_rotate(query, rotary))
+        query = None if query is None else _rotate(query, rotary)
+    if out is not None and query is not None and query is not states.query:
+        query = out.copy_(query)
     kept = slots >= 0
     page, offset = slots[kept].long() // pages.page_size, slots[kept].long() % pages.page_size
     rows = torch.stack([key, states.value], dim=2)[kept].detach()
@@ -192,118 +233,6 @@ def _rotate(x_MHD: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     first, second, rest = x_MHD.tensor_split((half, 2 * half), dim=-1)
     turned = [first * cos - second * sin, second * cos + first * sin, rest]
     return torch.cat(turned, dim=-1)
-
-
-@triton.jit
-def _append_kv_kernel(
-    query_ptr, stride_qm, stride_qh,
-    key_ptr, stride_km, stride_kh,
-    value_ptr, stride_vm, stride_vh,
-    cos_ptr, sin_ptr, positions_ptr,
-    slots_ptr,
-    out_ptr, stride_om, stride_oh,
-    codes_ptr, scale_ptr, zero_ptr,
-    query_heads, query_blocks, kv_blocks,
-    KV_HEADS: tl.constexpr,
-    PAGE: tl.constexpr,
-    BITS: tl.constexpr,
-    FIELD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROTATED: tl.constexpr,
-    MIN_SCALE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    INTERP: tl.constexpr,
-):  # fmt: skip
-    """One program takes BLOCK_H heads of one token: tile ``[BLOCK_H, fields, BLOCK_C]``."""
-    FIELDS: tl.constexpr = 1 if BITS == 16 else 8 // FIELD
-    m = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    field = tl.arange(0, FIELDS)
-    offs_c = tl.arange(0, BLOCK_C)
-    dims = field[None, :, None] * WIDTH + offs_c[None, None, :]
-    mask_d = offs_c[None, None, :] < WIDTH
-    angle = tl.load(positions_ptr + m).to(tl.int64) * (ROTATED // 2)
-    if block < query_blocks:
-        head = (block * BLOCK_H + tl.arange(0, BLOCK_H))[:, None, None]
-        mask = (head < query_heads) & mask_d
-        rows = query_ptr + m * stride_qm + head * stride_qh
-        q = _load_rotated(rows, dims, mask, cos_ptr + angle, sin_ptr + angle, ROTATED, INTERP)
-        tl.store(out_ptr + m * stride_om + head * stride_oh + dims, q, mask=mask)
-    else:
-        block -= query_blocks
-        slot = tl.load(slots_ptr + m).to(tl.int64)
-        is_value = block >= kv_blocks
-        heads = tl.where(is_value, block - kv_blocks, block) * BLOCK_H + tl.arange(0, BLOCK_H)
-        head = heads[:, None, None]
-        mask = (head < KV_HEADS) & mask_d
-        if is_value:
-            rows = value_ptr + m * stride_vm + head * stride_vh
-            x = _load_rotated(rows, dims, mask, cos_ptr, sin_ptr, 0, INTERP)
-        else:
-            rows = key_ptr + m * stride_km + head * stride_kh
-            x = _load_rotated(rows, dims, mask, cos_ptr + angle, sin_ptr + angle, ROTATED, INTERP)
-        side = tl.where(is_value, 1, 0)
-        base = (slot // PAGE * KV_HEADS + heads) * PAGE
-        row = 2 * base + side * PAGE + slot % PAGE
-        # a vector, as the interpreter makes no mask of a scalar
-        slots = tl.full((BLOCK_H,), 0, dtype=tl.int64) + slot
-        kept = (heads < KV_HEADS) & (slots >= 0)
-        if BITS == 16:
-            out_ptrs = codes_ptr + row[:, None, None] * WIDTH + dims
-            stored = x.to(codes_ptr.dtype.element_ty)
-            tl.store(out_ptrs, stored, mask=kept[:, None, None] & mask_d)
-        else:
-            MAX_CODE: tl.constexpr = (1 << BITS) - 1
-            x = x.to(tl.float32)
-            low = tl.minimum(tl.min(tl.min(x, axis=2), axis=1), 0.0)
-            high = tl.maximum(tl.max(tl.max(x, axis=2), axis=1), 0.0)
-            # zero, or NaN where a value is not finite
-            blemish = tl.sum(tl.sum(x * 0.0, axis=2), axis=1)
-            scale = tl.maximum(tl.div_rn(high - low, MAX_CODE * 1.0), MIN_SCALE) + blemish
-            zero = (tl.div_rn(-low, scale) + 12582912.0) - 12582912.0
-            steps = tl.div_rn(x, tl.broadcast_to(scale[:, None, None], BLOCK_H, FIELDS, BLOCK_C))
-            steps = (steps + 12582912.0) - 12582912.0 + zero[:, None, None]
-            codes = tl.minimum(tl.maximum(steps, 0.0), MAX_CODE * 1.0).to(tl.int32)
-            # fields never overlap, so a sum is a bitwise or
-            packed = tl.sum(codes << (field * FIELD)[None, :, None], axis=1).to(tl.uint8)
-            out_ptrs = codes_ptr + row[:, None] * WIDTH + offs_c[None, :]
-            tl.store(out_ptrs, packed, mask=kept[:, None] & (offs_c < WIDTH)[None, :])
-            tl.store(scale_ptr + row, scale, mask=kept)
-            pair = base + slot % PAGE
-            tl.store(zero_ptr + 2 * pair + side, zero.to(tl.uint8), mask=kept)
-
-
-@triton.jit
-def _load_rotated(rows, dims, mask, cos_ptr, sin_ptr, ROTATED: tl.constexpr, INTERP: tl.constexpr):
-    """Load a tile and rotate its first ROTATED dims, rounding as separate operations do."""
-    x = tl.load(rows + dims, mask=mask, other=0.0)
-    if ROTATED:
-        HALF: tl.constexpr = ROTATED // 2
-        is_first = dims < HALF
-        turned = dims < ROTATED
-        angle = tl.where(is_first, dims, dims - HALF)
-        partner = tl.where(is_first, dims + HALF, dims - HALF)
-        y = tl.load(rows + partner, mask=mask & turned, other=0.0).to(tl.float32)
-        cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
-        cos = _round_to(cos, x.dtype, INTERP).to(tl.float32)
-        sin = _round_to(sin, x.dtype, INTERP).to(tl.float32)
-        straight = _round_to(x.to(tl.float32) * cos, x.dtype, INTERP).to(tl.float32)
-        across = _round_to(y * sin, x.dtype, INTERP).to(tl.float32)
-        across = tl.where(is_first, -across, across)
-        x = tl.where(turned, _round_to(straight + across, x.dtype, INTERP), x)
-    return x
-
-
-@triton.jit
-def _round_to(x, dtype: tl.constexpr, INTERP: tl.constexpr):
-    """Convert float32, half to even; the interpreter cuts bfloat16 off instead."""
-    if INTERP and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 def _check_states(

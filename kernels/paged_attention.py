@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention import PagedContext, Scoring, attention_reference, check_attention
+from kernels.attention_chunks import Chunks, chunking, combine_chunks
 from kernels.kv_pages import RAW_BITS, KvPages, field_bits
 from kernels.kv_tiles import (
     cap,
@@ -40,7 +41,7 @@ from kernels.kv_tiles import (
     wait_for_predecessor,
 )
 
-__all__ = ["LaunchConfig", "paged_attention", "select_config"]
+__all__ = ["LaunchConfig", "attend_chunks", "paged_attention", "select_config"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # float16 holds twice that many powers of two below 1 than above
@@ -139,12 +140,28 @@ def launch_paged_attention(
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Run the Triton kernels, on a GPU or in the interpreter; see `paged_attention`."""
+    config = config or select_config(pages, context.block_table.shape[1] * pages.page_size)
+    out = query.new_empty(query.shape) if out is None else out
+    if not len(query):
+        return out
+    chunks = attend_chunks(query, pages, context, scoring, out=out, config=config)
+    if config.splits > 1:
+        combine_chunks(chunks, config, context, scoring, out)
+    return out
+
+
+def attend_chunks(
+    query: torch.Tensor,
+    pages: KvPages,
+    context: PagedContext,
+    scoring: Scoring,
+    *,
+    out: torch.Tensor,
+    config: LaunchConfig,
+) -> Chunks:
+    """Launch the kernel of the chunks alone; `out` is written where there is one chunk."""
     batch, heads, head_dim = query.shape
     table = context.block_table
-    config = config or select_config(pages, table.shape[1] * pages.page_size)
-    out = query.new_empty(query.shape) if out is None else out
-    if not batch:
-        return out
     group = heads // pages.kv_heads
     block_g = max(MIN_DOT, min(64, triton.next_power_of_2(group)))
     head_blocks = triton.cdiv(group, block_g)
@@ -154,7 +171,6 @@ def launch_paged_attention(
         sums = query.new_empty((batch, heads, config.splits), dtype=torch.float32)
     raw = pages.bits == RAW_BITS
     width = head_dim if raw else pages.codes.shape[-1] // 2
-    launch = {"launch_pdl": True} if config.pdl else {}
     _decode_kernel[(config.splits, pages.kv_heads * head_blocks, batch)](
         query, query.stride(0), query.stride(1),
         pages.codes if raw else pages.codes.view(torch.int16),
@@ -182,38 +198,9 @@ def launch_paged_attention(
         INTERP=query.device.type == "cpu",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **launch,
+        **({"launch_pdl": True} if config.pdl else {}),
     )  # fmt: skip
-    if config.splits > 1:
-        blocks = triton.cdiv(head_dim, config.combine_block_d)
-        _combine_kernel[(blocks, heads, batch)](
-            parts, sums, context.lengths,
-            out, out.stride(0), out.stride(1),
-            heads, scoring.window or 0,
-            HEAD_DIM=head_dim,
-            HAS_WINDOW=scoring.window is not None,
-            SPLITS=config.splits,
-            MIN_CHUNK=config.min_chunk,
-            BLOCK_S=triton.next_power_of_2(config.splits),
-            BLOCK_T=config.block_t,
-            BLOCK_D=config.combine_block_d,
-            PDL=config.pdl,
-            num_warps=4,
-            **launch,
-        )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _chunking(
-    length, window, HAS_WINDOW: tl.constexpr, SPLITS: tl.constexpr, MIN_CHUNK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Give the first token seen, where the first chunk begins and the tokens of a chunk."""
-    first = tl.maximum(length - window, 0) if HAS_WINDOW else length * 0
-    begin = first // BLOCK_T * BLOCK_T
-    chunk = tl.maximum(tl.cdiv(length - begin, SPLITS), MIN_CHUNK)
-    return first, begin, tl.cdiv(chunk, BLOCK_T) * BLOCK_T
+    return Chunks(parts=parts, sums=sums)
 
 
 @triton.jit
@@ -255,7 +242,7 @@ def _decode_kernel(
     heads = kv_head * GROUP + offs_g
     wait_for_predecessor(PDL)
     length = tl.load(lengths_ptr + b)
-    first, begin, chunk = _chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
+    first, begin, chunk = chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
     begin += split * chunk
     end = tl.minimum(begin + chunk, length)
     if SPLITS > 1:  # noqa: SIM102  a constant cannot be joined to a comparison on the device
@@ -344,38 +331,3 @@ def _load_query(q_rows, mask, offs_w, FIELD: tl.constexpr, WIDTH: tl.constexpr):
             total += q.to(tl.float32)
         fields += (q,)  # type: ignore[assignment]
     return fields, tl.sum(total, axis=1), unit
-
-
-@triton.jit
-def _combine_kernel(
-    parts_ptr, sums_ptr, lengths_ptr,
-    out_ptr, stride_ob, stride_oh,
-    heads, window,
-    HEAD_DIM: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """One program weighs the chunks of BLOCK_D dims of one head: tile ``[BLOCK_S, BLOCK_D]``."""
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    head = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    offs_s = tl.arange(0, BLOCK_S)
-    wait_for_predecessor(PDL)
-    length = tl.load(lengths_ptr + b)
-    _, begin, chunk = _chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
-    filled = offs_s < tl.cdiv(length - begin, chunk)
-    row = (b * heads + head) * SPLITS + offs_s
-    x = tl.load(sums_ptr + row, mask=filled, other=float("-inf"))
-    mask = filled[:, None] & (offs_d < HEAD_DIM)[None, :]
-    parts = tl.load(parts_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
-    top = tl.max(x, axis=0)
-    w = tl.exp2(x - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(w, axis=0)
-    o = tl.sum(parts * w[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    out_ptrs = out_ptr + b * stride_ob + head * stride_oh + offs_d
-    tl.store(out_ptrs, o.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)

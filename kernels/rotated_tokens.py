@@ -24,9 +24,17 @@ from kernels.layer_math import Gate, apply_gate
 from kernels.quantize_tokens import TokenForm, halves, new_tokens, quantize_tokens_reference
 from kernels.tokens import TokenCodes
 
-__all__ = ["LaunchConfig", "Transform", "quantize_rotated", "quantize_rotated_reference"]
+__all__ = [
+    "LaunchConfig",
+    "Transform",
+    "can_rotate",
+    "quantize_rotated",
+    "quantize_rotated_reference",
+]
 
 MIN_DOT = 16
+MAX_PADDED = 1 << 15
+"""Channels of a row that one program holds, factors padded to powers of two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +65,11 @@ class LaunchConfig:
     """Start while the kernel before still runs (programmatic dependent launch)."""
 
 
+def can_rotate(features: int, transform: Transform) -> bool:
+    """Whether one program holds a row of so many features."""
+    return not features % transform.block and math.prod(_padded(features, transform)) <= MAX_PADDED
+
+
 def quantize_rotated(
     x: torch.Tensor,
     transform: Transform,
@@ -81,10 +94,9 @@ def quantize_rotated(
         ValueError: if the block or the form does not fit K, or a row does not fit one program.
     """
     features = x.shape[1] if step is None else halves(x)
-    blocks, ragged = divmod(features, transform.block)
     p, q = len(transform.left), len(transform.right)
-    padded = [triton.next_power_of_2(n) for n in (blocks, max(p, MIN_DOT), max(q, MIN_DOT))]
-    if ragged or x.stride(1) != 1 or math.prod(padded) > 1 << 15:
+    padded = _padded(features, transform)
+    if x.stride(1) != 1 or not can_rotate(features, transform):
         raise ValueError(
             f"blocks of {p} x {q} on {features} features, strides {x.stride()}: need whole blocks"
             " of at most 32768 channels with the factors padded to powers of two"
@@ -131,6 +143,13 @@ def quantize_rotated_reference(
     mixed = transform.left.double().T @ (grid @ transform.right.double())
     y_MK = mixed.reshape(x_MK.shape) / math.sqrt(transform.block)
     return quantize_tokens_reference(y_MK.to(x.dtype), form)
+
+
+def _padded(features: int, transform: Transform) -> list[int]:
+    """Blocks of a row and both factors, as the tiles of a program have them."""
+    p, q = len(transform.left), len(transform.right)
+    sizes = (features // transform.block, max(p, MIN_DOT), max(q, MIN_DOT))
+    return [triton.next_power_of_2(n) for n in sizes]
 
 
 @triton.jit

@@ -13,7 +13,7 @@ infinity, or with nothing but -infinity, gives -1. Nothing is sorted and nothing
 thresholds are found digit by digit (`kernels._sampling_kernels`) in a fixed number of launches, and
 probabilities are summed as integers, which have no order.
 
-Shape legend: M rows, V vocabulary.
+Shape legend: M rows, V vocabulary, S slots that hold what rows ask for (M where none are named).
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,16 @@ import torch
 import triton
 
 from kernels._sampling_kernels import choose_kernel, draw_kernel, peak_kernel, search_kernel
+from kernels.scratch import Piece, Scratch, bytes_of
 
-__all__ = ["Filters", "LaunchConfig", "SamplingRows", "sample_tokens", "select_config"]
+__all__ = [
+    "Filters",
+    "LaunchConfig",
+    "SamplingRows",
+    "sample_tokens",
+    "scratch_bytes",
+    "select_config",
+]
 
 TILE = 1024
 LANES = TILE // 4
@@ -34,7 +42,7 @@ KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRows:
-    """What every row asks for, all ``[M]`` on the device of the logits."""
+    """What every row asks for, all ``[S]`` on the device of the logits."""
 
     temperature: torch.Tensor
     """float32; below 1e-5 greedy."""
@@ -93,7 +101,10 @@ def sample_tokens(
     rows: SamplingRows,
     filters: Filters,
     *,
+    slots: torch.Tensor | None = None,
+    advance: bool = False,
     out: torch.Tensor | None = None,
+    scratch: Scratch | None = None,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Draw a token for every row.
@@ -102,7 +113,11 @@ def sample_tokens(
         logits_MV: float16, bfloat16 or float32 ``[M, V]``, V contiguous and at most 2^20.
         rows: what every row asks for.
         filters: which limits to look at.
+        slots: int64 ``[M]``, the slot of every row; None takes row i for slot i.
+        advance: add one to the position of every row; then no two rows share a slot whose position
+            matters.
         out: int32 ``[M]``, written to and returned; None allocates.
+        scratch: of at least `scratch_bytes`; None allocates.
         config: None takes `select_config`.
 
     Returns:
@@ -111,95 +126,130 @@ def sample_tokens(
     Raises:
         ValueError: if the logits or the rows have another form.
     """
-    _check(logits_MV, rows)
+    _check(logits_MV, rows, slots)
     m, vocabulary = logits_MV.shape
     tokens = logits_MV.new_empty(m, dtype=torch.int32) if out is None else out
     if m:
         config = config or select_config(m, vocabulary)
-        _Sampling(logits_MV, rows, filters, config).draw(tokens)
+        pieces = (scratch or Scratch.on_demand(logits_MV.device)).lay_out(
+            _pieces(m, KEY_BITS[logits_MV.dtype], filters, config)
+        )
+        _Sampling(logits_MV, rows, slots, filters, config, pieces).draw(tokens, advance=advance)
     return tokens
 
 
+def scratch_bytes(rows: int, vocabulary: int) -> int:
+    """Bytes that any call of up to so many rows takes of its scratch, with chosen launches."""
+    every = Filters(top_k=True, top_p=True, min_p=True)
+    return max(
+        bytes_of(_pieces(m, max(KEY_BITS.values()), every, select_config(m, vocabulary)))
+        for m in range(1, rows + 1)
+    )
+
+
+def _pieces(m: int, bits: int, filters: Filters, config: LaunchConfig) -> dict[str, Piece]:
+    """What the launches of one call hand on."""
+    levels = triton.cdiv(bits, config.digit_bits)
+    sums = Piece((levels, m, config.splits, 1 << config.digit_bits), torch.int64)
+    unused = Piece((1,), torch.int64)
+    return {
+        "peaks": Piece((m, config.splits), torch.float32),
+        "count_bases": Piece((levels, m), torch.int64),
+        "count_sums": sums if filters.top_k else unused,
+        "mass_bases": Piece((levels, m), torch.int64),
+        "mass_sums": sums if filters.top_p else unused,
+        "lowest": Piece((m,), torch.int64),
+        "scores": Piece((m, config.splits), torch.float32),
+        "ids": Piece((m, config.splits), torch.int32),
+    }
+
+
 class _Sampling:
-    """The launches of one call and what they hand on."""
+    """The launches of one call."""
 
     def __init__(
-        self, logits: torch.Tensor, rows: SamplingRows, filters: Filters, config: LaunchConfig
+        self,
+        logits: torch.Tensor,
+        rows: SamplingRows,
+        slots: torch.Tensor | None,
+        filters: Filters,
+        config: LaunchConfig,
+        pieces: dict[str, torch.Tensor],
     ) -> None:
         m, vocabulary = logits.shape
         self.logits, self.rows, self.filters, self.config = logits, rows, filters, config
+        # a pointer that nobody follows where rows have no slots
+        self.slots = pieces["lowest"] if slots is None else slots
+        self.pieces = pieces
         bits = KEY_BITS[logits.dtype]
-        levels = triton.cdiv(bits, config.digit_bits)
-        slots = (levels, m, config.splits, 1 << config.digit_bits)
-        self.peaks = logits.new_empty((m, config.splits), dtype=torch.float32)
-        self.count_bases = logits.new_empty((levels, m), dtype=torch.int64)
-        self.count_sums = logits.new_empty(slots if filters.top_k else (1,), dtype=torch.int64)
-        self.mass_bases = torch.empty_like(self.count_bases)
-        self.mass_sums = logits.new_empty(slots if filters.top_p else (1,), dtype=torch.int64)
-        self.lowest = logits.new_empty(m, dtype=torch.int64)
         tiles = triton.cdiv(triton.cdiv(vocabulary, config.splits), TILE)
         pdl = config.launch_pdl and logits.is_cuda
         self.grid = (m, config.splits)
         self.digits = {
-            "LEVELS": levels, "DIGIT_BITS": config.digit_bits, "KEY_SHIFT": 32 - bits,
+            "LEVELS": triton.cdiv(bits, config.digit_bits), "DIGIT_BITS": config.digit_bits,
+            "KEY_SHIFT": 32 - bits,
         }  # fmt: skip
+        self.slotted = {"SLOTTED": slots is not None}
         self.slices = {"SLICE": tiles * TILE, "SPLITS": config.splits}
         self.options = {
             "PDL": pdl, "num_warps": config.num_warps, "enable_fp_fusion": False,
             **({"launch_pdl": True} if pdl else {}),
         }  # fmt: skip
 
-    def draw(self, tokens: torch.Tensor) -> None:
+    def draw(self, tokens: torch.Tensor, *, advance: bool) -> None:
         """Launch all kernels in order."""
         if self.filters.top_p or self.filters.min_p:
             peak_kernel[self.grid](
                 self.logits, self.logits.stride(0),
-                self.peaks,
+                self.pieces["peaks"],
                 self.logits.shape[1],
                 BLOCK=TILE, **self.slices, **self.options,
             )  # fmt: skip
         if self.filters.top_k:
-            self._search(self.rows.top_k, self.count_bases, self.count_sums, by_mass=False)
+            self._search("count", self.rows.top_k)
         if self.filters.top_p:
-            self._search(self.rows.top_p, self.mass_bases, self.mass_sums, by_mass=True)
-        self._choose(tokens)
+            self._search("mass", self.rows.top_p)
+        self._choose(tokens, advance=advance)
 
-    def _search(
-        self, limit: torch.Tensor, bases: torch.Tensor, sums: torch.Tensor, *, by_mass: bool
-    ) -> None:
+    def _search(self, kind: str, limit: torch.Tensor) -> None:
+        rows, pieces, by_mass = self.rows, self.pieces, kind == "mass"
         for level in range(self.digits["LEVELS"]):
             search_kernel[self.grid](
                 self.logits, self.logits.stride(0),
-                self.rows.temperature, limit, self.peaks,
-                bases, sums,
-                self.rows.top_k, self.count_bases, self.count_sums, self.lowest,
+                self.slots, rows.temperature, limit, pieces["peaks"],
+                pieces[f"{kind}_bases"], pieces[f"{kind}_sums"],
+                rows.top_k, pieces["count_bases"], pieces["count_sums"], pieces["lowest"],
                 *self.logits.shape,
                 LEVEL=level,
                 MASS=by_mass,
                 AFTER_COUNT=by_mass and self.filters.top_k,
-                BLOCK=self.config.block, **self.digits, **self.slices, **self.options,
+                BLOCK=self.config.block,
+                **self.digits, **self.slotted, **self.slices, **self.options,
             )  # fmt: skip
 
-    def _choose(self, tokens: torch.Tensor) -> None:
-        rows = self.rows
-        scores, ids = torch.empty_like(self.peaks), torch.empty_like(self.peaks, dtype=torch.int32)
+    def _choose(self, tokens: torch.Tensor, *, advance: bool) -> None:
+        rows, pieces = self.rows, self.pieces
         draw_kernel[self.grid](
-            self.logits, self.logits.stride(0),
+            self.logits, self.logits.stride(0), self.slots,
             rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seed, rows.position,
-            self.peaks, self.count_bases, self.count_sums, self.mass_bases, self.mass_sums,
-            scores, ids,
+            pieces["peaks"],
+            pieces["count_bases"], pieces["count_sums"], pieces["mass_bases"], pieces["mass_sums"],
+            pieces["scores"], pieces["ids"],
             *self.logits.shape,
             HAS_COUNT=self.filters.top_k,
             HAS_MASS=self.filters.top_p,
             HAS_MIN_P=self.filters.min_p,
-            LANES=LANES, **self.digits, **self.slices, **self.options,
+            LANES=LANES, **self.digits, **self.slotted, **self.slices, **self.options,
         )  # fmt: skip
         choose_kernel[(len(tokens),)](
-            scores, ids, tokens, self.logits.shape[1], SPLITS=self.config.splits, **self.options
-        )
+            pieces["scores"], pieces["ids"], self.slots,
+            tokens, rows.position,
+            self.logits.shape[1],
+            ADVANCE=advance, SPLITS=self.config.splits, **self.slotted, **self.options,
+        )  # fmt: skip
 
 
-def _check(logits: torch.Tensor, rows: SamplingRows) -> None:
+def _check(logits: torch.Tensor, rows: SamplingRows, slots: torch.Tensor | None) -> None:
     if logits.dim() != 2 or logits.stride(1) != 1 or logits.dtype not in KEY_BITS:
         raise ValueError(
             f"need float rows of contiguous logits, got {logits.dtype} {tuple(logits.shape)}"
@@ -208,7 +258,10 @@ def _check(logits: torch.Tensor, rows: SamplingRows) -> None:
     m, vocabulary = logits.shape
     if not 1 <= vocabulary <= MAX_VOCABULARY:
         raise ValueError(f"a vocabulary of {vocabulary}, need 1 to {MAX_VOCABULARY}")
+    if slots is not None and (slots.shape != (m,) or slots.dtype is not torch.int64):
+        raise ValueError(f"slots {slots.dtype} {tuple(slots.shape)} for {m} rows, need int64")
+    held = m if slots is None else len(rows.seed)
     for name in SamplingRows.__slots__:
         each = getattr(rows, name)
-        if each.shape != (m,) or each.device != logits.device:
-            raise ValueError(f"{name} {tuple(each.shape)} on {each.device} for {m} rows")
+        if each.shape != (held,) or each.device != logits.device or not each.is_contiguous():
+            raise ValueError(f"{name} {tuple(each.shape)} on {each.device} for {held} rows")

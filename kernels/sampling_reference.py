@@ -17,28 +17,50 @@ GREEDY_BELOW = 1e-5
 MASS_UNITS = float(1 << 40)
 
 
-def sample_tokens_reference(logits_MV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+def sample_tokens_reference(
+    logits_MV: torch.Tensor,
+    rows: SamplingRows,
+    *,
+    slots: torch.Tensor | None = None,
+    advance: bool = False,
+) -> torch.Tensor:
     """Draw a token for every row, on any device; see `kernels.sampling`.
 
     Args:
         logits_MV: float ``[M, V]``.
         rows: what every row asks for.
+        slots: int64 ``[M]``, the slot of every row; None takes row i for slot i.
+        advance: add one to the position of every row.
 
     Returns:
         int32 ``[M]``; -1 where a row cannot be drawn from.
     """
     logits_MV = logits_MV.float()
+    held = rows
+    if slots is not None:
+        rows = SamplingRows(**{name: getattr(rows, name)[slots] for name in SamplingRows.__slots__})
     usable_M = (logits_MV < torch.inf).all(1) & (logits_MV > -torch.inf).any(1)
-    logits_MV = torch.where(usable_M[:, None], logits_MV, 0.0)
-    greedy_M1 = (rows.temperature < GREEDY_BELOW)[:, None]
-    temperature_M1 = torch.where(greedy_M1, 1.0, rows.temperature[:, None])
-    kept_MV = kept_tokens(logits_MV, temperature_M1, rows)
-    noisy_MV = logits_MV / temperature_M1 + _gumbel(rows, logits_MV.shape[1])
-    scores_MV = torch.where(greedy_M1, logits_MV, noisy_MV.where(kept_MV, -torch.inf))
+    scores_MV = _scores(torch.where(usable_M[:, None], logits_MV, 0.0), rows)
     top_M1 = scores_MV.amax(1, keepdim=True)
     # the first of equals
     tokens_M = (scores_MV == top_M1).to(torch.uint8).argmax(1)
+    if advance:
+        # what the slots of two rows become does not depend on their order
+        held.position[slice(None) if slots is None else slots] = rows.position + 1
     return torch.where(usable_M, tokens_M, -1).to(torch.int32)
+
+
+def _scores(logits_MV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """What the drawn token has most of: float32 ``[M, V]``."""
+    greedy_M1 = (rows.temperature < GREEDY_BELOW)[:, None]
+    if bool(greedy_M1.all()):
+        return logits_MV
+    temperature_M1 = torch.where(greedy_M1, 1.0, rows.temperature[:, None])
+    scores_MV = logits_MV / temperature_M1 + _gumbel(rows, logits_MV.shape[1])
+    if bool(((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)).any()):
+        kept_MV = kept_tokens(logits_MV, temperature_M1, rows)
+        scores_MV = scores_MV.where(kept_MV, -torch.inf)
+    return torch.where(greedy_M1, logits_MV, scores_MV)
 
 
 def kept_tokens(

@@ -53,6 +53,8 @@ def load_checkpoint(
     directory: Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    prepares: bool = True,
 ) -> LoadedModel:
     """Load a directory that `write_checkpoint` made.
 
@@ -60,6 +62,7 @@ def load_checkpoint(
         directory: the checkpoint.
         device: where the model runs.
         dtype: of activations, embeddings, norms and biases; packed tensors keep theirs.
+        prepares: derive what the device multiplies with; for a model that is itself run.
 
     Raises:
         UnsupportedModel: naming the field of the config.
@@ -85,7 +88,8 @@ def load_checkpoint(
     if architecture.tied:
         _tie_head(model, architecture)
     model.to(device).requires_grad_(requires_grad=False).eval()
-    prepare_model(model)
+    if prepares:
+        prepare_model(model)
     for index in range(architecture.layers):
         round_queries(model.get_submodule(architecture.layer_name(index)), spec.q_bits)
     return LoadedModel(model=model, spec=spec, architecture=architecture, rotation=rotation)

@@ -13,10 +13,10 @@ Shape legend: D dimensions of a head.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from engine.families.config import FieldRule
-from engine.families.sizes import LinearShape, SizeFields, Sizes
+from engine.families.decoding import PlanOf, plain_plan
+from engine.families.sizes import Config, LinearShape, SizeFields, Sizes
 
 __all__ = [
     "ChannelPair",
@@ -34,8 +34,6 @@ __all__ = [
     "TensorShapes",
 ]
 
-Config = Mapping[str, Any]
-"""The kept fields of a model's config."""
 TensorShapes = Mapping[str, tuple[int, ...]]
 
 RowRanges = tuple[tuple[int, int], ...]
@@ -191,6 +189,9 @@ class Family:
     """Whether the head is the input embedding where the config does not say."""
     drops_auto_map: bool = False
     """Whether published configs name code of a repository that transformers has built in since."""
+
+    decoding: PlanOf = plain_plan
+    """How a layer runs."""
 
     layers: str = "model.layers"
     """Where the stack of decoder layers is."""

@@ -32,6 +32,7 @@ from engine.families.config import (
     one_of,
     whole,
 )
+from engine.families.decoding import Arrangement, LayerPlan, Positions
 
 __all__ = ["FALCON"]
 
@@ -158,6 +159,23 @@ def _query_key(sizes: Sizes, config: Config) -> QueryKeyPair:
     )
 
 
+def _decoding(_: Sizes, config: Config) -> LayerPlan:
+    norms = list(_norms(config))
+    is_parallel = config.get("parallel_attn") is not False
+    return LayerPlan(
+        attention_norm=norms[0],
+        feed_forward_norm=norms[-1],
+        qkv=(FUSED,),
+        out=OUTPUT,
+        up=(UP,),
+        down=DOWN,
+        is_gated=False,
+        activation_field="activation",
+        arrangement=Arrangement.PARALLEL if is_parallel else Arrangement.SEQUENTIAL,
+        positions=Positions.ALIBI if config.get("alibi") else Positions.ROTARY,
+    )
+
+
 FALCON = Family(
     model_type="falcon",
     config_class="FalconConfig",
@@ -178,5 +196,6 @@ FALCON = Family(
     layers="transformer.h",
     embedding="transformer.word_embeddings",
     final_norm="transformer.ln_f",
+    decoding=_decoding,
     call=LayerCall(cache="layer_past", returns_tuple=True),
 )

@@ -15,6 +15,7 @@ from engine.families.base import (
     TensorShapes,
 )
 from engine.families.config import ACTIVATIONS, flag, layer_kinds, number, one_of, whole
+from engine.families.decoding import LayerPlan, Windows, always
 from engine.families.llama import (
     GATED_FIELDS,
     attention_linears,
@@ -34,6 +35,16 @@ NORMS = (
     "post_attention_layernorm",
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
+)
+PLAN = LayerPlan(
+    attention_norm=NORMS[0],
+    behind_attention=NORMS[1],
+    feed_forward_norm=NORMS[2],
+    behind_feed_forward=NORMS[3],
+    activation_field="hidden_activation",
+    windows=Windows.BY_LAYER,
+    score_field="query_pre_attn_scalar",
+    score_cap_field="attn_logit_softcapping",
 )
 SOFT_CAP = number(1e-3, 1e6, nullable=True)
 FIELDS = {
@@ -86,6 +97,7 @@ def _family(model_type: str, name: str, config_class: str, **others: Any) -> Fam
         implied=_implied,
         tied=True,
         scales_embedding=True,
+        decoding=always(PLAN),
         **others,
     )
 

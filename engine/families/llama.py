@@ -24,6 +24,7 @@ from engine.families.config import (
     one_of,
     whole,
 )
+from engine.families.decoding import LayerPlan, Windows, always
 
 __all__ = [
     "GATED_FIELDS",
@@ -206,12 +207,13 @@ def _family(model_type: str, name: str, **others: Any) -> Family:
 
 
 LLAMA = _family("llama", "Llama")
-MISTRAL = _family("mistral", "Mistral")
-QWEN2 = _family("qwen2", "Qwen2")
+MISTRAL = _family("mistral", "Mistral", decoding=always(LayerPlan(windows=Windows.EVERY_LAYER)))
+QWEN2 = _family("qwen2", "Qwen2", decoding=always(LayerPlan(windows=Windows.BY_LAYER)))
 QWEN3 = _family(
     "qwen3",
     "Qwen3",
     layer_tensors=_normed_heads,
     query_key=query_key(normed=True),
     implied=_qwen3_head_dim,
+    decoding=always(LayerPlan(windows=Windows.BY_LAYER)),
 )

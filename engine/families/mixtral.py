@@ -13,6 +13,7 @@ from engine.families.base import (
     TensorShapes,
 )
 from engine.families.config import unsupported, whole
+from engine.families.decoding import LayerPlan, Windows, always
 from engine.families.llama import (
     GATED_FIELDS,
     attention_linears,
@@ -91,6 +92,14 @@ MIXTRAL = Family(
     size_fields=SizeFields(experts="num_local_experts"),
     implied=_implied,
     check=_check,
+    decoding=always(
+        LayerPlan(
+            up=("gate_proj", "up_proj"),
+            down="down_proj",
+            router=ROUTER,
+            windows=Windows.EVERY_LAYER,
+        )
+    ),
     experts=ExpertFiles(
         module=EXPERTS,
         count_field="num_experts_per_tok",

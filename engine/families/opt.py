@@ -13,6 +13,7 @@ from engine.families.base import (
     TensorShapes,
 )
 from engine.families.config import ACTIVATIONS, COMMON_FIELDS, flag, number, one_of
+from engine.families.decoding import Arrangement, LayerPlan, Positions
 
 __all__ = ["OPT"]
 
@@ -124,6 +125,23 @@ def _implied(_: Config) -> Config:
     return {"dropout": 0.0}
 
 
+def _decoding(_: Sizes, config: Config) -> LayerPlan:
+    before = _norms_before(config)
+    return LayerPlan(
+        attention_norm=NORMS[0],
+        feed_forward_norm=NORMS[1],
+        qkv=QKV,
+        out="self_attn.out_proj",
+        up=("fc1",),
+        down="fc2",
+        is_gated=False,
+        activation_field="activation_function",
+        arrangement=Arrangement.SEQUENTIAL if before else Arrangement.NORMED_BEHIND,
+        positions=Positions.LEARNED,
+        position_offset=POSITION_OFFSET,
+    )
+
+
 OPT = Family(
     model_type="opt",
     config_class="OPTConfig",
@@ -148,4 +166,5 @@ OPT = Family(
     final_norm=f"{DECODER}.final_layer_norm",
     before_head=(f"{DECODER}.project_out",),
     has_rotary=False,
+    decoding=_decoding,
 )

@@ -12,6 +12,7 @@ from engine.families.base import (
     Sizes,
 )
 from engine.families.config import ROPE_LISTS, number, rope, unsupported, whole
+from engine.families.decoding import LayerPlan, Windows, always
 from engine.families.llama import GATED_FIELDS, final_norm, two_norms
 
 __all__ = ["PHI3"]
@@ -144,4 +145,7 @@ PHI3 = Family(
     check=_check,
     usable_positions=_usable_positions,
     drops_auto_map=True,
+    decoding=always(
+        LayerPlan(qkv=(FUSED,), out=OUTPUT, up=(GATE_UP,), down=DOWN, windows=Windows.EVERY_LAYER)
+    ),
 )

@@ -1,8 +1,13 @@
 """The sizes of a model, where a config says them, and the shape of a linear; torch-free."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["LinearShape", "SizeFields", "Sizes"]
+__all__ = ["Config", "LinearShape", "SizeFields", "Sizes"]
+
+Config = Mapping[str, Any]
+"""The kept fields of a model's config."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

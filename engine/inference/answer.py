@@ -1,5 +1,6 @@
 """One answer as it grows: from chosen tokens to text, and when it ends; no tensors."""
 
+from engine.errors import NoTokenDrawn
 from engine.inference.request import FinishReason, GenerationChunk, GenerationRequest
 from engine.inference.text import IncrementalDecoder, StopFilter, TextCodec
 
@@ -11,15 +12,25 @@ class Answer:
 
     def __init__(self, request: GenerationRequest, max_tokens: int, codec: TextCodec) -> None:
         self._max_tokens = max_tokens
-        self._eos_ids = frozenset() if request.ignore_eos else codec.eos_ids
+        ends = frozenset[int]() if request.ignore_eos else codec.eos_ids
+        self._end_ids = ends | frozenset(request.stop_token_ids)
         self._decoder = IncrementalDecoder(codec)
         self._stops = StopFilter(request.stop)
         self._tokens = 0
 
     def accept(self, token_id: int) -> GenerationChunk:
-        """Add a token; the chunk has a finish reason where the answer ends with it."""
+        """Add a token; the chunk has a finish reason where the answer ends with it.
+
+        Args:
+            token_id: -1 where nothing could be drawn.
+
+        Raises:
+            NoTokenDrawn: if nothing was.
+        """
+        if token_id < 0:
+            raise NoTokenDrawn
         self._tokens += 1
-        if token_id in self._eos_ids:
+        if token_id in self._end_ids:
             return self._end(FinishReason.STOP)
         text = self._stops.push(self._decoder.push(token_id))
         if self._stops.is_stopped:

@@ -9,22 +9,19 @@ import torch
 from transformers.cache_utils import Cache
 
 from engine.checkpoint.reader import load_checkpoint
-from engine.errors import ContextLengthExceeded, EngineError
+from engine.errors import EngineError
+from engine.inference.admission import check_ids, fitting_tokens
 from engine.inference.answer import Answer
-from engine.inference.request import GenerationChunk, GenerationRequest, RequestInvalid
+from engine.inference.request import GenerationChunk, GenerationRequest
 from engine.inference.runner import ModelRunner
 from engine.inference.sampler import Sampler
 from engine.inference.text import TextCodec
+from engine.inference.ticket import never_cancelled
 
 __all__ = ["InferenceEngine", "SequentialEngine", "open_engine"]
 
 PREFILL_TOKENS = 512
 """A prompt enters in parts of this size; other requests get their turn between two."""
-
-
-def never_cancelled() -> bool:
-    """Let a generation run to its end."""
-    return False
 
 
 class InferenceEngine(Protocol):
@@ -40,7 +37,7 @@ class InferenceEngine(Protocol):
     def generate(
         self, request: GenerationRequest, is_cancelled: Callable[[], bool] = never_cancelled
     ) -> Iterator[GenerationChunk]:
-        """Answer a request, one chunk a token; the last chunk has a finish reason.
+        """Answer a request, one chunk a token; the last chunk of an answer has a finish reason.
 
         Args:
             request: checked before the iterator is returned.
@@ -48,8 +45,10 @@ class InferenceEngine(Protocol):
 
         Raises:
             ContextLengthExceeded: if prompt and completion do not fit.
-            RequestInvalid: if a prompt id is not in the vocabulary.
-            EngineError: while iterating, if the model was closed.
+            RequestInvalid: if a token id is not in the vocabulary.
+            EngineOverloaded: if as much waits as may.
+            EngineError: if the model was closed, also while iterating; its message says whether the
+                device failed.
         """
 
     def close(self) -> None:
@@ -90,8 +89,8 @@ class SequentialEngine:
     ) -> Iterator[GenerationChunk]:
         """See `InferenceEngine.generate`."""
         runner = self._live_runner()
-        _check_ids(request, runner.vocabulary)
-        max_tokens = _fitting_tokens(request, runner.context_length)
+        check_ids(request, runner.vocabulary)
+        max_tokens = fitting_tokens(request, runner.context_length)
         answer = Answer(request, max_tokens, self.text)
         return self._chunks(request, answer, runner.new_cache(), is_cancelled)
 
@@ -137,21 +136,3 @@ class SequentialEngine:
         if self._runner is None:
             raise EngineError("the model was unloaded")
         return self._runner
-
-
-def _check_ids(request: GenerationRequest, vocabulary: int) -> None:
-    # an id beyond the embedding would be an illegal access that kills a GPU process
-    for token_id in request.prompt_ids:
-        if not 0 <= token_id < vocabulary:
-            raise RequestInvalid("prompt", token_id, f"use token ids below {vocabulary}")
-
-
-def _fitting_tokens(request: GenerationRequest, limit: int) -> int:
-    prompt = len(request.prompt_ids)
-    if prompt >= limit:
-        raise ContextLengthExceeded("prompt", prompt, limit)
-    if request.max_tokens is None:
-        return limit - prompt
-    if prompt + request.max_tokens > limit:
-        raise ContextLengthExceeded("max_tokens", prompt + request.max_tokens, limit)
-    return request.max_tokens

@@ -43,6 +43,11 @@ class TextCodec:
         return cls(tokenizer, _eos_ids(directory, tokenizer.eos_token_id))
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer itself, for what reads its table of tokens."""
+        return self._tokenizer
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether messages can be rendered."""
         return bool(self._tokenizer.chat_template)

@@ -8,11 +8,20 @@ import torch
 from kernels.kv_append import HeadStates, append_kv_reference
 from kernels.kv_pages import KvPages
 
+INNER = (
+    "kernels.kv_tiles",
+    "kernels.attention_chunks",
+    "kernels.paged_attention",
+    "kernels._kv_append_kernel",
+    "kernels._token_kernel",
+)
+"""What the modules share, or keep their kernels in."""
+
 
 def fresh_module(name, *, interpreted, monkeypatch):
     """Import a module of `kernels` anew; `triton.jit` decides at import whether it interprets."""
     monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
-    names = [f"kernels.{name}", *(n for n in ("kernels.kv_tiles",) if n in sys.modules)]
+    names = [f"kernels.{name}", *(n for n in INNER if n in sys.modules)]
     for stale in names:
         # remembered, so that the module of before comes back
         monkeypatch.setitem(sys.modules, stale, None)

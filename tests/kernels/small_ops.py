@@ -33,3 +33,8 @@ def interpret_reductions(monkeypatch):
     for each, member in vars(tl).copy().items():
         if isinstance(member, JITFunction):
             monkeypatch.setattr(tl, each, InterpretedFunction(member.fn))
+    # the interpreter changes the language for a kernel and changes it back, but for a function that
+    # the kernel calls it leaves the change, and nothing could be compiled in this process any more
+    for name, member in vars(tl.core).copy().items():
+        if tl.core.is_builtin(member):
+            monkeypatch.setattr(tl.core, name, member)

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from kernels.activation_quant import dequantize_activations, quantize_activations
-from kernels.kv_append import HeadStates, Rotary, append_kv, append_kv_reference
+from kernels.kv_append import HeadNorms, HeadStates, Rotary, append_kv, append_kv_reference
 from kernels.kv_pages import KvPages, pack_fields, unpack_fields
+from kernels.layer_math import Norm, NormKind
 from tests.kernels.kv_cases import fresh_module
 
 
@@ -59,6 +60,41 @@ def test_the_kernel_writes_the_bits_of_the_reference(
     wanted = append_kv_reference(expected, states, slots, rotary)
     assert torch.equal(query, wanted)
     assert_same_pages(actual, expected)
+
+
+@pytest.mark.parametrize("rotated", [0, 32])
+@pytest.mark.parametrize("case", [
+    (2, 80, torch.float16, NormKind.RMS),
+    (8, 64, torch.bfloat16, NormKind.RMS),
+    (16, 128, torch.bfloat16, NormKind.RMS_PLUS_ONE),
+])  # fmt: skip
+def test_heads_are_normalized_before_they_rotate_as_by_the_reference(kernel, device, case, rotated):
+    bits, head_dim, dtype, kind = case
+    states = states_of(3, 4, 3, head_dim, dtype, device)
+    norms = HeadNorms(query=norm_of(head_dim, kind, 1e-6, dtype, device),
+                      key=norm_of(head_dim, kind, 1e-5, dtype, device))  # fmt: skip
+    rotary = rotary_of(3, rotated, device) if rotated else None
+    slots = torch.tensor([17, -1, 63], dtype=torch.int32, device=device)
+    actual, expected = (poisoned_pages(bits, 3, head_dim, dtype, device) for _ in range(2))
+
+    query = kernel.launch_append_kv(actual, states, slots, rotary, norms=norms)
+
+    wanted = append_kv_reference(expected, states, slots, rotary, norms=norms)
+    assert torch.equal(query, wanted)
+    assert_same_pages(actual, expected)
+
+
+def norm_of(head_dim, kind, eps, dtype, device):
+    weight = (1 + 0.3 * torch.randn(head_dim)).to(device, dtype)
+    return Norm(kind=kind, weight=weight, eps=eps)
+
+
+def test_a_layer_norm_of_heads_is_refused(device):
+    ones = torch.ones(64, device=device)
+    norm = Norm(kind=NormKind.LAYER, weight=ones, bias=ones, eps=1e-5)
+
+    with pytest.raises(ValueError, match="need RMS norms of one kind, got layer"):
+        HeadNorms(query=norm, key=norm)
 
 
 @pytest.mark.parametrize("bits", [4, 16])

@@ -6,7 +6,9 @@ from tests.kernels.machine_code import compile_kernel
 
 POINTERS = {
     "q_ptr": "*bf16", "query_ptr": "*bf16", "key_ptr": "*bf16", "value_ptr": "*bf16",
-    "out_ptr": "*bf16", "scale_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32",
+    "out_ptr": "*bf16", "like_ptr": "*bf16", "scale_ptr": "*fp32",
+    "cos_ptr": "*fp32", "sin_ptr": "*fp32",
+    "query_norm_ptr": "*bf16", "key_norm_ptr": "*bf16", "query_eps": "fp32", "key_eps": "fp32",
     "parts_ptr": "*fp32", "sums_ptr": "*fp32", "positions_ptr": "*i32", "slots_ptr": "*i32",
     "table_ptr": "*i32", "lengths_ptr": "*i32", "starts_ptr": "*i32", "softmax_scale": "fp32",
     "soft_cap": "fp32",
@@ -19,7 +21,11 @@ SHAPE = {"KV_HEADS": 8, "HEAD_DIM": 128, "PAGE": 16, "HAS_WINDOW": False, "HAS_C
 DECODE = SHAPE | {"SPLITS": 8, "MIN_CHUNK": 128, "BLOCK_G": 16}
 PREFILL = SHAPE | {"GROUP": 4, "BLOCK_B": 8, "BLOCK_M": 128, "BLOCK_T": 64}
 APPEND = {"KV_HEADS": 8, "PAGE": 16, "BITS": 4, "FIELD": 4, "WIDTH": 64, "ROTATED": 128,
-          "MIN_SCALE": 1e-5, "BLOCK_H": 2, "BLOCK_C": 64, "INTERP": False}  # fmt: skip
+          "NORM": "none", "BLOCK_D": 128, "PDL": False, "MIN_SCALE": 1e-5,
+          "BLOCK_H": 2, "BLOCK_C": 64, "INTERP": False}  # fmt: skip
+COMBINE = {"HEADS": 32, "HEAD_DIM": 128, "L": 4096, "GROUPS": 1, "BITS": 8, "HAS_WINDOW": False,
+           "SPLITS": 8, "MIN_CHUNK": 128, "BLOCK_S": 8, "BLOCK_T": 128, "BLOCK_H": 32,
+           "BLOCK_D": 128, "BLOCK": 4096, "UNROLL": 4, "PDL": True, "INTERP": False}  # fmt: skip
 
 
 def packed(bits, width):
@@ -50,11 +56,21 @@ def kernels():
             "paged_prefill", "_prefill_kernel", PREFILL | packed(4, 32), PACKED,
             num_warps=8, num_stages=2, **fused,
         ),
-        "append 4": compiled("kv_append", "_append_kv_kernel", APPEND, BYTES, num_warps=1),
+        "append 4": compiled("_kv_append_kernel", "append_kv_kernel", APPEND, BYTES, num_warps=1),
+        "append 4 normed": compiled(
+            "_kv_append_kernel", "append_kv_kernel", APPEND | {"NORM": "rms", "PDL": True}, BYTES,
+            num_warps=1,
+        ),
+        "combine 8": compiled(
+            "attended_tokens", "_combine_tokens_kernel", COMBINE,
+            {"codes_ptr": "*i8", "zero_ptr": "*i32", "code_sums_ptr": "*i32"}, num_warps=8,
+        ),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", ["decode 4", "decode 2", "prefill 4", "append 4"])
+@pytest.mark.parametrize(
+    "kernel", ["decode 4", "decode 2", "prefill 4", "append 4", "append 4 normed", "combine 8"]
+)
 def test_no_register_is_spilled(kernels, kernel):
     assert not kernels[kernel].spills
 
@@ -83,3 +99,8 @@ def test_prefill_multiplies_on_warpgroups(kernels):
 
 def test_appending_reads_sixteen_bytes_at_a_time(kernels):
     assert kernels["append 4"].count("LDG.E.128") >= 3
+
+
+def test_combining_has_the_loads_of_four_chunks_under_way(kernels):
+    # four chunks of sixteen values a thread, four values a load
+    assert kernels["combine 8"].count("LDG.E.128") >= 16

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kernels.sampling_reference import philox_words, sample_tokens_reference
+from kernels.scratch import Scratch
 from tests.kernels.small_ops import load_small_op
 
 KERNELS = ("choose_kernel", "draw_kernel", "peak_kernel", "search_kernel")
@@ -172,3 +173,33 @@ def test_what_does_not_fit_is_refused_by_name(sampling):
         sampling.sample_tokens(torch.zeros(2, 8).long(), rows, sampling.Filters())
     with pytest.raises(ValueError, match="temperature"):
         sampling.sample_tokens(torch.zeros(3, 8), rows, sampling.Filters())
+
+
+def test_rows_draw_by_their_slots_and_their_positions_move_on(sampling, device):
+    slots = torch.tensor([6, 2, 5], device=device)
+    logits = (torch.randn(3, 1100, device=device) * 3).bfloat16()
+    kept = mixed_rows(sampling, device)
+    rows, twin = (mixed_rows(sampling, device) for _ in range(2))
+    chosen = sampling.SamplingRows(
+        **{name: getattr(kept, name)[slots] for name in sampling.SamplingRows.__slots__}
+    )
+    scratch = Scratch.of_bytes(sampling.scratch_bytes(8, 1100), logits.device)
+
+    tokens = sampling.sample_tokens(
+        logits, rows, sampling.Filters(**ALL), slots=slots, advance=True, scratch=scratch
+    )
+    by_torch = sample_tokens_reference(logits, twin, slots=slots, advance=True)
+
+    assert tokens.tolist() == by_torch.tolist() == sample_tokens_reference(logits, chosen).tolist()
+    assert rows.position.tolist() == [100, 101, 103, 103, 104, 106, 107, 107]
+    assert twin.position.tolist() == rows.position.tolist()
+
+
+def test_a_scratch_that_is_too_small_is_refused(sampling, device):
+    rows = rows_of(sampling, 2, device, top_k=3)
+    scratch = Scratch.of_bytes(sampling.scratch_bytes(1, 100) - 1, torch.device(device))
+
+    with pytest.raises(ValueError, match="scratch of"):
+        sampling.sample_tokens(
+            torch.zeros(2, 100, device=device), rows, sampling.Filters(**ALL), scratch=scratch
+        )

@@ -14,6 +14,7 @@ TYPES = {
     "limit_ptr": "*fp32", "bases_ptr": "*i64", "count_limit_ptr": "*i32", "lowest_ptr": "*i64",
     "count_bases_ptr": "*i64", "count_sums_ptr": "*i64", "mass_bases_ptr": "*i64",
     "mass_sums_ptr": "*i64", "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32",
+    "slots_ptr": "*i64",
     "seed_ptr": "*i64", "position_ptr": "*i32", "scores_ptr": "*fp32", "ids_ptr": "*i32",
 }  # fmt: skip
 
@@ -21,7 +22,7 @@ TYPES = {
 def compiled(file, kernel, *, num_warps, types=None, **constants):
     code = compile_kernel(
         f"kernels.{file}", kernel,
-        types=TYPES | (types or {}), constants=constants, unaligned=("M", "V", "HEADS"),
+        types=TYPES | (types or {}), constants=constants, unaligned=("M", "V", "W", "HEADS"),
         num_warps=num_warps,
     )  # fmt: skip
     assert code.shared_bytes <= SHARED_MEMORY
@@ -91,7 +92,7 @@ def test_rotation_does_not_spill():
 def test_sampling_does_not_spill(shift, levels, logits):
     digits = {
         "LEVELS": levels, "DIGIT_BITS": 4, "KEY_SHIFT": shift, "SLICE": 1024, "SPLITS": 128,
-        "PDL": True, "num_warps": 4,
+        "SLOTTED": True, "PDL": True, "num_warps": 4,
     }  # fmt: skip
     types = {"logits_ptr": logits}
 
@@ -105,4 +106,42 @@ def test_sampling_does_not_spill(shift, levels, logits):
     )  # fmt: skip
 
     for code in (search, draw):
+        assert not code.spills
+
+
+def test_rules_do_not_spill():
+    names = ("is_penalized", "biases", "bias_ids", "ends", "end_ids", "is_guided", "masks")
+    code = compiled(
+        "token_rules", "_rules_kernel", num_warps=4,
+        types={
+            **{f"{name}_ptr": "*i32" for name in names}, "counts_ptr": "*i16",
+            **{f"{name}_ptr": "*fp32" for name in ("repetition", "presence", "frequency", "out")},
+            "bias_values_ptr": "*fp32", "ends_from_ptr": "*i64", "position_ptr": "*i64",
+            "logits_ptr": "*bf16",
+        },
+        BIASES=1024, ENDS=64, BLOCK=2048,
+    )  # fmt: skip
+
+    assert not code.spills
+    # what the tile became is stored before single tokens of it change
+    assert code.count("BAR") >= 2
+
+
+@pytest.mark.parametrize("logits", ["*bf16", "*fp32"])
+def test_logprobs_do_not_spill(logits):
+    types = {
+        "logits_ptr": logits, "wanted_ptr": "*i32", "tokens_ptr": "*i32", "sums_ptr": "*fp32",
+        "keys_ptr": "*i64", "chosen_ptr": "*fp32", "top_ptr": "*fp32", "top_ids_ptr": "*i32",
+    }  # fmt: skip
+
+    parts = compiled(
+        "token_logprobs", "_slice_kernel", num_warps=8, types=types,
+        SPLITS=64, TOP=20, LANES=32, SLICE=4096,
+    )  # fmt: skip
+    whole = compiled(
+        "token_logprobs", "_merge_kernel", num_warps=4, types=types,
+        SPLITS=64, PARTS=64, TOP=20, LANES=32,
+    )  # fmt: skip
+
+    for code in (parts, whole):
         assert not code.spills

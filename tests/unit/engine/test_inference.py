@@ -3,11 +3,12 @@ import threading
 import pytest
 import torch
 
-from engine.errors import ContextLengthExceeded, EngineError
+from engine.errors import ContextLengthExceeded, EngineError, NoTokenDrawn
 from engine.inference.answer import Answer
 from engine.inference.engine import open_engine
 from engine.inference.kv_cache import make_cache
 from engine.inference.request import FinishReason, GenerationRequest, RequestInvalid
+from engine.inference.sampling_params import Guide, GuideKind
 from engine.spec import QuantSpec
 from tests.tiny_models import FAMILIES
 from tests.unit.engine.quantized_models import save_checkpoint
@@ -204,6 +205,20 @@ def test_an_end_token_ends_the_answer_without_text(engine):
     assert chunks[-1].completion_tokens == 3
 
 
+def test_a_stop_token_ends_the_answer_without_text(engine):
+    chunks = answer_of(engine, engine.text.encode("hix"), stop_token_ids=engine.text.encode("x"))
+
+    assert text_of(chunks) == "hi"
+    assert chunks[-1].finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize(("ignore_eos", "ends"), [(False, (3, 7)), (True, (3,))])
+def test_end_tokens_held_back_are_those_that_would_end_the_answer(ignore_eos, ends):
+    request = request_of(stop_token_ids=(3,), min_tokens=2, ignore_eos=ignore_eos)
+
+    assert request.sampling(5, frozenset({7})).eos_ids == ends
+
+
 def test_an_ignored_end_token_does_not_end_the_answer(engine):
     (end,) = engine.text.eos_ids
 
@@ -211,6 +226,11 @@ def test_an_ignored_end_token_does_not_end_the_answer(engine):
 
     assert text_of(chunks) == "hi"
     assert chunks[-1].finish_reason is None
+
+
+def test_an_answer_fails_where_no_token_could_be_drawn(engine):
+    with pytest.raises(NoTokenDrawn, match="not finite"):
+        answer_of(engine, [*engine.text.encode("hi"), -1])
 
 
 def test_text_held_for_a_stop_string_comes_out_at_the_end(engine):
@@ -242,6 +262,21 @@ def test_a_stop_string_completed_by_the_last_token_is_a_stop(engine):
         ({"stop": ("",)}, "stop"),
         ({"stop": ("x",) * 17}, "stop"),
         ({"stop": ("x" * 257,)}, "stop"),
+        ({"stop_token_ids": (1,) * 33}, "stop_token_ids"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"logit_bias": ((3, 101.0),)}, "logit_bias"),
+        ({"logit_bias": ((3, 1.0), (3, 2.0))}, "logit_bias"),
+        ({"min_tokens": 13}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"n": 0}, "n"),
+        ({"draft_tokens": 17}, "draft_tokens"),
+        ({"guide": Guide(kind=GuideKind.JSON_OBJECT), "ignore_eos": True}, "ignore_eos"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
+        ({"tenant": "x" * 257}, "tenant"),
     ],
 )
 def test_an_impossible_field_is_named(fields, field):

@@ -1,0 +1,82 @@
+"""What the memory of a device goes to while one model is served; no tensors.
+
+pages = (fraction of the free memory - workspace - graphs) / bytes of a page, less a scratch page
+"""
+
+from dataclasses import dataclass
+
+from engine.errors import EngineError
+
+__all__ = ["MemoryPlan", "OutOfMemory", "count_pages", "decode_buckets"]
+
+DENSE_BUCKETS = (1, 2, 4, 8, 16, 24, 32)
+FINE_STEP, FINE_END = 16, 128
+COARSE_STEP = 32
+LEAST_TOKENS = 256
+"""A cache for fewer serves nobody."""
+
+
+class OutOfMemory(EngineError):
+    """The device has no memory left for keys and values."""
+
+    code = "out_of_memory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by what they are for."""
+
+    weight_bytes: int
+    workspace_bytes: int
+    """What a step of the most tokens takes beside weights and pages."""
+    graph_bytes: int
+    """What the captured decode steps hold; before they are captured, what they may."""
+    page_bytes: int
+    """One page of all layers."""
+    pages: int
+    """Without the scratch page."""
+    sampler_bytes: int = 0
+    """What draws keep by slot; taken before the rest is planned."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """All pages, the scratch page included."""
+        return self.page_bytes * (self.pages + 1)
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything."""
+        held = self.weight_bytes + self.sampler_bytes
+        return held + self.workspace_bytes + self.graph_bytes + self.kv_bytes
+
+
+def count_pages(budget_bytes: int, page_bytes: int, page_size: int) -> int:
+    """Say how many pages a budget is good for, besides the scratch page.
+
+    Args:
+        budget_bytes: for keys and values.
+        page_bytes: of one page in all layers.
+        page_size: tokens of a page.
+
+    Raises:
+        OutOfMemory: if it is not enough for 256 tokens.
+    """
+    pages = budget_bytes // page_bytes - 1
+    if pages * page_size < LEAST_TOKENS:
+        raise OutOfMemory(
+            f"kv cache: {max(0, budget_bytes)} bytes hold {max(0, pages) * page_size} tokens, fewer"
+            f" than {LEAST_TOKENS}; raise memory_fraction, lower kv_bits, or unload another model"
+        )
+    return pages
+
+
+def decode_buckets(max_sequences: int) -> tuple[int, ...]:
+    """List the batch sizes that decode steps are captured for, in rising order.
+
+    Args:
+        max_sequences: the last of them.
+    """
+    fine = range(DENSE_BUCKETS[-1] + FINE_STEP, FINE_END + 1, FINE_STEP)
+    coarse = range(FINE_END + COARSE_STEP, max_sequences + 1, COARSE_STEP)
+    below = {each for each in (*DENSE_BUCKETS, *fine, *coarse) if each < max_sequences}
+    return (*sorted(below), max_sequences)

@@ -1,0 +1,102 @@
+"""A step with chunks of prompts, laid out token by token on the host; no tensors.
+
+Shape legend: M tokens, B sequences, C of them chunks, R rows of logits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.inference.steps import SequenceStep, StepPlan
+
+__all__ = ["ON_DEVICE", "MixedBatch"]
+
+ON_DEVICE = -1
+"""In place of a token that only the device knows."""
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedBatch:
+    """What a decoder computes of a plan, and of which tokens it gives logits."""
+
+    token_ids: Ints
+    """``[M]``, `ON_DEVICE` for the token drawn last."""
+    positions: Ints
+    """``[M]``."""
+    kv_slots: Ints
+    """``[M]``."""
+    slots: Ints
+    """``[B]``."""
+    lengths: Ints
+    """``[B]``, the tokens of this step included."""
+    decodes: int
+    """Sequences of one token, which come first."""
+    cu_seqlens: Ints
+    """``[C + 1]``: where chunks begin and end, from behind the decodes."""
+    logit_rows: Ints
+    """``[R]``: those of the drawing sequences, then those of drafts; never empty, for a decoder
+    need not know that nothing is drawn."""
+    drawing: tuple[SequenceStep, ...]
+    """Sequences that draw one token, in the order of the first logit rows."""
+    drafting: tuple[SequenceStep, ...]
+    """Sequences whose drafts are verified, one row more than drafts each."""
+
+    @classmethod
+    def of(cls, plan: StepPlan, page_size: int) -> "MixedBatch":
+        """Lay out a plan.
+
+        Args:
+            plan: of at least one step; a step whose token is on the device stands before all of
+                several tokens.
+            page_size: tokens of a KV page.
+        """
+        steps = plan.steps
+        decodes = _count_decodes(steps)
+        assert all(step.token_ids for step in steps[decodes:]), "decoding sequences come first"
+        counts = np.array([step.count for step in steps], dtype=np.int32)
+        starts = np.array([step.start for step in steps], dtype=np.int32)
+        ends = counts.cumsum(dtype=np.int32)
+        drawing = tuple(step for step in steps if step.draws and not step.drafts)
+        drafting = tuple(step for step in steps if step.draws and step.drafts)
+        end_of = {step.slot: int(end) for step, end in zip(steps, ends, strict=True)}
+        rows = [end_of[step.slot] - 1 for step in drawing]
+        for step in drafting:
+            end = end_of[step.slot]
+            rows += range(end - step.drafts - 1, end)
+        positions = [np.arange(step.start, step.start + step.count) for step in steps]
+        return cls(
+            token_ids=_flatten([step.token_ids or (ON_DEVICE,) for step in steps]),
+            positions=_flatten(positions),
+            kv_slots=_flatten(
+                [_kv_slots(*pair, page_size) for pair in zip(steps, positions, strict=True)]
+            ),
+            slots=np.array([step.slot for step in steps], dtype=np.int32),
+            lengths=starts + counts,
+            decodes=decodes,
+            cu_seqlens=np.concatenate(([0], ends[decodes:] - decodes)).astype(np.int32),
+            logit_rows=np.array(rows or [0], dtype=np.int32),
+            drawing=drawing,
+            drafting=drafting,
+        )
+
+
+def _count_decodes(steps: Sequence[SequenceStep]) -> int:
+    """Leading sequences of one token."""
+    return next((i for i, step in enumerate(steps) if step.count > 1), len(steps))
+
+
+def _flatten(parts: Sequence[Sequence[int] | npt.NDArray[np.int64]]) -> Ints:
+    return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+
+
+def _kv_slots(
+    step: SequenceStep, positions: npt.NDArray[np.int64], page_size: int
+) -> npt.NDArray[np.int64]:
+    first = step.start // page_size
+    last = (step.start + step.count - 1) // page_size
+    # only the pages written to: a long context has thousands
+    pages = np.array(step.page_ids[first : last + 1], dtype=np.int64)
+    return pages[positions // page_size - first] * page_size + positions % page_size

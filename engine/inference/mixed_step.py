@@ -1,0 +1,120 @@
+"""Steps with chunks of prompts or with drafts, launch by launch.
+
+Shape legend: M tokens, B sequences, D of them decoding, R rows of logits, N sequences with drafts,
+K drafts at most.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.inference.decoder.batch import TokenBatch
+from engine.inference.draft_check import DraftRows, last_accepted, likeliest_tokens
+from engine.inference.draw_kind import DrawKind
+from engine.inference.mixed_batch import MixedBatch
+from engine.inference.ports import TokenDecoder, TokenSampler
+from engine.inference.step_buffers import HostArena, StepBuffers
+from kernels.kv_pages import KvPages
+from kernels.step_state import record_tokens
+
+__all__ = ["MixedLogits", "MixedStep"]
+
+PARTS = ("token_ids", "positions", "kv_slots", "slots", "lengths", "cu_seqlens", "logit_rows")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drafting:
+    """Drafts on the device."""
+
+    slots: torch.Tensor
+    """int64 ``[N]``."""
+    rows: torch.Tensor
+    """int64 ``[N, K + 1]``."""
+    drafts: torch.Tensor
+    """int32 ``[N, K]``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedLogits:
+    """What a mixed step computed, and for whom."""
+
+    logits: torch.Tensor
+    """``[R, V]``: one row for each drawing sequence, then those of drafts."""
+    slots: torch.Tensor
+    """int64: of the drawing sequences."""
+    drafting: _Drafting | None
+
+
+class MixedStep:
+    """Runs plans over the buffers of a runner."""
+
+    def __init__(
+        self,
+        decoder: TokenDecoder,
+        sampler: TokenSampler,
+        pages: tuple[KvPages, ...],
+        buffers: StepBuffers,
+        drawn: torch.Tensor,
+    ) -> None:
+        """Keep what all steps share; `drawn` is int32, for the tokens of a step."""
+        self._decoder, self._sampler, self._pages = decoder, sampler, pages
+        self._buffers, self._drawn = buffers, drawn
+
+    def forward(self, batch: MixedBatch, arena: HostArena) -> MixedLogits:
+        """Send what a batch needs in one copy, then compute its logits."""
+        placed = self._buffers.pack(arena)
+        at = {name: arena.add(getattr(batch, name)) for name in PARTS}
+        drawing = arena.add([step.slot for step in batch.drawing])
+        table = DraftRows.of([step.token_ids[-step.drafts :] for step in batch.drafting])
+        drafting = [
+            arena.add([step.slot for step in batch.drafting]),
+            arena.add(table.rows.ravel()),
+            arena.add(table.drafts.ravel()),
+        ]
+        sent = arena.send()
+        self._buffers.apply(sent, placed)
+        parts = {name: sent[place] for name, place in at.items()}
+        slots, rows, drafts = (sent[place] for place in drafting)
+        return MixedLogits(
+            logits=self._decoder.forward(self._lay_out(batch, parts), self._pages),
+            slots=sent[drawing].long(),
+            drafting=_Drafting(
+                slots=slots.long(),
+                rows=rows.long().view(table.rows.shape),
+                drafts=drafts.view(table.drafts.shape),
+            )
+            if batch.drafting
+            else None,
+        )
+
+    def draw(self, computed: MixedLogits, kind: DrawKind) -> None:
+        """Draw a token for every drawing sequence, and verify drafts."""
+        state, count = self._buffers.state, len(computed.slots)
+        if count:
+            logits = computed.logits[:count]
+            tokens = self._sampler.draw(
+                logits, computed.slots, full=kind.is_full, limited=kind.is_limited
+            )
+            record_tokens(state, computed.slots, tokens, self._drawn)
+        if computed.drafting is not None:
+            likeliest = likeliest_tokens(computed.logits[count:])
+            self._drawn[count : count + len(likeliest)] = likeliest
+            last = last_accepted(likeliest, computed.drafting.rows, computed.drafting.drafts)
+            state.last_tokens[computed.drafting.slots] = last.clamp(min=0)
+
+    def _lay_out(self, batch: MixedBatch, parts: dict[str, torch.Tensor]) -> TokenBatch:
+        state, slots = self._buffers.state, parts["slots"].long()
+        token_ids, decodes = parts["token_ids"], batch.decodes
+        if decodes:
+            given, drawn = token_ids[:decodes], state.last_tokens[slots[:decodes]]
+            token_ids = torch.cat([torch.where(given < 0, drawn, given), token_ids[decodes:]])
+        return TokenBatch(
+            token_ids=token_ids,
+            positions=parts["positions"],
+            kv_slots=parts["kv_slots"].long(),
+            block_table=state.block_table[slots],
+            lengths=parts["lengths"],
+            cu_seqlens=parts["cu_seqlens"] if decodes < len(slots) else None,
+            decodes=decodes,
+            logit_rows=parts["logit_rows"].long(),
+        )
