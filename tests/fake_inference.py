@@ -11,7 +11,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from tests.running_api import run_app
 
 START = {"type": "start", "prompt_tokens": 3}
-END = {"type": "end", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2}
+FINISH = {"type": "finish", "index": 0, "finish_reason": "stop"}
+END = {"type": "end", "prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 1}
+
+
+def token(text, index=0, tokens=1, **fields):
+    """A piece of an answer."""
+    return {"type": "token", "index": index, "text": text, "tokens": tokens, **fields}
 
 
 @dataclass
@@ -26,7 +32,7 @@ class FakeInference:
     """Artifact ids, as `GET /models` lists them."""
     records: list = field(
         default_factory=lambda: [
-            START, {"type": "token", "text": "Hel"}, {"type": "token", "text": "lo"}, END
+            START, token("Hel"), token("lo", tokens=2), FINISH, END
         ]
     )  # fmt: skip
     refusal: tuple | None = None

@@ -17,8 +17,8 @@ from api.errors import (
     ModelNotHosted,
     ServiceError,
 )
+from api.schemas.answers import HostedModel
 from api.schemas.base import Page
-from api.schemas.completions import HostedModel
 from api.schemas.deployments import DeploymentOut, DeploymentRequest, DeploymentStatus
 from api.services.inference import InferenceClient
 from api.telemetry import get_logger
@@ -175,5 +175,11 @@ def _show(deployment: Deployment, loaded: Mapping[str, Mapping[str, Any]] | None
         deployment,
         DeploymentStatus(model["status"]),
         error=model.get("error"),
+        stage=model.get("stage"),
+        progress=model.get("progress"),
         memory_bytes=model.get("memory_bytes"),
+        replicas=model.get("replicas"),
+        running=model.get("running"),
+        waiting=model.get("waiting"),
+        tokens_per_s=model.get("tokens_per_s"),
     )

@@ -100,7 +100,7 @@ def answers(client):
 
 
 def generate(client, artifact_id="art_a", **fields):
-    body = {"artifact_id": artifact_id, "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
+    body = {"artifact_id": artifact_id, "prompts": ["hello"], "max_tokens": 4, "ignore_eos": True}
     return client.post("/generate", json={**body, **fields})
 
 
@@ -126,7 +126,7 @@ class Stream:
     def _read(self, client, artifact_id, max_tokens):
         body = {
             "artifact_id": artifact_id,
-            "prompt": "hello",
+            "prompts": ["hello"],
             "max_tokens": max_tokens,
             "ignore_eos": True,
         }
@@ -168,11 +168,11 @@ def test_equal_seeds_give_equal_texts(client):
     ("fields", "status", "code", "param"),
     [
         ({"max_tokens": 100_000}, 400, "context_length_exceeded", "max_tokens"),
-        ({"prompt": "x" * 5000}, 400, "context_length_exceeded", "prompt"),
+        ({"prompts": ["x" * 5000]}, 400, "context_length_exceeded", "prompt"),
         ({"temperature": -1}, 400, "invalid_request", "temperature"),
         ({"temperature": "warm"}, 400, "invalid_request", "temperature"),
-        ({"logit_bias": {}}, 400, "invalid_request", "logit_bias"),
-        ({"prompt": None}, 400, "invalid_request", None),
+        ({"warmth": 1}, 400, "invalid_request", "warmth"),
+        ({"prompts": None}, 400, "invalid_request", None),
         ({"artifact_id": "art_z"}, 404, "model_not_found", None),
         ({"artifact_id": "../art_a"}, 404, "model_not_found", None),
         ({"seed": 2**70}, 400, "invalid_request", "seed"),
