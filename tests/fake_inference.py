@@ -45,6 +45,10 @@ class FakeInference:
     """Generations whose caller went away."""
     finished: int = 0
 
+    def reset(self):
+        """Forget everything but the address."""
+        vars(self).update(vars(FakeInference(url=self.url)))
+
 
 @contextmanager
 def run_fake_inference():
