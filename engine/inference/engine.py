@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from engine.checkpoint.reader import load_checkpoint
 from engine.errors import ContextLengthExceeded, EngineError
+from engine.inference.admission import check_ids, fitting_tokens
 from engine.inference.answer import Answer
 from engine.inference.request import GenerationChunk, GenerationRequest, RequestInvalid
 from engine.inference.runner import ModelRunner
@@ -18,6 +19,7 @@ from engine.inference.sampler import Sampler
 from engine.inference.scoring import score_tokens
 from engine.inference.steps import TokenLogprobs
 from engine.inference.text import TextCodec
+from engine.inference.ticket import never_cancelled
 
 __all__ = ["InferenceEngine", "SequentialEngine", "open_engine"]
 
@@ -30,11 +32,6 @@ UNSUPPORTED = (
     "min_tokens", "n", "guide",
 )  # fmt: skip
 """Fields that `SequentialEngine` refuses; whom requests are for changes nothing here."""
-
-
-def never_cancelled() -> bool:
-    """Let a generation run to its end."""
-    return False
 
 
 class InferenceEngine(Protocol):
@@ -50,7 +47,7 @@ class InferenceEngine(Protocol):
     def generate(
         self, request: GenerationRequest, is_cancelled: Callable[[], bool] = never_cancelled
     ) -> Iterator[GenerationChunk]:
-        """Answer a request, one chunk a token; the last chunk has a finish reason.
+        """Answer a request, one chunk a token; the last chunk of an answer has a finish reason.
 
         Args:
             request: checked before the iterator is returned.
@@ -58,8 +55,10 @@ class InferenceEngine(Protocol):
 
         Raises:
             ContextLengthExceeded: if prompt and completion do not fit.
-            RequestInvalid: if a prompt id is not in the vocabulary.
-            EngineError: while iterating, if the model was closed.
+            RequestInvalid: if a token id is not in the vocabulary.
+            EngineOverloaded: if as much waits as may.
+            EngineError: if the model was closed, also while iterating; its message says whether the
+                device failed.
         """
 
     def close(self) -> None:
@@ -101,8 +100,8 @@ class SequentialEngine:
         """See `InferenceEngine.generate`."""
         runner = self._live_runner()
         _check_supported(request)
-        _check_ids(request.prompt_ids, runner.vocabulary)
-        max_tokens = _fitting_tokens(request, runner.context_length)
+        check_ids(request, runner.vocabulary)
+        max_tokens = fitting_tokens(request, runner.context_length)
         answer = Answer(request, max_tokens, self.text)
         return self._chunks(request, answer, runner.new_cache(), is_cancelled)
 
@@ -111,7 +110,7 @@ class SequentialEngine:
     ) -> tuple[TokenLogprobs | None, ...]:
         """See `PromptScorer.score_prompt`."""
         runner = self._live_runner()
-        _check_ids(prompt_ids, runner.vocabulary)
+        check_ids(GenerationRequest(prompt_ids=tuple(prompt_ids)), runner.vocabulary)
         if len(prompt_ids) > runner.context_length:
             raise ContextLengthExceeded("prompt", len(prompt_ids), runner.context_length)
         cache, scores = runner.new_cache(), list[TokenLogprobs | None]([None])
@@ -177,21 +176,3 @@ def _check_supported(request: GenerationRequest) -> None:
     for field in UNSUPPORTED:
         if (value := getattr(request, field)) != getattr(defaults, field):
             raise RequestInvalid(field, value, "leave it out: this engine has no such field")
-
-
-def _check_ids(prompt_ids: Sequence[int], vocabulary: int) -> None:
-    # an id beyond the embedding would be an illegal access that kills a GPU process
-    for token_id in prompt_ids:
-        if not 0 <= token_id < vocabulary:
-            raise RequestInvalid("prompt", token_id, f"use token ids below {vocabulary}")
-
-
-def _fitting_tokens(request: GenerationRequest, limit: int) -> int:
-    prompt = len(request.prompt_ids)
-    if prompt >= limit:
-        raise ContextLengthExceeded("prompt", prompt, limit)
-    if request.max_tokens is None:
-        return limit - prompt
-    if prompt + request.max_tokens > limit:
-        raise ContextLengthExceeded("max_tokens", prompt + request.max_tokens, limit)
-    return request.max_tokens

@@ -1,0 +1,51 @@
+"""What of a request depends on the model: whether its ids exist and its tokens fit; no tensors."""
+
+from engine.errors import CacheExceeded, ContextLengthExceeded
+from engine.inference.request import GenerationRequest, RequestInvalid
+
+__all__ = ["check_ids", "fitting_tokens"]
+
+
+def check_ids(request: GenerationRequest, vocabulary: int) -> None:
+    """Refuse ids beyond the embedding: on a GPU they are an illegal access that ends the process.
+
+    Raises:
+        RequestInvalid: naming field and id.
+    """
+    biased = tuple(token_id for token_id, _ in request.logit_bias)
+    fields = {
+        "prompt": request.prompt_ids,
+        "logit_bias": biased,
+        "stop_token_ids": request.stop_token_ids,
+    }
+    for field, ids in fields.items():
+        # the two ends decide, and are found without a loop of Python over a long prompt
+        for token_id in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token_id < vocabulary:
+                raise RequestInvalid(field, token_id, f"use token ids below {vocabulary}")
+
+
+def fitting_tokens(
+    request: GenerationRequest, context_length: int, cache_tokens: int | None = None
+) -> int:
+    """How many tokens an answer may have.
+
+    Args:
+        request: where it says nothing, what fits is filled.
+        context_length: of the model.
+        cache_tokens: what the key-value cache holds; None where it has no end.
+
+    Raises:
+        ContextLengthExceeded: if prompt and answer never fit, whatever else runs.
+    """
+    limit, error = context_length, ContextLengthExceeded
+    if cache_tokens is not None and cache_tokens < limit:
+        limit, error = cache_tokens, CacheExceeded
+    prompt = len(request.prompt_ids)
+    if prompt >= limit:
+        raise error("prompt", prompt, limit)
+    if request.max_tokens is None:
+        return limit - prompt
+    if prompt + request.max_tokens > limit:
+        raise error("max_tokens", prompt + request.max_tokens, limit)
+    return request.max_tokens

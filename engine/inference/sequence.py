@@ -1,0 +1,148 @@
+"""One prompt and its growing answer, as the scheduler sees them; no tensors.
+
+    tokens     known ones: the prompt, then what was drawn
+    computed   how many have keys and values in the pages once all launched steps are done
+    pending    tokens that launched steps draw and that are not known yet
+    waiting, running, finished; preempted ones wait again and are computed anew, drawn tokens too
+
+A pending token is computed by its value on the device, so `computed` may exceed the known tokens.
+"""
+
+from enum import StrEnum
+
+from engine.inference.drafts import NgramDrafts
+from engine.inference.pages import pages_for
+from engine.inference.prefix_cache import extend_digests, root_digest
+from engine.inference.sampling_params import SamplingParams
+
+__all__ = ["SequenceState", "TokenSequence"]
+
+
+class SequenceState(StrEnum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"
+    """It holds no slot and no pages, at first or after a preemption."""
+    RUNNING = "running"
+    """It has a slot and pages."""
+    FINISHED = "finished"
+    """It ended or was given up; nothing of it is computed any more."""
+
+
+class TokenSequence:
+    """State that the scheduler alone changes."""
+
+    def __init__(
+        self,
+        prompt_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        max_tokens: int,
+        *,
+        tenant: str = "",
+        salt: str = "",
+        draft_tokens: int = 0,
+    ) -> None:
+        """Begin to wait.
+
+        Args:
+            prompt_ids: at least one token.
+            sampling: of this answer.
+            max_tokens: how many may be drawn at most.
+            tenant: on whose behalf.
+            salt: prompts share pages under equal salts.
+            draft_tokens: guesses to verify in a step; taken for 0 unless the answer is greedy and
+                plain.
+        """
+        self.prompt_ids = prompt_ids
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.tenant = tenant
+        self.state = SequenceState.WAITING
+        self.tokens: list[int] = list(prompt_ids)
+        self.order = -1
+        """Place in the order of arrival."""
+        self.slot = -1
+        self.tenure = 0
+        """How many slots it has had: tells results of an earlier one apart."""
+        self.last_step = -1
+        """Number of the last step that names its slot."""
+        self.pages: tuple[int, ...] = ()
+        self.published = 0
+        """How many of its pages were offered to others."""
+        self.has_shared_prompt = False
+        """Whether those of the prompt were, once."""
+        self.computed = 0
+        self.pending = 0
+        self.has_drawn_here = False
+        """Whether the runner drew the last token for the slot that the sequence has."""
+        self.cached_tokens = 0
+        """Tokens of the prompt found in the prefix cache at the first start."""
+        self.draft_tokens = draft_tokens if sampling.is_greedy and sampling.is_plain else 0
+        self._drafts = NgramDrafts() if self.draft_tokens else None
+        self.leader: TokenSequence | None = None
+        """A sequence of the same prompt that computes it first, so that its pages are shared."""
+        self._root = root_digest(salt)
+        self._digests: list[bytes] = []
+
+    @property
+    def drawn(self) -> int:
+        """Tokens drawn and known."""
+        return len(self.tokens) - len(self.prompt_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be drawn."""
+        return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but the token drawn last, in this slot, are computed."""
+        return self.remaining == 1 and self.has_drawn_here
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next step can be planned now, and whether there is one."""
+        if self.drawn + self.pending >= self.max_tokens:
+            return False
+        # a guide's mask and a guess need the last token itself
+        return not (self.pending and (self.sampling.guide is not None or self.draft_tokens))
+
+    @property
+    def may_start(self) -> bool:
+        """Whether it need not wait for the pages of its leader."""
+        leader = self.leader
+        if leader is None or leader.has_shared_prompt:
+            return True
+        return leader.state is SequenceState.FINISHED
+
+    def digests(self, page_size: int) -> list[bytes]:
+        """Of all whole pages of known tokens."""
+        extend_digests(self._digests, self._root, self.tokens, page_size)
+        return self._digests
+
+    def guess(self, limit: int) -> tuple[int, ...]:
+        """Tokens that may follow, at most `limit`, never so many that the last cannot be drawn."""
+        room = min(self.draft_tokens, limit, self.max_tokens - self.drawn - 1)
+        if self._drafts is None or room <= 0:
+            return ()
+        return self._drafts.propose(self.tokens, room)
+
+    def missing_pages(self, tokens: int, page_size: int) -> int:
+        """Pages that the first `tokens` tokens need beyond those it has."""
+        return max(0, pages_for(tokens, page_size) - len(self.pages))
+
+    def start(self, slot: int, pages: tuple[int, ...], computed: int) -> None:
+        """Take a slot, with the pages that the prefix cache has."""
+        if self.tenure == 0:
+            self.cached_tokens = computed
+        self.state = SequenceState.RUNNING
+        self.slot, self.pages = slot, pages
+        self.tenure += 1
+        self.published, self.computed, self.pending = len(pages), computed, 0
+        self.has_drawn_here = False
+
+    def leave(self, state: SequenceState) -> None:
+        """Give slot and pages up."""
+        self.state = state
+        self.slot, self.pages = -1, ()
+        self.published = self.computed = self.pending = 0
