@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Activity", "statistics_of"]
+__all__ = ["Activity", "end_of", "statistics_of"]
 
 WINDOW_S = 10
 
@@ -44,6 +44,11 @@ class Activity:
 def statistics_of(engine: object) -> Any | None:
     """A snapshot of an engine that counts what happens in it, else None."""
     return engine.statistics() if isinstance(engine, _SelfCounting) else None
+
+
+def end_of(engine: object) -> str | None:
+    """Why an engine answers nothing any more; None while it does, or cannot say."""
+    return getattr(engine, "end", None)
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Send
 from typing_extensions import override
 
-from api.errors import InferenceDraining, KeyRejected, ServiceError
+from api.errors import InferenceDraining, InferenceUnavailable, KeyRejected, ServiceError
 from api.telemetry import get_logger
 from worker.inference.generation import Generations
 from worker.inference.metrics import InferenceMetrics
@@ -131,6 +131,8 @@ def _health_routes(pool: ModelPool, metrics: InferenceMetrics) -> APIRouter:
 
     @router.get("/health")
     async def health() -> dict[str, str]:
+        if any(entry.is_hung for entry in pool.entries()):
+            raise InferenceUnavailable("a model's engine hangs; the process must be started again")
         return {"status": "ok"}
 
     @router.get("/ready")

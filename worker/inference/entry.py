@@ -7,11 +7,13 @@ from enum import StrEnum
 
 from api.errors import ServiceError
 from engine.inference.engine import InferenceEngine
-from worker.inference.activity import Activity, statistics_of
+from worker.inference.activity import Activity, end_of, statistics_of
 from worker.inference.progress import LoadProgress, LoadStage
 
 __all__ = ["Entry", "HostedModel", "ModelFailed", "ModelLabels", "ModelStatus"]
 
+HUNG_S = 60.0
+"""No step takes so long, not even one that compiles kernels first."""
 RETRY_S = 30.0
 """A model that failed to load is not read and hashed again for every request."""
 
@@ -101,6 +103,17 @@ class Entry:
         """Whether nobody used it for so long."""
         is_unused = self.engine is not None and not self.users
         return is_unused and time.monotonic() - self.used_at >= seconds
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its engine broke for good."""
+        return self.engine is not None and end_of(self.engine) is not None
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether its engine has work and does not come round any more."""
+        found = statistics_of(self.engine)
+        return found is not None and found.running > 0 and found.beat_age_s > HUNG_S
 
     def load(self) -> tuple[int, int]:
         """Generations that run and that wait, by the engine's own count where it has one."""

@@ -16,10 +16,11 @@ from api.errors import (
     UnsupportedParameter,
 )
 from api.telemetry import get_logger
-from engine.errors import ContextLengthExceeded, EngineError, EngineOverloaded
+from engine.errors import ContextLengthExceeded, DeviceFailed, EngineError, EngineOverloaded
 from engine.inference.request import GenerationChunk, GenerationRequest, RequestInvalid
 from engine.inference.scoring import PromptScorer
 from engine.inference.steps import TokenLogprobs
+from worker.inference.activity import end_of
 from worker.inference.arrivals import Arrivals
 from worker.inference.metrics import InferenceMetrics
 from worker.inference.pool import ModelInUse, ModelPool
@@ -87,14 +88,9 @@ class Generations:
                     turns=self._turns,
                     cancelled=threading.Event(),
                 )
-                try:
-                    async with aclosing(run.batches()) as batches:
-                        async for batch in batches:
-                            yield batch
-                except InferenceUnavailable:
-                    # it said that it is closed although the pool holds it
-                    await self._pool.discard(model.engine)
-                    raise
+                async with aclosing(run.batches()) as batches:
+                    async for batch in batches:
+                        yield batch
 
     @contextmanager
     def _admit(self, count: int) -> Iterator[None]:
@@ -161,7 +157,10 @@ class _Run:
                 if batch:
                     yield batch
         except EngineError as error:
-            yield [error_record(error.code, error.message)]
+            # another replica, or this one after a new start, may well answer it
+            is_lost = isinstance(error, DeviceFailed) or end_of(self.model.engine) is not None
+            code = InferenceUnavailable.code if is_lost else error.code
+            yield [error_record(code, error.message)]
         except Exception:
             # a fault of one request is that request's end, not the process's
             log.exception("generation_failed")

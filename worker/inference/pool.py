@@ -121,19 +121,10 @@ class ModelPool:
         entry = self._entries.pop(artifact_id, None)
         if entry is None:
             return
-        closing = asyncio.create_task(entry.close())
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        closing = self._close(entry)
         # a load cannot be broken off in the middle of a file, and nobody waits for that
         if entry.loading.done():
             await closing
-
-    async def discard(self, engine: InferenceEngine) -> None:
-        """Drop a model whose engine is of no use any more; the next request loads it again."""
-        for artifact_id, entry in list(self._entries.items()):
-            if entry.engine is engine:
-                log.error("model_discarded", artifact_id=artifact_id)
-                await self.unload(artifact_id)
 
     async def unload_idle(self) -> None:
         """Drop models that nobody uses, for as long as the process runs."""
@@ -167,6 +158,11 @@ class ModelPool:
         if self._is_draining:
             raise InferenceDraining
         entry = self._entries.get(artifact_id)
+        if entry is not None and entry.is_lost:
+            # its device may be well again: nothing of the old engine is used
+            log.error("model_lost", artifact_id=artifact_id)
+            self._close(self._entries.pop(artifact_id))
+            entry = None
         if entry is None or entry.may_try_again(is_asked_again=is_asked_again):
             self._shelf.check(artifact_id)
             entry = Entry(artifact_id, next(self._ticks))
@@ -205,6 +201,12 @@ class ModelPool:
         while self._taken_bytes() > self._budget_bytes and await self._evict():
             pass
         return engine
+
+    def _close(self, entry: Entry) -> "asyncio.Task[None]":
+        closing = asyncio.create_task(entry.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        return closing
 
     async def _make_room(self, needed: int) -> None:
         if needed > self._budget_bytes:
