@@ -44,6 +44,10 @@ class FakeInference:
     cancelled: int = 0
     """Generations whose caller went away."""
     finished: int = 0
+    sent: int = 0
+    """Records that the connection took."""
+    load: int = 0
+    """Told with every answer."""
 
     def reset(self):
         """Forget everything but the address."""
@@ -62,7 +66,8 @@ def run_fake_inference():
         if fake.refusal is not None:
             status, body, headers = fake.refusal
             return JSONResponse(body, status, headers)
-        return StreamingResponse(_lines(fake), media_type="application/x-ndjson")
+        told = {"X-ABQ-Load": str(fake.load)}
+        return StreamingResponse(_lines(fake), headers=told, media_type="application/x-ndjson")
 
     @app.get("/models")
     def list_models() -> Response:
@@ -96,6 +101,7 @@ async def _lines(fake):
         await asyncio.sleep(fake.delay_s)
         for record in fake.records:
             yield json.dumps(record) + "\n"
+            fake.sent += 1
             await asyncio.sleep(fake.pause_s)
         fake.finished += 1
     except (asyncio.CancelledError, GeneratorExit):

@@ -65,7 +65,7 @@ class InferenceClient:
             InferenceUnavailable: if none of the services answers.
         """
         failure: ServiceError = InferenceUnavailable()
-        for replica in self._by_load():
+        for replica in self._least_busy_first():
             try:
                 return await replica.ask(path, body, request_id)
             except InferenceUnavailable as error:
@@ -84,7 +84,7 @@ class InferenceClient:
         """
         failure: ServiceError | None = None
         progress = _Progress()
-        for replica in self._by_load():
+        for replica in self._least_busy_first():
             try:
                 async with aclosing(replica.generate(body, request_id)) as batches:
                     async for batch in batches:
@@ -118,11 +118,14 @@ class InferenceClient:
             raise failure
         return answers
 
-    def _by_load(self) -> Iterator[Replica]:
-        """Each service once, the least busy first; of equals a different one every time."""
+    def _least_busy_first(self) -> Iterator[Replica]:
+        """Each service once, chosen when it is asked for; of equals a different one every time."""
         turn, count = next(self._turns), len(self._replicas)
-        turned = [self._replicas[(turn + place) % count] for place in range(count)]
-        return iter(sorted(turned, key=lambda each: (each.is_resting, each.load)))
+        left = [self._replicas[(turn + place) % count] for place in range(count)]
+        while left:
+            chosen = min(left, key=lambda each: (each.is_resting, each.load))
+            left.remove(chosen)
+            yield chosen
 
 
 class _Progress:
