@@ -23,6 +23,8 @@ class ServerSettings(_Group):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    drain_s: float = 15.0
+    """Generations that run may take so long when the process stops."""
 
 
 class DatabaseSettings(_Group):

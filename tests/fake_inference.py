@@ -35,6 +35,8 @@ class FakeInference:
             START, token("Hel"), token("lo", tokens=2), FINISH, END
         ]
     )  # fmt: skip
+    progress: dict = field(default_factory=dict)
+    """Further members of every model in the list."""
     refusal: tuple | None = None
     """Status, body and headers instead of records."""
     delay_s: float = 0.0
@@ -74,6 +76,7 @@ def run_fake_inference():
         return JSONResponse(
             [
                 {"artifact_id": each, "status": "ready", "error": None, "memory_bytes": 1000}
+                | fake.progress
                 for each in fake.loaded
             ]
         )

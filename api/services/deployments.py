@@ -31,6 +31,8 @@ __all__ = [
     "get_deployment",
     "list_deployments",
     "list_hosted",
+    "load_deployment",
+    "unload_deployment",
 ]
 
 log = get_logger(__name__)
@@ -91,6 +93,36 @@ def get_deployment(
     """
     with database.read() as session:
         deployment = artifacts.get_deployment(session, tenant_id, deployment_id)
+    return _show(deployment, _loaded(inference))
+
+
+def load_deployment(
+    database: Database, inference: InferenceClient, tenant_id: str, deployment_id: str
+) -> DeploymentOut:
+    """Have a model read into memory before the next request asks for it.
+
+    Raises:
+        DeploymentNotFound: there is none, or it is another tenant's.
+        ServiceError: no inference service takes it.
+    """
+    with database.read() as session:
+        deployment = artifacts.get_deployment(session, tenant_id, deployment_id)
+    inference.load(deployment.artifact_id)
+    return _show(deployment, _loaded(inference))
+
+
+def unload_deployment(
+    database: Database, inference: InferenceClient, tenant_id: str, deployment_id: str
+) -> DeploymentOut:
+    """Drop a model from memory; it stays hosted, and the next request loads it again.
+
+    Raises:
+        DeploymentNotFound: there is none, or it is another tenant's.
+        ServiceError: no inference service answers.
+    """
+    with database.read() as session:
+        deployment = artifacts.get_deployment(session, tenant_id, deployment_id)
+    inference.unload(deployment.artifact_id)
     return _show(deployment, _loaded(inference))
 
 

@@ -1,4 +1,4 @@
-"""What one API key may have at once and in a minute; counted in this process.
+"""What is let in: nothing while the process stops, and of one API key so much at once and a minute.
 
 Requests at once are counted as they come and go. Tokens are an allowance that fills up evenly, a
 minute's worth at most. A request is let in while any of it is left and pays when it ends, since
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from api.errors import RateLimited
+from api.errors import InferenceDraining, RateLimited
 from api.settings import LimitSettings
 
 __all__ = ["KeyLimits", "Slot"]
@@ -29,13 +29,27 @@ class KeyLimits:
         self._settings = settings
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
+        self.is_stopping = False
+        """Whether the process is about to stop."""
+
+    @property
+    def running(self) -> int:
+        """Requests of all keys that were let in and have not left."""
+        return sum(each.requests for each in self._accounts.values())
+
+    def stop(self) -> None:
+        """Let nobody in any more."""
+        self.is_stopping = True
 
     def enter(self, key_id: str) -> "Slot":
         """Let a request in; its slot must be left.
 
         Raises:
+            InferenceDraining: the process is about to stop.
             RateLimited: with `retry_after_s`.
         """
+        if self.is_stopping:
+            raise InferenceDraining
         account = self._refilled(key_id)
         most = self._settings.key_requests
         if account.requests >= most:

@@ -509,6 +509,20 @@ def test_deployments_are_made_shown_and_removed(hosting, inference):
     assert hosting.delete(named.headers["location"]).status_code == 200
 
 
+def test_a_model_leaves_memory_and_comes_back_while_it_stays_hosted(hosting, inference):
+    (deployment,) = hosting.get("/v1/deployments").json()["data"]
+    url = f"/v1/deployments/{deployment['id']}"
+
+    unloaded = hosting.post(f"{url}/unload")
+    inference.progress = {"status": "loading", "stage": "reading", "progress": 0.4}
+    loaded = hosting.post(f"{url}/load")
+
+    assert (unloaded.status_code, unloaded.json()["status"]) == (200, "idle")
+    assert (loaded.status_code, loaded.json()["status"]) == (202, "loading")
+    assert (loaded.json()["stage"], loaded.json()["progress"]) == ("reading", 0.4)
+    assert hosting.post("/v1/deployments/dep_none/load").status_code == 404
+
+
 def test_the_last_name_of_an_artifact_takes_it_out_of_memory(hosting, inference):
     (deployment,) = hosting.get("/v1/deployments").json()["data"]
     assert inference.loaded == [deployment["artifact_id"]]

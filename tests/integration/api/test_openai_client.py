@@ -208,7 +208,7 @@ def test_an_evaluation_harness_scores_the_model_over_the_endpoint(client, hostin
     prompts = [list(engine.text.encode(context + rest)) for context, rest in pairs]
     harness = SimpleNamespace(model="tiny")
 
-    asked = LocalCompletionsAPI._create_payload(harness, prompts)
+    asked = LocalCompletionsAPI._create_payload(harness, prompts)  # noqa: SLF001 - what it sends
     answer = client.completions.create(**asked).model_dump()
     found = LocalCompletionsAPI.parse_logprobs(
         answer, tokens=prompts, ctxlens=[len(context) for context, _ in pairs]
