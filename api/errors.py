@@ -12,7 +12,7 @@ __all__ = [
     "InferenceOverloaded", "InferenceUnavailable", "InvalidRequest", "JobNotFound",
     "JobStateConflict", "KeyMissing", "KeyNotFound", "KeyRejected", "ModelGated",
     "ModelLoading", "ModelNotFound", "ModelNotHosted", "ModelTooLarge", "QuotaExceeded",
-    "RangeNotSatisfiable", "RateLimited", "RevisionNotFound", "ScopeMissing", "ServiceError",
+    "RangeNotSatisfiable", "RevisionNotFound", "ScopeMissing", "ServiceError",
     "UnsupportedFormat", "UnsupportedParameter",
 ]  # fmt: skip
 
@@ -183,13 +183,6 @@ class QuotaExceeded(ServiceError):
     """Too many queued or running quantizations; wait for one to end."""
 
     code: ClassVar[str] = "quota_exceeded"
-    status: ClassVar[int] = 429
-
-
-class RateLimited(ServiceError):
-    """The API key has as much running as it may, or has used its tokens of this minute."""
-
-    code: ClassVar[str] = "rate_limit_exceeded"
     status: ClassVar[int] = 429
 
 

@@ -9,15 +9,23 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
-from api.errors import InferenceDraining, RateLimited
+from api.errors import InferenceDraining, ServiceError
 from api.settings import LimitSettings
 
-__all__ = ["KeyLimits", "Slot"]
+__all__ = ["KeyLimits", "RateLimited", "Slot"]
 
 MINUTE_S = 60.0
 BUSY_RETRY_S = 1
 """Nobody knows when one of the caller's own requests ends; soon is likely."""
+
+
+class RateLimited(ServiceError):
+    """The API key has as much running as it may, or has used its tokens of this minute."""
+
+    code: ClassVar[str] = "rate_limit_exceeded"
+    status: ClassVar[int] = 429
 
 
 class KeyLimits:

@@ -1,7 +1,6 @@
 import pytest
 
-from api.errors import RateLimited
-from api.services.limits import KeyLimits
+from api.services.limits import KeyLimits, RateLimited
 from api.settings import LimitSettings
 
 
