@@ -19,6 +19,7 @@ from api.schemas.chat import ChatCompletionRequest
 from api.schemas.completions import CompletionRequest
 from api.schemas.sampling import GenerationRequest
 from api.services.logprobs import Token, chat_logprobs, completion_logprobs
+from api.services.tally import Tally
 
 __all__ = ["AnswerShape", "Draft", "shape_of"]
 
@@ -45,16 +46,16 @@ class AnswerShape(Protocol):
     def whole(self, drafts: Sequence[Draft], usage: Usage) -> ChatCompletion | Completion:
         """The answer to a request that does not stream."""
 
-    def opening(self, usage: Usage) -> Iterator[Chunk]:
+    def opening(self, tally: Tally) -> Iterator[Chunk]:
         """Chunks ahead of the first text."""
 
-    def piece(self, index: int, text: str, tokens: Sequence[Token], usage: Usage) -> Chunk:
+    def piece(self, index: int, text: str, tokens: Sequence[Token], tally: Tally) -> Chunk:
         """The chunk of a piece of a choice's text."""
 
-    def finish(self, index: int, reason: str, usage: Usage) -> Chunk:
+    def finish(self, index: int, reason: str, tally: Tally) -> Chunk:
         """The chunk that says why a choice ended."""
 
-    def closing(self, usage: Usage) -> Iterator[Chunk]:
+    def closing(self, tally: Tally) -> Iterator[Chunk]:
         """Chunks behind the last choice: the counts, where asked for."""
 
 
@@ -80,11 +81,11 @@ class _Shape:
     created: int
     request: GenerationRequest
 
-    def closing(self, usage: Usage) -> Iterator[Chunk]:
+    def closing(self, tally: Tally) -> Iterator[Chunk]:
         if self.request.includes_usage:
-            yield self._chunk([], usage, is_last=True)
+            yield self._chunk([], tally, is_last=True)
 
-    def _chunk(self, choices: list[Chunk], usage: Usage, *, is_last: bool = False) -> Chunk:
+    def _chunk(self, choices: list[Chunk], tally: Tally, *, is_last: bool = False) -> Chunk:
         chunk: Chunk = {
             "id": self.id,
             "object": self._kind(),
@@ -93,7 +94,7 @@ class _Shape:
             "choices": choices,
         }
         if is_last or self.request.counts_along:
-            chunk["usage"] = usage.model_dump()
+            chunk["usage"] = tally.usage().model_dump()
         elif self.request.includes_usage:
             # every chunk has the member once the caller asked for it, all but the last as null
             chunk["usage"] = None
@@ -126,21 +127,21 @@ class _ChatShape(_Shape):
             usage=usage,
         )
 
-    def opening(self, usage: Usage) -> Iterator[Chunk]:
+    def opening(self, tally: Tally) -> Iterator[Chunk]:
         for index in range(self.request.n):
-            yield self._delta(index, {"role": "assistant", "content": ""}, usage)
+            yield self._delta(index, {"role": "assistant", "content": ""}, tally)
 
-    def piece(self, index: int, text: str, tokens: Sequence[Token], usage: Usage) -> Chunk:
-        return self._delta(index, {"content": text}, usage, tokens=tokens)
+    def piece(self, index: int, text: str, tokens: Sequence[Token], tally: Tally) -> Chunk:
+        return self._delta(index, {"content": text}, tally, tokens=tokens)
 
-    def finish(self, index: int, reason: str, usage: Usage) -> Chunk:
-        return self._delta(index, {}, usage, finish_reason=reason)
+    def finish(self, index: int, reason: str, tally: Tally) -> Chunk:
+        return self._delta(index, {}, tally, finish_reason=reason)
 
     def _delta(
         self,
         index: int,
         delta: dict[str, str],
-        usage: Usage,
+        tally: Tally,
         *,
         tokens: Sequence[Token] = (),
         finish_reason: str | None = None,
@@ -151,7 +152,7 @@ class _ChatShape(_Shape):
             "logprobs": chat_logprobs(tokens).model_dump() if tokens else None,
             "finish_reason": finish_reason,
         }
-        return self._chunk([choice], usage)
+        return self._chunk([choice], tally)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,25 +182,25 @@ class _TextShape(_Shape):
             usage=usage,
         )
 
-    def opening(self, usage: Usage) -> Iterator[Chunk]:
+    def opening(self, tally: Tally) -> Iterator[Chunk]:
         yield from ()
 
-    def piece(self, index: int, text: str, tokens: Sequence[Token], usage: Usage) -> Chunk:
+    def piece(self, index: int, text: str, tokens: Sequence[Token], tally: Tally) -> Chunk:
         logprobs = None
         if self.has_logprobs:
             offset = self.offsets.get(index, 0)
             logprobs = completion_logprobs(tokens, offset).model_dump()
             self.offsets[index] = offset + sum(len(each["token"]) for each in tokens)
-        return self._piece(index, text, usage, logprobs=logprobs)
+        return self._piece(index, text, tally, logprobs=logprobs)
 
-    def finish(self, index: int, reason: str, usage: Usage) -> Chunk:
-        return self._piece(index, "", usage, finish_reason=reason)
+    def finish(self, index: int, reason: str, tally: Tally) -> Chunk:
+        return self._piece(index, "", tally, finish_reason=reason)
 
     def _piece(
         self,
         index: int,
         text: str,
-        usage: Usage,
+        tally: Tally,
         *,
         logprobs: Chunk | None = None,
         finish_reason: str | None = None,
@@ -207,4 +208,4 @@ class _TextShape(_Shape):
         choice = {
             "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason
         }  # fmt: skip
-        return self._chunk([choice], usage)
+        return self._chunk([choice], tally)

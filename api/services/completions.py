@@ -101,7 +101,7 @@ class Generation:
     async def stream(self) -> AsyncGenerator[bytes]:
         """Give server-sent events; a fault after the start is an event too."""
         try:
-            for chunk in self.shape.opening(self.tally.usage()):
+            for chunk in self.shape.opening(self.tally):
                 yield _event(chunk)
             yield self._events(self.first)
             async with aclosing(_with_pauses(self.rest, KEEP_ALIVE_S)) as batches:
@@ -140,14 +140,13 @@ class Generation:
 
     def _chunks(self, record: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
         self.tally.add(record)
-        usage = self.tally.usage()
         match record["type"]:
             case "finish":
-                return [self.shape.finish(record["index"], record["finish_reason"], usage)]
+                return [self.shape.finish(record["index"], record["finish_reason"], self.tally)]
             case "end":
-                return list(self.shape.closing(usage))
+                return list(self.shape.closing(self.tally))
             case _:
-                return [self.shape.piece(*piece, usage) for piece in _pieces(record)]
+                return [self.shape.piece(*piece, self.tally) for piece in _pieces(record)]
 
 
 def _pieces(record: Mapping[str, Any]) -> list[tuple[int, str, Sequence[Mapping[str, Any]]]]:
