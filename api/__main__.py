@@ -2,9 +2,12 @@
 
 import json
 import sys
+import time
+from types import FrameType
 
 import uvicorn
 from sqlalchemy.exc import OperationalError, ProgrammingError
+from typing_extensions import override
 
 from api.app import create_app
 from api.db.connection import Database
@@ -14,14 +17,42 @@ from api.queue import create_celery
 from api.routes.interface import Interface
 from api.services.inference import InferenceClient
 from api.services.keys import create_first_key
+from api.services.limits import KeyLimits
 from api.settings import Settings
 from api.storage.local import create_store
 from api.telemetry import configure_logging
 
 __all__ = ["main"]
 
-SHUTDOWN_S = 5
+SHUTDOWN_S = 3
 """Open streams are cut after this; readers of events come back with `Last-Event-ID`."""
+
+
+class DrainingServer(uvicorn.Server):
+    """Finishes the generations that run before it stops; meanwhile it is not ready."""
+
+    def __init__(self, config: uvicorn.Config, limits: KeyLimits, *, drain_s: float) -> None:
+        super().__init__(config)
+        self._limits = limits
+        self._drain_s = drain_s
+        self._drain_until: float | None = None
+
+    @override
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Start to drain; a second signal stops at once."""
+        if self._drain_until is not None or not self.started:
+            super().handle_exit(sig, frame)
+            return
+        self._drain_until = time.monotonic() + self._drain_s
+        self._limits.stop()
+
+    @override
+    async def on_tick(self, counter: int) -> bool:
+        """Let uvicorn stop once nothing runs any more, or the time is over."""
+        if self._drain_until is not None:
+            is_idle = self._limits.running == 0
+            self.should_exit |= is_idle or time.monotonic() >= self._drain_until
+        return await super().on_tick(counter)
 
 
 def main() -> None:
@@ -41,7 +72,7 @@ def main() -> None:
         celery=create_celery(settings),
         inference=InferenceClient(settings.inference),
     )
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.server.host,
         port=settings.server.port,
@@ -49,6 +80,7 @@ def main() -> None:
         access_log=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
+    DrainingServer(config, app.state.ports.limits, drain_s=settings.server.drain_s).run()
 
 
 def _prepare(settings: Settings, database: Database) -> None:

@@ -14,12 +14,13 @@ from api.deps import Ports
 from api.dispatch import Dispatcher
 from api.errors import BodyTooLarge, ServiceError
 from api.hub.base import ModelHub
-from api.problems import error_response, install_error_handlers
+from api.problems import error_response, install_error_handlers, is_openai_path
 from api.routes.interface import Interface
 from api.services.events import EventFeed
 from api.services.health import JobCollector
 from api.services.inference import InferenceClient
-from api.settings import Settings
+from api.services.limits import KeyLimits
+from api.settings import LimitSettings, Settings
 from api.storage.base import ObjectStore
 from api.telemetry import Metrics, bind_context, get_logger
 
@@ -48,6 +49,7 @@ def create_app(
         store=store,
         hub=hub,
         inference=inference,
+        limits=KeyLimits(settings.limits),
         feed=EventFeed(database),
         metrics=Metrics(JobCollector(database)),
     )
@@ -55,7 +57,7 @@ def create_app(
     app.state.ports = ports
     install_error_handlers(app)
     # the last one added is the outermost
-    app.add_middleware(BodyLimit, limit_bytes=settings.limits.request_bytes)
+    app.add_middleware(BodyLimit, limits=settings.limits)
     app.add_middleware(RequestTelemetry, metrics=ports.metrics)
     return app
 
@@ -63,18 +65,20 @@ def create_app(
 class BodyLimit:
     """Reads bodies up to a limit before the app sees them; larger ones are answered with 413."""
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, limits: LimitSettings) -> None:
         self._app = app
-        self._limit_bytes = limit_bytes
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = await self._read(receive)
+        is_prompt = is_openai_path(scope["path"])
+        limit = self._limits.prompt_bytes if is_prompt else self._limits.request_bytes
+        body = await self._read(receive, limit)
         if body is None:
-            error = BodyTooLarge(f"The body has more than {self._limit_bytes} bytes.")
+            error = BodyTooLarge(f"The body has more than {limit} bytes.")
             await error_response(scope, error)(scope, receive, send)
             return
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -84,12 +88,12 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
+    async def _read(self, receive: Receive, limit: int) -> bytes | None:
         body = bytearray()
         while True:
             message = await receive()
             body += message.get("body", b"")
-            if len(body) > self._limit_bytes:
+            if len(body) > limit:
                 return None
             if not message.get("more_body", False):
                 return bytes(body)

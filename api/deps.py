@@ -12,8 +12,10 @@ from api.db.repositories.pages import MAX_PAGE, Cursor
 from api.errors import ScopeMissing
 from api.hub.base import ModelHub
 from api.schemas.keys import Scope
+from api.services.completions import Hosting
 from api.services.events import EventFeed
 from api.services.inference import InferenceClient
+from api.services.limits import KeyLimits
 from api.services.quantizations import QuantizationDesk
 from api.settings import Settings
 from api.storage.base import ObjectStore
@@ -25,6 +27,7 @@ __all__ = [
     "DatabaseDep",
     "DeployWriter",
     "DeskDep",
+    "HostingDep",
     "InferInvoker",
     "InferenceDep",
     "KeysAdmin",
@@ -47,6 +50,7 @@ class Ports:
     store: ObjectStore
     hub: ModelHub
     inference: InferenceClient
+    limits: KeyLimits
     feed: EventFeed
     metrics: Metrics
 
@@ -88,6 +92,11 @@ def get_inference(ports: PortsDep) -> InferenceClient:
     return ports.inference
 
 
+def get_hosting(ports: PortsDep) -> Hosting:
+    """What generations need."""
+    return Hosting(database=ports.database, inference=ports.inference, limits=ports.limits)
+
+
 def get_desk(ports: PortsDep) -> QuantizationDesk:
     """Where quantization requests are judged and queued."""
     return QuantizationDesk(database=ports.database, hub=ports.hub, settings=ports.settings)
@@ -105,6 +114,7 @@ def get_cursor(
 DatabaseDep = Annotated[Database, Depends(get_database)]
 StoreDep = Annotated[ObjectStore, Depends(get_store)]
 InferenceDep = Annotated[InferenceClient, Depends(get_inference)]
+HostingDep = Annotated[Hosting, Depends(get_hosting)]
 DeskDep = Annotated[QuantizationDesk, Depends(get_desk)]
 CursorDep = Annotated[Cursor, Depends(get_cursor)]
 

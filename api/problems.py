@@ -21,7 +21,9 @@ from engine.errors import SpecError
 
 __all__ = ["error_response", "install_error_handlers", "is_openai_path"]
 
-OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+OPENAI_PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/detokenize", "/v1/models", "/v1/tokenize"
+)  # fmt: skip
 TYPE_ROOT = "urn:abq:problem:"
 DOC_ROOT = "/problems/"
 RETRY_AFTER_S = 5

@@ -23,6 +23,8 @@ class ServerSettings(_Group):
 
     host: str = "127.0.0.1"
     port: int = 8000
+    drain_s: float = 15.0
+    """Generations that run may take so long when the process stops."""
 
 
 class DatabaseSettings(_Group):
@@ -67,6 +69,12 @@ class LimitSettings(_Group):
     max_parameters: int = 80_000_000_000
     max_source_bytes: int = 200 * GIB
     request_bytes: int = 256 * 1024
+    prompt_bytes: int = 4 * 1024 * 1024
+    """The same for requests to hosted models, which carry whole documents."""
+    key_requests: int = 64
+    """Generations of one API key at a time; each API process counts for itself."""
+    key_tokens_per_minute: int = 1_000_000
+    """Tokens of one API key, read and generated."""
     active_jobs: int = 100
     """Queued and running jobs of one tenant."""
     disk_reserve: float = 0.1
@@ -94,11 +102,20 @@ class InferenceSettings(_Group):
     """The inference service behind the deployments."""
 
     url: str = "http://127.0.0.1:8001"
+    replica_urls: tuple[str, ...] = ()
+    """Further services with the same artifacts; each request goes to the least busy one."""
     token: SecretStr | None = None
     """Shared secret between API and inference service."""
     memory_bytes: int = 8 * GIB
     """Loaded models beyond this evict the least recently used."""
+    idle_unload_s: float | None = 3600.0
+    """A model that nobody asked for this long leaves memory; None keeps it."""
+    max_running: int = 4
+    """Generations handed to the models at once; the others wait."""
     max_waiting: int = 32
+    """Generations that wait; more are refused with 503."""
+    drain_s: float = 25.0
+    """What runs may take so long when the process stops; below the 30 s of most containers."""
     device: str | None = None
     threads: int | None = None
     load_timeout_s: float = 600.0

@@ -11,7 +11,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from tests.running_api import run_app
 
 START = {"type": "start", "prompt_tokens": 3}
-END = {"type": "end", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2}
+FINISH = {"type": "finish", "index": 0, "finish_reason": "stop"}
+END = {"type": "end", "prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 1}
+
+
+def token(text, index=0, tokens=1, **fields):
+    """A piece of an answer."""
+    return {"type": "token", "index": index, "text": text, "tokens": tokens, **fields}
 
 
 @dataclass
@@ -26,9 +32,11 @@ class FakeInference:
     """Artifact ids, as `GET /models` lists them."""
     records: list = field(
         default_factory=lambda: [
-            START, {"type": "token", "text": "Hel"}, {"type": "token", "text": "lo"}, END
+            START, token("Hel"), token("lo", tokens=2), FINISH, END
         ]
     )  # fmt: skip
+    progress: dict = field(default_factory=dict)
+    """Further members of every model in the list."""
     refusal: tuple | None = None
     """Status, body and headers instead of records."""
     delay_s: float = 0.0
@@ -38,6 +46,14 @@ class FakeInference:
     cancelled: int = 0
     """Generations whose caller went away."""
     finished: int = 0
+    sent: int = 0
+    """Records that the connection took."""
+    load: int = 0
+    """Told with every answer."""
+
+    def reset(self):
+        """Forget everything but the address."""
+        vars(self).update(vars(FakeInference(url=self.url)))
 
 
 @contextmanager
@@ -52,13 +68,15 @@ def run_fake_inference():
         if fake.refusal is not None:
             status, body, headers = fake.refusal
             return JSONResponse(body, status, headers)
-        return StreamingResponse(_lines(fake), media_type="application/x-ndjson")
+        told = {"X-ABQ-Load": str(fake.load)}
+        return StreamingResponse(_lines(fake), headers=told, media_type="application/x-ndjson")
 
     @app.get("/models")
     def list_models() -> Response:
         return JSONResponse(
             [
                 {"artifact_id": each, "status": "ready", "error": None, "memory_bytes": 1000}
+                | fake.progress
                 for each in fake.loaded
             ]
         )
@@ -86,6 +104,7 @@ async def _lines(fake):
         await asyncio.sleep(fake.delay_s)
         for record in fake.records:
             yield json.dumps(record) + "\n"
+            fake.sent += 1
             await asyncio.sleep(fake.pause_s)
         fake.finished += 1
     except (asyncio.CancelledError, GeneratorExit):

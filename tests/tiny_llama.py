@@ -38,6 +38,12 @@ def save_tiny_llama(
     return folder
 
 
+def save_tiny_tokenizer(folder: Path) -> Path:
+    """Write the tokenizer alone."""
+    _byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))

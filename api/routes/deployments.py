@@ -1,7 +1,7 @@
 """`/v1/deployments`: host results under a model name."""
 
 from fastapi import APIRouter, Request, Response
-from starlette.status import HTTP_201_CREATED
+from starlette.status import HTTP_201_CREATED, HTTP_202_ACCEPTED
 
 from api.deps import CursorDep, DatabaseDep, DeployWriter, InferenceDep
 from api.routes.links import link_to_next
@@ -49,6 +49,22 @@ def get_deployment(
 ) -> DeploymentOut:
     """Read a deployment and whether its model is in memory."""
     return deployments.get_deployment(database, inference, principal.tenant_id, deployment_id)
+
+
+@router.post("/{deployment_id}/load", status_code=HTTP_202_ACCEPTED)
+def load_deployment(
+    deployment_id: str, database: DatabaseDep, inference: InferenceDep, principal: DeployWriter
+) -> DeploymentOut:
+    """Have the model read into memory; `stage` and `progress` say how far it is."""
+    return deployments.load_deployment(database, inference, principal.tenant_id, deployment_id)
+
+
+@router.post("/{deployment_id}/unload")
+def unload_deployment(
+    deployment_id: str, database: DatabaseDep, inference: InferenceDep, principal: DeployWriter
+) -> DeploymentOut:
+    """Drop the model from memory; the next request loads it again."""
+    return deployments.unload_deployment(database, inference, principal.tenant_id, deployment_id)
 
 
 @router.delete("/{deployment_id}")

@@ -21,8 +21,10 @@ def check_health() -> Health:
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
 def check_readiness(response: Response, ports: PortsDep) -> Readiness:
-    """Say whether requests can be served: the database answers and the store takes files."""
-    readiness = health.check_readiness(ports.database, ports.inference)
+    """Say whether requests can be served: the database answers and the process is to go on."""
+    readiness = health.check_readiness(
+        ports.database, ports.inference, is_stopping=ports.limits.is_stopping
+    )
     response.status_code = 200 if readiness.is_ready else 503
     return readiness
 

@@ -1,232 +1,77 @@
-"""Requests and answers of the OpenAI-compatible routes, with OpenAI's names and defaults.
+"""Texts to continue as clients send them."""
 
-A field that would change the output and is not supported is refused by name; it is accepted only
-with the value that means "not used".
-"""
+from typing import Annotated, Self
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from pydantic import BeforeValidator, Field, model_validator
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
-from typing_extensions import override
+from api.errors import InvalidRequest
+from api.schemas.sampling import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
 
-from api.db.tables.artifacts import Deployment
-from api.schemas.base import Schema
+__all__ = ["CompletionRequest", "Prompt"]
 
-__all__ = [
-    "ChatChoice",
-    "ChatCompletion",
-    "ChatCompletionRequest",
-    "ChatMessage",
-    "Completion",
-    "CompletionChoice",
-    "CompletionRequest",
-    "GenerationRequest",
-    "HostedModel",
-    "Usage",
-]
+MAX_PROMPTS = 256
+MAX_CHARACTERS = 4_194_304
+SHAPES = "write a text, a list of texts, a list of token ids or a list of such lists"
 
-MAX_STOPS = 4
-UNUSED: Mapping[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0, 0.0),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "modalities": (None, ["text"]),
-    "n": (None, 1),
-    "parallel_tool_calls": (None, True, False),
-    "presence_penalty": (None, 0, 0.0),
-    "response_format": (None, {"type": "text"}),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-}
-"""Fields of OpenAI's that are not supported, and the values with which they change nothing."""
+Prompt = str | tuple[int, ...]
+"""A text, or the ids of its tokens."""
 
 
-def read_text(value: object) -> object:
-    """Join the text parts of a message into one text."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("write a text or a list of text parts")  # noqa: TRY004 - for pydantic
-    texts = []
-    for part in value:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise ValueError("only parts of the type text are supported")
-        texts.append(str(part.get("text", "")))
-    return "".join(texts)
+def read_prompts(value: object) -> tuple[Prompt, ...]:
+    """Make a list of prompts of any of OpenAI's four shapes."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(SHAPES)
+    if _are_ids(value):
+        return (tuple(value),)
+    if not all(isinstance(each, str) or (each and _are_ids(each)) for each in value):
+        raise ValueError(SHAPES)
+    if len({isinstance(each, str) for each in value}) > 1:
+        raise ValueError("write texts or token ids, not both in one request")
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"use up to {MAX_PROMPTS} prompts in one request")
+    return tuple(each if isinstance(each, str) else tuple(each) for each in value)
 
 
-def read_stops(value: object) -> object:
-    """Make a list of one stop text."""
-    return (value,) if isinstance(value, str) else value or ()
-
-
-class ChatMessage(Schema):
-    """A turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        str, BeforeValidator(read_text, json_schema_input_type=str | list[dict[str, str]])
-    ]
-
-
-class StreamOptions(Schema):
-    """How a stream ends."""
-
-    include_usage: bool = False
-
-
-class GenerationRequest(Schema):
-    """What chat and plain completions share."""
-
-    model: str = Field(min_length=1, max_length=200)
-    max_tokens: int | None = Field(default=None, ge=1, le=1_048_576)
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Not OpenAI's, but every local server has it."""
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[
-        tuple[str, ...],
-        BeforeValidator(read_stops, json_schema_input_type=str | list[str] | None),
-        Field(max_length=MAX_STOPS),
-    ] = ()
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_unused(cls, record: object) -> object:
-        """Drop fields whose values change nothing; what is left over is refused by name."""
-        if not isinstance(record, Mapping):
-            return record
-        return {
-            name: value
-            for name, value in record.items()
-            if name in cls.model_fields or not _is_unused(str(name), value)
-        }
-
-    @property
-    def token_limit(self) -> int | None:
-        """The most tokens to generate; None leaves it to the model's context."""
-        return self.max_tokens
-
-    @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
-class ChatCompletionRequest(GenerationRequest):
-    """A conversation to continue."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "SmolLM2-135M-Instruct-w4a8",
-                    "messages": [{"role": "user", "content": "What is the capital of France?"}],
-                    "stream": True,
-                }
-            ]
-        }
-    )
-
-    messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=2048)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=1_048_576)
-
-    @property
-    @override
-    def token_limit(self) -> int | None:
-        """The newer name wins."""
-        return self.max_completion_tokens or self.max_tokens
+def read_count(value: object) -> object:
+    """Take false for nothing: to Python it is the number 0, which asks for something."""
+    if value is True:
+        raise ValueError("write how many of the likeliest tokens to tell, 0 to 20")
+    return None if value is False else value
 
 
 class CompletionRequest(GenerationRequest):
-    """A text to continue."""
+    """Texts to continue, each by itself."""
 
-    prompt: str = Field(max_length=4_194_304)
-    max_tokens: int | None = Field(default=16, ge=1, le=1_048_576)
+    prompt: Annotated[
+        tuple[Annotated[str, Field(max_length=MAX_CHARACTERS)] | tuple[int, ...], ...],
+        BeforeValidator(
+            read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+        ),
+    ]
+    max_tokens: int | None = Field(default=16, ge=0, le=MAX_TOKENS)
+    """0 only together with `echo`: then the prompt is scored and nothing generated."""
+    logprobs: Annotated[
+        int | None,
+        BeforeValidator(read_count, json_schema_input_type=int | None),
+        Field(ge=0, le=MAX_TOP_LOGPROBS),
+    ] = None
+    """How many of the likeliest tokens are told beside each token."""
+    echo: bool = False
+    """Whether the answer starts with the prompt, and its log-probabilities where asked for."""
 
-
-class Usage(Schema):
-    """Counted tokens."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ChatChoice(Schema):
-    """The one answer."""
-
-    index: int = 0
-    message: ChatMessage
-    logprobs: None = None
-    finish_reason: str
-
-
-class ChatCompletion(Schema):
-    """A conversation's next turn."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: tuple[ChatChoice, ...]
-    usage: Usage
+    @model_validator(mode="after")
+    def _check_token_limit(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest(
+                "max_tokens = 0 is not possible without echo: use at least 1", param="max_tokens"
+            )
+        return self
 
 
-class CompletionChoice(Schema):
-    """The one continuation."""
-
-    index: int = 0
-    text: str
-    logprobs: None = None
-    finish_reason: str
-
-
-class Completion(Schema):
-    """A text's continuation."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: tuple[CompletionChoice, ...]
-    usage: Usage
-
-
-class HostedModel(Schema):
-    """A model that can be asked for completions."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "abq"
-    artifact_id: str
-
-    @classmethod
-    def of(cls, deployment: Deployment) -> Self:
-        """Show a deployment as a model."""
-        return cls(
-            id=deployment.name,
-            created=int(deployment.created_at.timestamp()),
-            artifact_id=deployment.artifact_id,
-        )
-
-
-def _is_unused(name: str, value: object) -> bool:
-    # by type too: `logprobs: 0` of a plain completion asks for something, `false` does not
-    return any(value == each and type(value) is type(each) for each in UNUSED.get(name, ()))
+def _are_ids(value: object) -> bool:
+    # a bool is an int to Python, and no token
+    return isinstance(value, list | tuple) and all(
+        isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value
+    )

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -51,7 +51,20 @@ class DeploymentOut(Schema):
     artifact_id: str
     status: DeploymentStatus
     error: str | None
+    stage: str | None = None
+    """Of a model being loaded: queued, verifying, reading or warming_up."""
+    progress: float | None = None
+    """How much of loading is done, 0 to 1."""
     memory_bytes: int | None
+    """Of all replicas."""
+    replicas: int | None = None
+    """Inference services that have it ready."""
+    running: int | None = None
+    """Generations that run on it."""
+    waiting: int | None = None
+    """Generations that wait for it."""
+    tokens_per_s: float | None = None
+    """Generated in the last seconds, by all requests together."""
     created_at: datetime
 
     @classmethod
@@ -59,17 +72,14 @@ class DeploymentOut(Schema):
         cls,
         deployment: Deployment,
         status: DeploymentStatus,
-        *,
-        error: str | None = None,
-        memory_bytes: int | None = None,
+        **told: Any,
     ) -> Self:
-        """Show a deployment and what the inference service says of it."""
+        """Show a deployment; keywords are what the inference services say of it."""
         return cls(
             id=deployment.id,
             name=deployment.name,
             artifact_id=deployment.artifact_id,
             status=status,
-            error=error,
-            memory_bytes=memory_bytes,
+            **{"error": None, "memory_bytes": None, **told},
             created_at=deployment.created_at,
         )

@@ -1,47 +1,78 @@
 """OpenAI's shapes of one generation: the whole answer, and the chunks of a stream."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from typing_extensions import override
+
 from api.db.base import new_id
-from api.schemas.completions import (
+from api.schemas.answers import (
+    AnswerMessage,
     ChatChoice,
     ChatCompletion,
-    ChatCompletionRequest,
-    ChatMessage,
     Completion,
     CompletionChoice,
-    GenerationRequest,
     Usage,
 )
+from api.schemas.chat import ChatCompletionRequest
+from api.schemas.completions import CompletionRequest
+from api.schemas.sampling import GenerationRequest
+from api.services.logprobs import Token, chat_logprobs, completion_logprobs
+from api.services.tally import Tally
 
-__all__ = ["AnswerShape", "shape_of"]
+__all__ = ["AnswerShape", "Draft", "shape_of"]
 
 Chunk = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Draft:
+    """One choice as it grows."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """All of it so far."""
+        return "".join(self.texts)
 
 
 class AnswerShape(Protocol):
     """Writes text and counts the way one route answers."""
 
-    def whole(self, text: str, end: Mapping[str, Any]) -> ChatCompletion | Completion:
-        """The answer to a request that does not stream; `end` is the last record."""
+    def whole(self, drafts: Sequence[Draft], usage: Usage) -> ChatCompletion | Completion:
+        """The answer to a request that does not stream."""
 
-    def opening(self) -> Iterator[Chunk]:
+    def opening(self, tally: Tally) -> Iterator[Chunk]:
         """Chunks ahead of the first text."""
 
-    def text(self, text: str) -> Chunk:
-        """The chunk of a piece of text."""
+    def piece(self, index: int, text: str, tokens: Sequence[Token], tally: Tally) -> Chunk:
+        """The chunk of a piece of a choice's text."""
 
-    def closing(self, end: Mapping[str, Any]) -> Iterator[Chunk]:
-        """Chunks behind the last text: why it ended and, where asked, the counts."""
+    def finish(self, index: int, reason: str, tally: Tally) -> Chunk:
+        """The chunk that says why a choice ended."""
+
+    def closing(self, tally: Tally) -> Iterator[Chunk]:
+        """Chunks behind the last choice: the counts, where asked for."""
 
 
 def shape_of(request: GenerationRequest, created: int) -> AnswerShape:
     """Choose the shape that a request is answered in; `created` is in seconds since 1970."""
-    if isinstance(request, ChatCompletionRequest):
-        return _ChatShape(id=new_id("chatcmpl"), created=created, request=request)
-    return _TextShape(id=new_id("cmpl"), created=created, request=request)
+    match request:
+        case ChatCompletionRequest():
+            return _ChatShape(id=new_id("chatcmpl"), created=created, request=request)
+        case CompletionRequest():
+            return _TextShape(
+                id=new_id("cmpl"),
+                created=created,
+                request=request,
+                has_logprobs=request.logprobs is not None,
+            )
+        case _:
+            raise TypeError(type(request))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,81 +81,131 @@ class _Shape:
     created: int
     request: GenerationRequest
 
-    def _chunk(self, kind: str, choices: list[dict[str, Any]], usage: Usage | None) -> Chunk:
+    def closing(self, tally: Tally) -> Iterator[Chunk]:
+        if self.request.includes_usage:
+            yield self._chunk([], tally, is_last=True)
+
+    def _chunk(self, choices: list[Chunk], tally: Tally, *, is_last: bool = False) -> Chunk:
         chunk: Chunk = {
             "id": self.id,
-            "object": kind,
+            "object": self._kind(),
             "created": self.created,
             "model": self.request.model,
             "choices": choices,
         }
-        if self.request.includes_usage:
+        if is_last or self.request.counts_along:
+            chunk["usage"] = tally.usage().model_dump()
+        elif self.request.includes_usage:
             # every chunk has the member once the caller asked for it, all but the last as null
-            chunk["usage"] = usage.model_dump() if usage else None
+            chunk["usage"] = None
         return chunk
+
+    def _kind(self) -> str:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ChatShape(_Shape):
-    def whole(self, text: str, end: Mapping[str, Any]) -> ChatCompletion:
-        message = ChatMessage(role="assistant", content=text)
-        choice = ChatChoice(message=message, finish_reason=end["finish_reason"])
+    @override
+    def _kind(self) -> str:
+        return "chat.completion.chunk"
+
+    def whole(self, drafts: Sequence[Draft], usage: Usage) -> ChatCompletion:
         return ChatCompletion(
             id=self.id,
             created=self.created,
             model=self.request.model,
-            choices=(choice,),
-            usage=_usage(end),
+            choices=tuple(
+                ChatChoice(
+                    index=index,
+                    message=AnswerMessage(content=draft.text),
+                    logprobs=chat_logprobs(draft.tokens) if draft.tokens else None,
+                    finish_reason=draft.finish_reason,
+                )
+                for index, draft in enumerate(drafts)
+            ),
+            usage=usage,
         )
 
-    def opening(self) -> Iterator[Chunk]:
-        yield self._delta({"role": "assistant", "content": ""})
+    def opening(self, tally: Tally) -> Iterator[Chunk]:
+        for index in range(self.request.n):
+            yield self._delta(index, {"role": "assistant", "content": ""}, tally)
 
-    def text(self, text: str) -> Chunk:
-        return self._delta({"content": text})
+    def piece(self, index: int, text: str, tokens: Sequence[Token], tally: Tally) -> Chunk:
+        return self._delta(index, {"content": text}, tally, tokens=tokens)
 
-    def closing(self, end: Mapping[str, Any]) -> Iterator[Chunk]:
-        yield self._delta({}, end["finish_reason"])
-        if self.request.includes_usage:
-            yield self._chunk("chat.completion.chunk", [], _usage(end))
+    def finish(self, index: int, reason: str, tally: Tally) -> Chunk:
+        return self._delta(index, {}, tally, finish_reason=reason)
 
-    def _delta(self, delta: dict[str, str], finish_reason: str | None = None) -> Chunk:
+    def _delta(
+        self,
+        index: int,
+        delta: dict[str, str],
+        tally: Tally,
+        *,
+        tokens: Sequence[Token] = (),
+        finish_reason: str | None = None,
+    ) -> Chunk:
         choice = {
-            "index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason
-        }  # fmt: skip
-        return self._chunk("chat.completion.chunk", [choice], None)
+            "index": index,
+            "delta": delta,
+            "logprobs": chat_logprobs(tokens).model_dump() if tokens else None,
+            "finish_reason": finish_reason,
+        }
+        return self._chunk([choice], tally)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TextShape(_Shape):
-    def whole(self, text: str, end: Mapping[str, Any]) -> Completion:
-        choice = CompletionChoice(text=text, finish_reason=end["finish_reason"])
+    has_logprobs: bool
+    offsets: dict[int, int] = field(default_factory=dict)
+    """Characters of each choice's tokens that are out, where log-probabilities are."""
+
+    @override
+    def _kind(self) -> str:
+        return "text_completion"
+
+    def whole(self, drafts: Sequence[Draft], usage: Usage) -> Completion:
         return Completion(
             id=self.id,
             created=self.created,
             model=self.request.model,
-            choices=(choice,),
-            usage=_usage(end),
+            choices=tuple(
+                CompletionChoice(
+                    index=index,
+                    text=draft.text,
+                    logprobs=completion_logprobs(draft.tokens, 0) if self.has_logprobs else None,
+                    finish_reason=draft.finish_reason,
+                )
+                for index, draft in enumerate(drafts)
+            ),
+            usage=usage,
         )
 
-    def opening(self) -> Iterator[Chunk]:
+    def opening(self, tally: Tally) -> Iterator[Chunk]:
         yield from ()
 
-    def text(self, text: str) -> Chunk:
-        return self._piece(text)
+    def piece(self, index: int, text: str, tokens: Sequence[Token], tally: Tally) -> Chunk:
+        logprobs = None
+        if self.has_logprobs:
+            offset = self.offsets.get(index, 0)
+            logprobs = completion_logprobs(tokens, offset).model_dump()
+            self.offsets[index] = offset + sum(len(each["token"]) for each in tokens)
+        return self._piece(index, text, tally, logprobs=logprobs)
 
-    def closing(self, end: Mapping[str, Any]) -> Iterator[Chunk]:
-        yield self._piece("", end["finish_reason"])
-        if self.request.includes_usage:
-            yield self._chunk("text_completion", [], _usage(end))
+    def finish(self, index: int, reason: str, tally: Tally) -> Chunk:
+        return self._piece(index, "", tally, finish_reason=reason)
 
-    def _piece(self, text: str, finish_reason: str | None = None) -> Chunk:
-        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-        return self._chunk("text_completion", [choice], None)
-
-
-def _usage(end: Mapping[str, Any]) -> Usage:
-    prompt, completion = end["prompt_tokens"], end["completion_tokens"]
-    return Usage(
-        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
-    )
+    def _piece(
+        self,
+        index: int,
+        text: str,
+        tally: Tally,
+        *,
+        logprobs: Chunk | None = None,
+        finish_reason: str | None = None,
+    ) -> Chunk:
+        choice = {
+            "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason
+        }  # fmt: skip
+        return self._chunk([choice], tally)

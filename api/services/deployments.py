@@ -17,8 +17,8 @@ from api.errors import (
     ModelNotHosted,
     ServiceError,
 )
+from api.schemas.answers import HostedModel
 from api.schemas.base import Page
-from api.schemas.completions import HostedModel
 from api.schemas.deployments import DeploymentOut, DeploymentRequest, DeploymentStatus
 from api.services.inference import InferenceClient
 from api.telemetry import get_logger
@@ -31,6 +31,8 @@ __all__ = [
     "get_deployment",
     "list_deployments",
     "list_hosted",
+    "load_deployment",
+    "unload_deployment",
 ]
 
 log = get_logger(__name__)
@@ -91,6 +93,36 @@ def get_deployment(
     """
     with database.read() as session:
         deployment = artifacts.get_deployment(session, tenant_id, deployment_id)
+    return _show(deployment, _loaded(inference))
+
+
+def load_deployment(
+    database: Database, inference: InferenceClient, tenant_id: str, deployment_id: str
+) -> DeploymentOut:
+    """Have a model read into memory before the next request asks for it.
+
+    Raises:
+        DeploymentNotFound: there is none, or it is another tenant's.
+        ServiceError: no inference service takes it.
+    """
+    with database.read() as session:
+        deployment = artifacts.get_deployment(session, tenant_id, deployment_id)
+    inference.load(deployment.artifact_id)
+    return _show(deployment, _loaded(inference))
+
+
+def unload_deployment(
+    database: Database, inference: InferenceClient, tenant_id: str, deployment_id: str
+) -> DeploymentOut:
+    """Drop a model from memory; it stays hosted, and the next request loads it again.
+
+    Raises:
+        DeploymentNotFound: there is none, or it is another tenant's.
+        ServiceError: no inference service answers.
+    """
+    with database.read() as session:
+        deployment = artifacts.get_deployment(session, tenant_id, deployment_id)
+    inference.unload(deployment.artifact_id)
     return _show(deployment, _loaded(inference))
 
 
@@ -175,5 +207,11 @@ def _show(deployment: Deployment, loaded: Mapping[str, Mapping[str, Any]] | None
         deployment,
         DeploymentStatus(model["status"]),
         error=model.get("error"),
+        stage=model.get("stage"),
+        progress=model.get("progress"),
         memory_bytes=model.get("memory_bytes"),
+        replicas=model.get("replicas"),
+        running=model.get("running"),
+        waiting=model.get("waiting"),
+        tokens_per_s=model.get("tokens_per_s"),
     )

@@ -30,10 +30,14 @@ class ProblemUnknown(ServiceError):
     status: ClassVar[int] = 404
 
 
-def check_readiness(database: Database, inference: InferenceClient) -> Readiness:
+def check_readiness(
+    database: Database, inference: InferenceClient, *, is_stopping: bool
+) -> Readiness:
     """Ask the parts that requests need; a missing inference service stops no job."""
     checks = {"database": _check_database(database), "inference": _check_inference(inference)}
-    is_ready = checks["database"] == OK
+    if is_stopping:
+        checks["process"] = "is about to stop"
+    is_ready = checks["database"] == OK and not is_stopping
     return Readiness(status="ready" if is_ready else "not_ready", checks=checks)
 
 

@@ -1,144 +1,175 @@
-"""The client of the private inference service: load, unload, generate as a stream of records."""
+"""The inference services together: models on all of them, each request to the least busy one."""
 
-import json
-from collections.abc import AsyncGenerator, Mapping
+import itertools
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing
 from typing import Any
 
-import httpx
-
-from api.errors import (
-    ContextTooLong,
-    InferenceDraining,
-    InferenceOverloaded,
-    InferenceUnavailable,
-    InvalidRequest,
-    ModelLoading,
-    ModelNotHosted,
-    ServiceError,
-    UnsupportedParameter,
-)
+from api.errors import InferenceUnavailable, ServiceError
+from api.services.refusals import error_of_record
+from api.services.replica import Batch, Record, Replica
 from api.settings import InferenceSettings
 from api.telemetry import get_logger
 
-__all__ = ["InferenceClient", "error_of_record"]
+__all__ = ["Batch", "InferenceClient"]
 
 log = get_logger(__name__)
 
-INTERNAL_HEADER = "X-ABQ-Internal-Token"
-CONNECT_TIMEOUT_S = 2.0
-CONTROL_TIMEOUT_S = 10.0
-MODEL_FAILED = "model_failed"
-"""The one fault whose message is meant for the caller."""
-
-BY_CODE: Mapping[str, type[ServiceError]] = {
-    each.code: each
-    for each in (
-        ContextTooLong,
-        InferenceDraining,
-        InferenceOverloaded,
-        ModelLoading,
-        ModelNotHosted,
-        UnsupportedParameter,
-    )
-}
+BROKEN_OFF = "The inference service broke off; try again."
+STATES = ("ready", "loading", "failed")
+"""Of a model that replicas hold differently, the first of these is shown."""
+SUMMED = ("memory_bytes", "running", "waiting", "tokens_per_s")
 
 
 class InferenceClient:
-    """Speaks to one inference service; threads and tasks may share it."""
+    """Speaks to all inference services; threads and tasks may share it."""
 
     def __init__(self, settings: InferenceSettings) -> None:
-        headers = {INTERNAL_HEADER: settings.token.get_secret_value()} if settings.token else {}
-        control = httpx.Timeout(CONTROL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        # a first token may wait for the model to be read into memory
-        stream = httpx.Timeout(settings.load_timeout_s, connect=CONNECT_TIMEOUT_S)
-        # trust_env off: a proxy for the outside must not see what is private
-        self._control = httpx.Client(
-            base_url=settings.url, headers=headers, timeout=control, trust_env=False
-        )
-        self._stream = httpx.AsyncClient(
-            base_url=settings.url, headers=headers, timeout=stream, trust_env=False
-        )
+        urls = dict.fromkeys((settings.url, *settings.replica_urls))
+        self._replicas = tuple(Replica(url, settings) for url in urls)
+        self._turns = itertools.count()
 
     def load(self, artifact_id: str) -> None:
-        """Have an artifact read into memory; returns before it is there.
+        """Have an artifact read into memory everywhere; returns before it is there.
 
         Raises:
-            InferenceUnavailable: the service does not answer.
+            ServiceError: if none of the services takes it.
         """
-        self._call("POST", f"/models/{artifact_id}/load")
+        self._tell_all("POST", f"/models/{artifact_id}/load")
 
     def unload(self, artifact_id: str) -> None:
-        """Have an artifact dropped from memory.
+        """Have an artifact dropped from memory everywhere.
 
         Raises:
-            InferenceUnavailable: the service does not answer.
+            ServiceError: if none of the services does.
         """
-        self._call("DELETE", f"/models/{artifact_id}")
+        self._tell_all("DELETE", f"/models/{artifact_id}")
 
-    def list_models(self) -> list[dict[str, Any]]:
-        """What is in memory: artifact_id, status, error, memory_bytes.
+    def list_models(self) -> list[Record]:
+        """What is in memory, one record a model: what its replicas hold is added up.
 
         Raises:
-            InferenceUnavailable: the service does not answer.
+            InferenceUnavailable: if none of the services answers.
         """
-        models: list[dict[str, Any]] = self._call("GET", "/models").json()
-        return models
+        held: dict[str, list[Record]] = {}
+        for answer in self._tell_all("GET", "/models"):
+            for model in answer:
+                held.setdefault(model["artifact_id"], []).append(model)
+        return [_joined(models) for models in held.values()]
 
-    async def generate(self, request: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-        """Yield the records of one generation; closing the generator cancels it.
+    async def ask(self, path: str, body: Mapping[str, Any], request_id: str) -> Record:
+        """Ask any service something that all would answer alike.
 
         Raises:
             ServiceError: what the service refused the request for.
-            InferenceUnavailable: the service does not answer, or broke off.
+            InferenceUnavailable: if none of the services answers.
         """
-        try:
-            async with self._stream.stream("POST", "/generate", json=dict(request)) as response:
-                if response.is_error:
-                    await response.aread()
-                    raise _refusal(response)
-                async for line in response.aiter_lines():
-                    if line:
-                        yield json.loads(line)
-        except httpx.HTTPError as error:
-            raise InferenceUnavailable from error
+        failure: ServiceError = InferenceUnavailable()
+        for replica in self._least_busy_first():
+            try:
+                return await replica.ask(path, body, request_id)
+            except InferenceUnavailable as error:
+                failure = error
+        raise failure
+
+    async def generate(self, body: Mapping[str, Any], request_id: str) -> AsyncGenerator[Batch]:
+        """Yield the records of one generation up to its end; closing the generator cancels it.
+
+        A service that is full, stopping or gone passes the request to the next one, as long as no
+        token is out: what comes later is not begun again, for it might come out differently.
+
+        Raises:
+            ServiceError: what the service refused the request for, or failed at.
+            InferenceUnavailable: no service answers, or one broke off behind the first token.
+        """
+        failure: ServiceError | None = None
+        progress = _Progress()
+        for replica in self._least_busy_first():
+            try:
+                async with aclosing(replica.generate(body, request_id)) as batches:
+                    async for batch in batches:
+                        if news := progress.pass_on(batch):
+                            yield news
+                        progress.check_failure()
+                progress.check_end()
+            except InferenceUnavailable as error:
+                if progress.has_tokens:
+                    raise
+                log.warning("replica_failed", code=error.code, message=error.message)
+                failure = failure or error
+            else:
+                return
+        raise failure or InferenceUnavailable()
 
     async def close(self) -> None:
         """Close all connections."""
-        self._control.close()
-        await self._stream.aclose()
+        for replica in self._replicas:
+            await replica.close()
 
-    def _call(self, method: str, path: str) -> httpx.Response:
-        try:
-            response = self._control.request(method, path)
-        except httpx.HTTPError as error:
-            raise InferenceUnavailable from error
-        if response.is_error:
-            raise _refusal(response)
-        return response
+    def _tell_all(self, method: str, path: str) -> list[Any]:
+        answers, failure = [], None
+        for replica in self._replicas:
+            try:
+                response = replica.call(method, path)
+                answers.append(response.json() if response.content else None)
+            except ServiceError as error:
+                failure = failure or error
+        if failure is not None and not answers:
+            raise failure
+        return answers
 
-
-def error_of_record(record: Mapping[str, Any], status: int = 500) -> ServiceError:
-    """Make the service's error out of an error record of the inference service."""
-    message, param = record.get("message"), record.get("param")
-    if kind := BY_CODE.get(str(record.get("code"))):
-        return kind(message, param=param)
-    if status in {401, 403}:
-        # the two processes do not share a token: nothing that the caller could mend
-        log.error("inference_refuses_the_api", status=status)
-        return InferenceUnavailable()
-    if 400 <= status < 500:
-        return InvalidRequest(message, param=param)
-    if status == 503:
-        return InferenceUnavailable()
-    return ServiceError(message if record.get("code") == MODEL_FAILED else "The generation failed.")
+    def _least_busy_first(self) -> Iterator[Replica]:
+        """Each service once, chosen when it is asked for; of equals a different one every time."""
+        turn, count = next(self._turns), len(self._replicas)
+        left = [self._replicas[(turn + place) % count] for place in range(count)]
+        while left:
+            chosen = min(left, key=lambda each: (each.is_resting, each.load))
+            left.remove(chosen)
+            yield chosen
 
 
-def _refusal(response: httpx.Response) -> ServiceError:
-    try:
-        record = response.json()
-    except ValueError:
-        record = None
-    error = error_of_record(record if isinstance(record, dict) else {}, response.status_code)
-    if "Retry-After" in response.headers and response.status_code == 503:
-        error.extra["retry_after_s"] = response.headers["Retry-After"]
-    return error
+class _Progress:
+    """How far a generation is, whichever service goes on with it."""
+
+    def __init__(self) -> None:
+        self.has_tokens = False
+        self._has_started = False
+        self._has_ended = False
+        self._failure: ServiceError | None = None
+
+    def pass_on(self, batch: Batch) -> Batch:
+        """What of the records is new to the caller."""
+        news: Batch = []
+        for record in batch:
+            match record["type"]:
+                case "error":
+                    self._failure = error_of_record(record)
+                    break
+                case "start":
+                    if not self._has_started:
+                        news.append(record)
+                    self._has_started = True
+                case kind:
+                    self.has_tokens |= kind in {"token", "finish"}
+                    self._has_ended |= kind == "end"
+                    news.append(record)
+        return news
+
+    def check_failure(self) -> None:
+        """Raise what the service failed at."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def check_end(self) -> None:
+        """Refuse to take for whole what has no end."""
+        if not self._has_ended:
+            raise InferenceUnavailable(BROKEN_OFF)
+
+
+def _joined(models: list[Record]) -> Record:
+    """What several replicas say of one model."""
+    best = min(models, key=lambda each: STATES.index(each["status"]))
+    sums = {name: sum(each.get(name) or 0 for each in models) for name in SUMMED}
+    ready = sum(each["status"] == STATES[0] for each in models)
+    return {**best, **sums, "replicas": ready}

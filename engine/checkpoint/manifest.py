@@ -6,7 +6,7 @@ own sha256 is the digest of the artifact.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -159,13 +159,20 @@ def read_manifest(directory: Path) -> Manifest:
     return Manifest.from_json(record)
 
 
-def verify_directory(directory: Path) -> Manifest:
+def verify_directory(
+    directory: Path, on_fraction: Callable[[float], None] = lambda _: None
+) -> Manifest:
     """Check every file against the manifest.
+
+    Args:
+        directory: the checkpoint.
+        on_fraction: told how much of all bytes was read, 0 to 1.
 
     Raises:
         CheckpointInvalid: naming the first file that is missing or differs.
     """
     manifest = read_manifest(directory)
+    total, done = sum(record.bytes for record in manifest.files) or 1, 0
     for record in manifest.files:
         # a manifest is a stranger's file: it must not point outside its directory
         if Path(record.path).name != record.path:
@@ -179,6 +186,8 @@ def verify_directory(directory: Path) -> Manifest:
             )
         if hash_file(path).sha256 != record.sha256:
             raise CheckpointInvalid(f"{record.path} differs from its sha256")
+        done += record.bytes
+        on_fraction(done / total)
     return manifest
 
 

@@ -1,7 +1,8 @@
 """Generation behind one interface, which a batching engine can take over."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -9,12 +10,14 @@ import torch
 from transformers.cache_utils import Cache
 
 from engine.checkpoint.reader import load_checkpoint
-from engine.errors import EngineError
+from engine.errors import ContextLengthExceeded, EngineError
 from engine.inference.admission import check_ids, fitting_tokens
 from engine.inference.answer import Answer
-from engine.inference.request import GenerationChunk, GenerationRequest
+from engine.inference.request import GenerationChunk, GenerationRequest, RequestInvalid
 from engine.inference.runner import ModelRunner
 from engine.inference.sampler import Sampler
+from engine.inference.scoring import score_tokens
+from engine.inference.steps import TokenLogprobs
 from engine.inference.text import TextCodec
 from engine.inference.ticket import never_cancelled
 
@@ -22,6 +25,13 @@ __all__ = ["InferenceEngine", "SequentialEngine", "open_engine"]
 
 PREFILL_TOKENS = 512
 """A prompt enters in parts of this size; other requests get their turn between two."""
+SCORED_TOKENS = 128
+"""The same for prompts that are scored, whose logits are kept: 64 MB for 128000 tokens."""
+UNSUPPORTED = (
+    "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
+    "min_tokens", "n", "guide",
+)  # fmt: skip
+"""Fields that `SequentialEngine` refuses; whom requests are for changes nothing here."""
 
 
 class InferenceEngine(Protocol):
@@ -89,10 +99,30 @@ class SequentialEngine:
     ) -> Iterator[GenerationChunk]:
         """See `InferenceEngine.generate`."""
         runner = self._live_runner()
+        _check_supported(request)
         check_ids(request, runner.vocabulary)
         max_tokens = fitting_tokens(request, runner.context_length)
         answer = Answer(request, max_tokens, self.text)
         return self._chunks(request, answer, runner.new_cache(), is_cancelled)
+
+    def score_prompt(
+        self, prompt_ids: Sequence[int], top: int, is_cancelled: Callable[[], bool]
+    ) -> tuple[TokenLogprobs | None, ...]:
+        """See `PromptScorer.score_prompt`."""
+        runner = self._live_runner()
+        check_ids(GenerationRequest(prompt_ids=tuple(prompt_ids)), runner.vocabulary)
+        if len(prompt_ids) > runner.context_length:
+            raise ContextLengthExceeded("prompt", len(prompt_ids), runner.context_length)
+        cache, scores = runner.new_cache(), list[TokenLogprobs | None]([None])
+        for start in range(0, len(prompt_ids), SCORED_TOKENS):
+            if is_cancelled():
+                break
+            part = prompt_ids[start : start + SCORED_TOKENS]
+            with self._turn:
+                logits = self._live_runner().extend_all(part, cache)
+            following = prompt_ids[start + 1 : start + 1 + len(part)]
+            scores += score_tokens(logits[: len(following)], following, top)
+        return tuple(scores)
 
     def close(self) -> None:
         """See `InferenceEngine.close`."""
@@ -110,7 +140,10 @@ class SequentialEngine:
         logits = self._prefill(request, cache, is_cancelled)
         while logits is not None:
             token_id = sampler.choose(logits)
-            chunk = answer.accept(token_id)
+            chunk = replace(answer.accept(token_id), token_id=token_id)
+            if request.logprobs is not None:
+                [score] = score_tokens(logits[None], [token_id], request.logprobs)
+                chunk = replace(chunk, logprobs=score)
             yield chunk
             if chunk.finish_reason is not None:
                 return
@@ -136,3 +169,10 @@ class SequentialEngine:
         if self._runner is None:
             raise EngineError("the model was unloaded")
         return self._runner
+
+
+def _check_supported(request: GenerationRequest) -> None:
+    defaults = GenerationRequest(prompt_ids=request.prompt_ids)
+    for field in UNSUPPORTED:
+        if (value := getattr(request, field)) != getattr(defaults, field):
+            raise RequestInvalid(field, value, "leave it out: this engine has no such field")

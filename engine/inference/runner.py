@@ -37,7 +37,22 @@ class ModelRunner:
         Returns:
             Logits of the token that follows: float ``[V]`` on the model's device.
         """
+        return self._logits(token_ids, cache, 1)[-1]
+
+    @torch.inference_mode()
+    def extend_all(self, token_ids: Sequence[int], cache: Cache) -> torch.Tensor:
+        """As `extend`, with the logits behind every token.
+
+        Returns:
+            Float ``[T, V]`` on the model's device, for T tokens.
+        """
+        return self._logits(token_ids, cache, 0)
+
+    def _logits(self, token_ids: Sequence[int], cache: Cache, kept: int) -> torch.Tensor:
+        """Logits behind the last `kept` tokens; 0 keeps all."""
         ids = torch.tensor([list(token_ids)], device=self._device)
-        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self._model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=kept
+        )
         logits: torch.Tensor = output.logits
-        return logits[0, -1]
+        return logits[0]

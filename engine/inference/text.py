@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.errors import CheckpointInvalid
 from engine.inference.request import RequestInvalid
+from engine.inference.spelling import Spelling, TokenText
 
 __all__ = ["IncrementalDecoder", "StopFilter", "TextCodec"]
 
@@ -22,7 +23,10 @@ class TextCodec:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, eos_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
+        self._spelling = Spelling(tokenizer)
         self.eos_ids = eos_ids
+        self.vocabulary = len(tokenizer)
+        """Tokens that have a text, special ones included."""
 
     @classmethod
     def from_directory(cls, directory: Path) -> Self:
@@ -52,15 +56,24 @@ class TextCodec:
         """Whether messages can be rendered."""
         return bool(self._tokenizer.chat_template)
 
-    def encode(self, prompt: str) -> tuple[int, ...]:
-        """Turn plain text into ids, with the special tokens that open a text."""
-        return tuple(self._tokenizer(prompt)["input_ids"])
+    @property
+    def has_tool_template(self) -> bool:
+        """Whether the template shows tools to the model."""
+        # a template is a program: the name of the variable is all that can be looked for
+        return "tools" in str(self._tokenizer.chat_template or "")
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def encode(self, prompt: str, *, with_specials: bool = True) -> tuple[int, ...]:
+        """Turn plain text into ids, with the special tokens that open a text."""
+        return tuple(self._tokenizer(prompt, add_special_tokens=with_specials)["input_ids"])
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         """Render messages by the model's template, up to where the assistant answers.
 
         Args:
-            messages: with `role` and `content`.
+            messages: with `role` and `content`, and whatever else the template reads.
+            tools: shown to the model; only for a template that has a place for them.
 
         Raises:
             RequestInvalid: if the model has no template or the template refuses the messages.
@@ -69,7 +82,10 @@ class TextCodec:
             raise RequestInvalid("messages", "chat", "the model has no chat template; use a prompt")
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(each) for each in messages], tokenize=False, add_generation_prompt=True
+                [dict(each) for each in messages],
+                tools=[dict(each) for each in tools] or None,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except Exception as error:  # a template is a program of the model's author
             raise RequestInvalid(
@@ -78,9 +94,13 @@ class TextCodec:
         # the template writes the special tokens itself
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Turn ids into text without special tokens."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], *, with_specials: bool = False) -> str:
+        """Turn ids into text, by default without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not with_specials))
+
+    def spell(self, token_id: int) -> TokenText:
+        """Write one token by itself."""
+        return self._spelling.spell(token_id)
 
 
 class IncrementalDecoder:

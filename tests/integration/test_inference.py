@@ -100,12 +100,18 @@ def answers(client):
 
 
 def generate(client, artifact_id="art_a", **fields):
-    body = {"artifact_id": artifact_id, "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
+    body = {"artifact_id": artifact_id, "prompts": ["hello"], "max_tokens": 4, "ignore_eos": True}
     return client.post("/generate", json={**body, **fields})
 
 
 def records(response):
     return [json.loads(line) for line in response.text.splitlines()]
+
+
+def text_of(response, index=0):
+    """The text of one answer, in however many pieces it came."""
+    pieces = [each for each in records(response) if each["type"] == "token"]
+    return "".join(each["text"] for each in pieces if each["index"] == index)
 
 
 class Stream:
@@ -126,7 +132,7 @@ class Stream:
     def _read(self, client, artifact_id, max_tokens):
         body = {
             "artifact_id": artifact_id,
-            "prompt": "hello",
+            "prompts": ["hello"],
             "max_tokens": max_tokens,
             "ignore_eos": True,
         }
@@ -140,6 +146,24 @@ class Stream:
             self.is_over.set()
 
 
+def samples(client):
+    """Metrics of `art_a` by name and by labels other than the model's."""
+    found = {}
+    for line in client.get("/metrics", headers={HEADER: ""}).text.splitlines():
+        name, _, rest = line.partition("{")
+        if line.startswith("#") or 'artifact_id="art_a"' not in rest:
+            continue
+        labels, _, value = rest.rpartition("} ")
+        assert 'w_bits="4"' in labels
+        assert 'a_bits="8"' in labels
+        assert 'model_name="' in labels
+        own = [
+            each for each in labels.split(",") if each.split("=")[0] in {"le", "finished_reason"}
+        ]
+        found[name + (f"{{{','.join(own)}}}" if own else "")] = float(value)
+    return found
+
+
 def status_of(client, artifact_id):
     models = {each["artifact_id"]: each["status"] for each in client.get("/models").json()}
     return models.get(artifact_id)
@@ -148,34 +172,47 @@ def status_of(client, artifact_id):
 def test_a_model_is_loaded_on_demand_and_generates(client):
     response = generate(client, seed=1)
 
-    first, *tokens, last = records(response)
+    first, *tokens, finish, last = records(response)
     assert first == {"type": "start", "prompt_tokens": 5}
-    assert {record["type"] for record in tokens} == {"token"}
+    assert {(record["type"], record["index"]) for record in tokens} == {("token", 0)}
+    assert tokens[-1]["tokens"] == 4
+    assert finish == {"type": "finish", "index": 0, "finish_reason": "length"}
     assert last == {
-        "type": "end", "finish_reason": "length", "prompt_tokens": 5, "completion_tokens": 4
+        "type": "end", "prompt_tokens": 5, "completion_tokens": 4, "cached_tokens": 0
     }  # fmt: skip
     assert status_of(client, "art_a") == "ready"
 
 
 def test_equal_seeds_give_equal_texts(client):
-    texts = {generate(client, seed=seed, max_tokens=24).text for seed in (5, 5, 5)}
+    texts = {text_of(generate(client, seed=seed, max_tokens=24)) for seed in (5, 5, 5)}
 
     assert len(texts) == 1
-    assert generate(client, seed=6, max_tokens=24).text not in texts
+    assert text_of(generate(client, seed=6, max_tokens=24)) not in texts
 
 
 @pytest.mark.parametrize(
     ("fields", "status", "code", "param"),
     [
         ({"max_tokens": 100_000}, 400, "context_length_exceeded", "max_tokens"),
-        ({"prompt": "x" * 5000}, 400, "context_length_exceeded", "prompt"),
+        ({"prompts": ["x" * 5000]}, 400, "context_length_exceeded", "prompt"),
         ({"temperature": -1}, 400, "invalid_request", "temperature"),
         ({"temperature": "warm"}, 400, "invalid_request", "temperature"),
-        ({"logit_bias": {}}, 400, "invalid_request", "logit_bias"),
-        ({"prompt": None}, 400, "invalid_request", None),
+        ({"warmth": 1}, 400, "invalid_request", "warmth"),
+        ({"prompts": None}, 400, "invalid_request", None),
         ({"artifact_id": "art_z"}, 404, "model_not_found", None),
         ({"artifact_id": "../art_a"}, 404, "model_not_found", None),
         ({"seed": 2**70}, 400, "invalid_request", "seed"),
+        ({"prompts": [[10**6]]}, 400, "invalid_request", "prompt"),
+        ({"prompts": ["a"] * 5}, 400, "invalid_request", "prompt"),
+        ({"logprobs": 21}, 400, "invalid_request", "logprobs"),
+        ({"n": 0}, 400, "invalid_request", "n"),
+        ({"guided_regex": "(", "ignore_eos": False}, 400, "invalid_request", "guided_regex"),
+        (
+            {"prompts": None, "messages": [{"role": "user", "content": "a"}], "tools": [{}]},
+            400,
+            "unsupported_parameter",
+            "tools",
+        ),
     ],
 )
 def test_a_bad_request_is_refused_and_stops_nothing(fields, status, code, param, client):
@@ -203,6 +240,85 @@ def test_a_damaged_artifact_is_not_loaded(client):
     assert status_of(client, "art_damaged") == "failed"
     assert generate(client, "art_damaged").json() == response.json()
     assert generate(client).status_code == 200
+
+
+def test_several_prompts_are_answered_in_one_request_as_each_alone(client):
+    prompts = ["once", [104, 105], "upon"]
+    alone = [text_of(generate(client, prompts=[each], temperature=0)) for each in prompts]
+
+    together = generate(client, prompts=prompts, temperature=0)
+
+    assert [text_of(together, index) for index in range(3)] == alone
+    assert {each["index"] for each in records(together) if each["type"] == "finish"} == {0, 1, 2}
+    assert records(together)[-1]["completion_tokens"] == 12
+    assert records(together)[-1]["prompt_tokens"] == len("onceupon") + 2
+
+
+def test_an_echo_has_the_log_probabilities_that_generation_has(client):
+    text, asked = "hello there", {"logprobs": 3, "temperature": 0}
+
+    start, finish, end = records(generate(client, prompts=[text], echo=True, max_tokens=0, **asked))
+
+    [echo] = start["echo"]
+    assert echo["text"] == text
+    assert [entry["token"] for entry in echo["logprobs"]] == list(text)
+    assert echo["logprobs"][0]["logprob"] is None
+    assert (finish["finish_reason"], end["completion_tokens"]) == ("length", 0)
+    for place in (1, 6, 10):
+        drawn = records(generate(client, prompts=[text[:place]], max_tokens=1, **asked))[1]
+        [entry], scored = drawn["logprobs"], echo["logprobs"][place]
+        assert [each[0] for each in entry["top"]] == [each[0] for each in scored["top"]]
+        # one pass over all tokens against one over some: sums in another order
+        tops = zip(entry["top"], scored["top"], strict=True)
+        assert all(one[2] == pytest.approx(other[2], abs=1e-3) for one, other in tops)
+        assert entry["logprob"] == entry["top"][0][2] >= scored["logprob"]
+
+
+def test_texts_become_ids_and_ids_texts(client):
+    asked = {"artifact_id": "art_a", "prompt": "h€<|end|>", "return_token_strs": True}
+
+    found = client.post("/tokenize", json=asked).json()
+    back = client.post("/detokenize", json={"artifact_id": "art_a", "tokens": found["tokens"]})
+    beyond = client.post("/detokenize", json={"artifact_id": "art_a", "tokens": [10**6]})
+
+    assert found["token_strs"] == [
+        "h", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "<|end|>"
+    ]  # fmt: skip
+    assert (found["count"], found["max_model_len"]) == (5, CONTEXT)
+    assert back.json() == {"prompt": "h€<|end|>"}
+    assert (beyond.status_code, beyond.json()["param"]) == (400, "tokens")
+
+
+def test_metrics_have_the_names_of_vllm_and_count_what_was_generated(client):
+    before = samples(client)
+
+    generate(client, "art_a", max_tokens=3)
+
+    after = samples(client)
+    grown = {name: after[name] - before.get(name, 0.0) for name in after}
+    assert grown["abq:prompt_tokens_total"] == 5
+    assert grown["abq:generation_tokens_total"] == 3
+    assert grown['abq:request_success_total{finished_reason="length"}'] == 1
+    assert grown["abq:inter_token_latency_seconds_count"] == 2
+    assert grown["abq:time_to_first_token_seconds_count"] == 1
+    assert grown["abq:request_time_per_output_token_seconds_count"] == 1
+    parts = ("queue", "prefill", "decode")
+    whole = grown["abq:e2e_request_latency_seconds_sum"]
+    spent = [grown[f"abq:request_{part}_time_seconds_sum"] for part in parts]
+    assert sum(spent) == pytest.approx(whole, rel=0.01)
+    assert 'abq:inter_token_latency_seconds_bucket{le="0.0005"}' in after
+    assert after["abq:num_requests_running"] == after["abq:num_requests_waiting"] == 0
+
+
+def test_a_request_keeps_its_id(client):
+    headers = {"X-Request-Id": "req_7"}
+    body = {"artifact_id": "art_a", "prompts": ["a"], "max_tokens": 1}
+
+    answered = client.post("/generate", json=body, headers=headers)
+    refused = client.post("/generate", json=body | {"artifact_id": "none"}, headers=headers)
+
+    assert answered.headers["x-request-id"] == refused.headers["x-request-id"] == "req_7"
+    assert answered.headers["x-abq-load"] == "0"
 
 
 def test_a_model_beyond_the_budget_is_refused_before_it_is_read(client):
@@ -261,5 +377,5 @@ def test_a_stopping_process_finishes_what_runs_and_refuses_what_comes(store):
         assert refused.status_code == 503
         assert refused.json()["code"] == "draining"
         assert stream.is_over.wait(60)
-        assert stream.lines[-1]["finish_reason"] == "length"
+        assert stream.lines[-2]["finish_reason"] == "length"
         assert process.wait(10) == 0

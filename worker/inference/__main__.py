@@ -12,12 +12,11 @@ from api.settings import Settings
 from api.telemetry import configure_logging
 from worker.inference.app import create_app
 from worker.inference.artifacts import ArtifactFolder
-from worker.inference.generation import MAX_RUNNING, Generations
+from worker.inference.generation import Generations
+from worker.inference.metrics import InferenceMetrics
 from worker.inference.pool import ModelPool
 from worker.inference.server import DrainingServer
 
-DRAIN_S = 25.0
-"""Below the 30 s that a container is usually given to stop."""
 SPARE_THREADS = 8
 
 
@@ -33,24 +32,32 @@ def main() -> None:
 async def _serve(settings: Settings) -> None:
     inference = settings.inference
     # generations hold a thread each, and loads and prompts must find one beside them
-    threads = ThreadPoolExecutor(MAX_RUNNING + SPARE_THREADS, thread_name_prefix="inference")
+    threads = ThreadPoolExecutor(
+        inference.max_running + SPARE_THREADS, thread_name_prefix="inference"
+    )
     asyncio.get_running_loop().set_default_executor(threads)
     shelf = ArtifactFolder(root=settings.storage_root, device=inference.device)
     pool = ModelPool(
-        shelf, budget_bytes=inference.memory_bytes, load_timeout_s=inference.load_timeout_s
+        shelf,
+        budget_bytes=inference.memory_bytes,
+        load_timeout_s=inference.load_timeout_s,
+        idle_unload_s=inference.idle_unload_s,
     )
-    generations = Generations(pool, max_waiting=inference.max_waiting)
+    metrics = InferenceMetrics(pool.entries)
+    generations = Generations(
+        pool, metrics, max_waiting=inference.max_waiting, max_running=inference.max_running
+    )
     token = None if inference.token is None else inference.token.get_secret_value()
     address = urlsplit(inference.url)
     config = uvicorn.Config(
-        create_app(pool, generations, token),
+        create_app(pool, generations, metrics, token),
         host=address.hostname or "127.0.0.1",
         port=address.port or 8001,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=2,
     )
-    await DrainingServer(config, pool, generations, drain_s=DRAIN_S).serve()
+    await DrainingServer(config, pool, generations, drain_s=inference.drain_s).serve()
 
 
 if __name__ == "__main__":

@@ -14,32 +14,43 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Send
 from typing_extensions import override
 
-from api.errors import InferenceDraining, KeyRejected, ServiceError
+from api.errors import InferenceDraining, InferenceUnavailable, KeyRejected, ServiceError
 from api.telemetry import get_logger
 from worker.inference.generation import Generations
+from worker.inference.metrics import InferenceMetrics
 from worker.inference.pool import ModelPool
-from worker.inference.schemas import GenerateBody
+from worker.inference.prompts import detokenize, tokenize
+from worker.inference.records import Batch, error_record
+from worker.inference.request_ids import RequestIds
+from worker.inference.schemas import DetokenizeBody, GenerateBody, TokenizeBody
 
 __all__ = ["create_app"]
 
 log = get_logger(__name__)
 
 MEDIA_TYPE = "application/x-ndjson"
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+LOAD_HEADER = "X-ABQ-Load"
 RETRY_AFTER_S = 2
 
 
-def create_app(pool: ModelPool, generations: Generations, token: str | None) -> FastAPI:
+def create_app(
+    pool: ModelPool, generations: Generations, metrics: InferenceMetrics, token: str | None
+) -> FastAPI:
     """Make the app.
 
     Args:
         pool: the models in memory.
         generations: the queue in front of them.
+        metrics: what `/metrics` shows.
         token: what callers must send; None trusts whoever can reach the port.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        idle = asyncio.create_task(pool.unload_idle())
         yield
+        idle.cancel()
         await pool.close()
 
     def check_token(x_abq_internal_token: Annotated[str, Header()] = "") -> None:
@@ -54,7 +65,9 @@ def create_app(pool: ModelPool, generations: Generations, token: str | None) -> 
     app.add_exception_handler(Exception, _answer_fault)
     app.include_router(_model_routes(pool), dependencies=[Depends(check_token)])
     app.include_router(_generation_routes(generations), dependencies=[Depends(check_token)])
-    app.include_router(_health_routes(pool))
+    app.include_router(_text_routes(pool), dependencies=[Depends(check_token)])
+    app.include_router(_health_routes(pool, metrics))
+    app.add_middleware(RequestIds)
     return app
 
 
@@ -84,19 +97,42 @@ def _generation_routes(generations: Generations) -> APIRouter:
     async def generate(body: GenerateBody, request: Request) -> Response:
         records = generations.run(body)
         # waiting for the first record gives a refusal its own status
+        headers = {LOAD_HEADER: str(generations.count)}
         first = await _first_unless_gone(records, request)
         if first is None:
             return Response(status_code=499)
-        return _RecordStream(_lines(first, records), media_type=MEDIA_TYPE)
+        return _RecordStream(_lines(first, records), headers=headers, media_type=MEDIA_TYPE)
 
     return router
 
 
-def _health_routes(pool: ModelPool) -> APIRouter:
+def _text_routes(pool: ModelPool) -> APIRouter:
     router = APIRouter()
+
+    @router.post("/tokenize")
+    async def tokenize_text(body: TokenizeBody) -> dict[str, Any]:
+        async with pool.use(body.artifact_id) as model:
+            return await asyncio.to_thread(tokenize, body, model.engine)
+
+    @router.post("/detokenize")
+    async def detokenize_ids(body: DetokenizeBody) -> dict[str, Any]:
+        async with pool.use(body.artifact_id) as model:
+            return await asyncio.to_thread(detokenize, body, model.engine)
+
+    return router
+
+
+def _health_routes(pool: ModelPool, metrics: InferenceMetrics) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/metrics")
+    async def read_metrics() -> Response:
+        return Response(metrics.render(), media_type=PROMETHEUS_TEXT)
 
     @router.get("/health")
     async def health() -> dict[str, str]:
+        if any(entry.is_hung for entry in pool.entries()):
+            raise InferenceUnavailable("a model's engine hangs; the process must be started again")
         return {"status": "ok"}
 
     @router.get("/ready")
@@ -117,23 +153,22 @@ class _RecordStream(StreamingResponse):
             await super().stream_response(send)
 
 
-async def _lines(
-    first: dict[str, Any], records: AsyncGenerator[dict[str, Any]]
-) -> AsyncGenerator[str]:
-    async with aclosing(records):
-        yield _line(first)
-        async for record in records:
-            yield _line(record)
+async def _lines(first: Batch, batches: AsyncGenerator[Batch]) -> AsyncGenerator[str]:
+    async with aclosing(batches):
+        yield _text(first)
+        async for batch in batches:
+            yield _text(batch)
 
 
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
+def _text(batch: Batch) -> str:
+    """One line a record."""
+    return "".join(
+        json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in batch
+    )
 
 
-async def _first_unless_gone(
-    records: AsyncGenerator[dict[str, Any]], request: Request
-) -> dict[str, Any] | None:
-    """The first record, or None when the caller goes away before it comes."""
+async def _first_unless_gone(records: AsyncGenerator[Batch], request: Request) -> Batch | None:
+    """The first records, or None when the caller goes away before they come."""
     first = asyncio.ensure_future(anext(records))
     gone = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
@@ -173,5 +208,4 @@ async def _answer_fault(_request: Request, _fault: Exception) -> JSONResponse:
 def _error(
     status: int, code: str, message: str, param: str | None, headers: dict[str, str]
 ) -> JSONResponse:
-    record = {"type": "error", "code": code, "message": message, "param": param}
-    return JSONResponse(record, status_code=status, headers=headers)
+    return JSONResponse(error_record(code, message, param), status_code=status, headers=headers)

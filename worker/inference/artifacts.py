@@ -8,10 +8,14 @@ from api.errors import ModelNotHosted
 from engine.checkpoint.manifest import read_manifest, verify_directory
 from engine.inference.engine import InferenceEngine, open_engine
 from engine.inference.request import GenerationRequest
+from worker.inference.entry import ModelLabels
+from worker.inference.progress import LoadProgress, LoadStage, ProgressSink
 
 __all__ = ["ArtifactFolder"]
 
 ARTIFACT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+VERIFIED_AT, READ_AT = 0.4, 0.8
+"""Parts of the whole way, roughly: hashing and reading take about the same time."""
 FLOAT_GROWTH = 2
 """A 16-bit tensor becomes 32-bit on a CPU; on a GPU this is an overestimate."""
 
@@ -41,7 +45,24 @@ class ArtifactFolder:
         bits = read_manifest(self._directory(artifact_id)).bits
         return bits.packed_bytes + FLOAT_GROWTH * (bits.other_bytes + bits.embedding_bytes)
 
-    def open(self, artifact_id: str) -> InferenceEngine:
+    def describe(self, artifact_id: str) -> ModelLabels:
+        """Call the model after its source and its bits, as a deployment is called by default.
+
+        Raises:
+            ModelNotHosted: there is no such artifact.
+            CheckpointInvalid: it is damaged.
+        """
+        manifest = read_manifest(self._directory(artifact_id))
+        source = manifest.source.get("repo", "").rstrip("/").rsplit("/", 1)[-1]
+        notation = manifest.spec.notation.replace("*", "b")
+        return ModelLabels(
+            artifact_id=artifact_id,
+            model_name=f"{source}-{notation}" if source else notation,
+            w_bits=str(manifest.spec.w_bits),
+            a_bits=str(manifest.spec.a_bits),
+        )
+
+    def open(self, artifact_id: str, on_progress: ProgressSink) -> InferenceEngine:
         """Check every byte against the manifest, load, and decode one token.
 
         Raises:
@@ -49,8 +70,15 @@ class ArtifactFolder:
             CheckpointInvalid: it is damaged.
         """
         directory = self._directory(artifact_id)
-        verify_directory(directory)
+        verify_directory(
+            directory,
+            lambda part: on_progress(
+                LoadProgress(stage=LoadStage.VERIFYING, fraction=VERIFIED_AT * part)
+            ),
+        )
+        on_progress(LoadProgress(stage=LoadStage.READING, fraction=VERIFIED_AT))
         engine = open_engine(directory, self.device)
+        on_progress(LoadProgress(stage=LoadStage.WARMING_UP, fraction=READ_AT))
         # what is slow once, or fails at all, does so before the model counts as ready
         first = GenerationRequest(prompt_ids=engine.text.encode("a"), max_tokens=1)
         for _ in engine.generate(first):

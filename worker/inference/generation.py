@@ -2,162 +2,248 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import contextmanager
-from typing import Any
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from api.errors import (
     ContextTooLong,
     InferenceDraining,
     InferenceOverloaded,
     InferenceUnavailable,
-    ServiceError,
+    UnsupportedParameter,
 )
 from api.telemetry import get_logger
-from engine.errors import ContextLengthExceeded, EngineError
-from engine.inference.engine import InferenceEngine
-from engine.inference.request import (
-    FinishReason,
-    GenerationChunk,
-    GenerationRequest,
-    RequestInvalid,
-)
-from worker.inference.pool import ModelPool
+from engine.errors import ContextLengthExceeded, DeviceFailed, EngineError, EngineOverloaded
+from engine.inference.request import GenerationChunk, GenerationRequest, RequestInvalid
+from engine.inference.scoring import PromptScorer
+from engine.inference.steps import TokenLogprobs
+from worker.inference.activity import end_of
+from worker.inference.arrivals import Arrivals
+from worker.inference.metrics import InferenceMetrics
+from worker.inference.pool import ModelInUse, ModelPool
+from worker.inference.prompts import GenerationRefused, read_requests, refused
+from worker.inference.records import Batch, RecordWriter, error_record
 from worker.inference.schemas import GenerateBody
+from worker.inference.timing import RequestTiming
 
-__all__ = ["MAX_RUNNING", "GenerationRefused", "Generations"]
+__all__ = ["Generations"]
 
 log = get_logger(__name__)
 
-MAX_RUNNING = 4
-"""Generations that take turns on the device; each holds a key-value cache."""
-
-Record = dict[str, Any]
+Scores = tuple[TokenLogprobs | None, ...]
 
 
-class GenerationRefused(ServiceError):
-    """The request can never be served."""
+@runtime_checkable
+class Submitting(Protocol):
+    """An engine that queues requests itself and calls back with chunks, without a thread each."""
 
-    code = "invalid_request"
-    status = 400
+    def submit(
+        self,
+        request: GenerationRequest,
+        deliver: Callable[[GenerationChunk | EngineError], None],
+        is_cancelled: Callable[[], bool],
+    ) -> object:
+        """Take a request; raises as `InferenceEngine.generate` does."""
 
 
 class Generations:
     """The queue in front of the models."""
 
     def __init__(
-        self, pool: ModelPool, *, max_waiting: int, max_running: int = MAX_RUNNING
+        self, pool: ModelPool, metrics: InferenceMetrics, *, max_waiting: int, max_running: int
     ) -> None:
         self._pool = pool
+        self._metrics = metrics
         self._limit = max_running + max_waiting
         self._turns = asyncio.Semaphore(max_running)
         self._admitted = 0
 
     @property
-    def is_idle(self) -> bool:
-        """Whether no generation runs or waits."""
-        return self._admitted == 0
+    def count(self) -> int:
+        """Prompts that run or wait."""
+        return self._admitted
 
-    async def run(self, body: GenerateBody) -> AsyncGenerator[Record]:
-        """Yield the records of one generation; closing the generator cancels it.
+    async def run(self, body: GenerateBody) -> AsyncGenerator[Batch]:
+        """Yield the records of one request, those that came together at once.
 
-        Whatever is wrong with the request is raised before the first record.
+        Closing the generator cancels it. Whatever is wrong with the request is raised before the
+        first record.
 
         Raises:
             InferenceOverloaded: as many requests wait as may.
             ServiceError: the model or the request cannot be served.
         """
-        with self._admit():
-            async with self._pool.use(body.artifact_id) as engine:
-                request = await asyncio.to_thread(_read_request, body, engine)
-                async with self._turns:
-                    async for record in _records(engine, request):
-                        yield record
+        admitted = time.perf_counter()
+        with self._admit(body.count):
+            async with self._pool.use(body.artifact_id) as model:
+                requests = await asyncio.to_thread(read_requests, body, model.engine)
+                run = _Run(
+                    body=body,
+                    model=model,
+                    requests=requests,
+                    timing=RequestTiming(self._metrics, model, admitted),
+                    turns=self._turns,
+                    cancelled=threading.Event(),
+                )
+                async with aclosing(run.batches()) as batches:
+                    async for batch in batches:
+                        yield batch
 
     @contextmanager
-    def _admit(self) -> Iterator[None]:
+    def _admit(self, count: int) -> Iterator[None]:
         if self._pool.is_draining:
             raise InferenceDraining
-        if self._admitted >= self._limit:
+        if count > self._limit:
+            raise GenerationRefused(
+                f"prompt = {count} prompts is not possible: use up to {self._limit} at once",
+                param="prompt",
+            )
+        if self._admitted + count > self._limit:
             raise InferenceOverloaded
-        self._admitted += 1
+        self._admitted += count
         try:
             yield
         finally:
-            self._admitted -= 1
+            self._admitted -= count
 
 
-def _read_request(body: GenerateBody, engine: InferenceEngine) -> GenerationRequest:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """One request on its model."""
+
+    body: GenerateBody
+    model: ModelInUse
+    requests: Sequence[GenerationRequest]
+    timing: RequestTiming
+    turns: asyncio.Semaphore
+    cancelled: threading.Event
+
+    async def batches(self) -> AsyncGenerator[Batch]:
+        """Yield the records from start to end."""
+        prompts = [each.prompt_ids for each in self.requests]
+        writer = RecordWriter(self.model.engine.text, prompts, self.body.n)
+        arrivals, pulls = Arrivals(), list[asyncio.Task[None]]()
+        try:
+            echoed = await self._score() if self.body.echo else None
+            if self.body.max_tokens == 0:
+                yield [writer.start(echoed), *writer.finish_unanswered(), writer.end()]
+                return
+            pulls = await self._begin(arrivals)
+            yield [writer.start(echoed)]
+            async with aclosing(self._answers(writer, arrivals)) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            self.cancelled.set()
+            for pull in pulls:
+                pull.cancel()
+            self._log_end(writer)
+
+    async def _answers(self, writer: RecordWriter, arrivals: Arrivals) -> AsyncGenerator[Batch]:
+        try:
+            while True:
+                taken = await arrivals.take()
+                self.timing.follow(taken)
+                batch = writer.write(taken)
+                if writer.is_cancelled:
+                    yield [error_record("cancelled", "the generation was cancelled")]
+                    return
+                if writer.is_complete:
+                    yield [*batch, writer.end()]
+                    return
+                if batch:
+                    yield batch
+        except EngineError as error:
+            # another replica, or this one after a new start, may well answer it
+            is_lost = isinstance(error, DeviceFailed) or end_of(self.model.engine) is not None
+            code = InferenceUnavailable.code if is_lost else error.code
+            yield [error_record(code, error.message)]
+        except Exception:
+            # a fault of one request is that request's end, not the process's
+            log.exception("generation_failed")
+            yield [error_record("internal_error", "the generation failed")]
+
+    async def _score(self) -> list[Scores]:
+        """Log-probabilities of the prompts, where they are asked for."""
+        top, engine = self.body.logprobs, self.model.engine
+        if top is None:
+            return [()] * len(self.requests)
+        if not isinstance(engine, PromptScorer):
+            raise UnsupportedParameter(
+                "echo together with logprobs is not possible with this model; leave one of them"
+                " out",
+                param="echo",
+            )
+        scores = []
+        for request in self.requests:
+            async with self.turns:
+                scorer, ids = engine.score_prompt, request.prompt_ids
+                with _named(self.body):
+                    found = await asyncio.to_thread(scorer, ids, top, self.cancelled.is_set)
+                scores.append(found)
+        return scores
+
+    async def _begin(self, arrivals: Arrivals) -> list[asyncio.Task[None]]:
+        """Have the engine check and take all prompts, or none."""
+        engine = self.model.engine
+        with _named(self.body):
+            if isinstance(engine, Submitting):
+                # a guide is compiled here: not in the loop's thread
+                await asyncio.to_thread(self._submit, engine, arrivals)
+                for prompt, request in enumerate(self.requests):
+                    self.timing.begin(prompt, len(request.prompt_ids))
+                return []
+            streams = [engine.generate(each, self.cancelled.is_set) for each in self.requests]
+        return [
+            asyncio.create_task(self._pull(prompt, chunks, arrivals))
+            for prompt, chunks in enumerate(streams)
+        ]
+
+    def _submit(self, engine: Submitting, arrivals: Arrivals) -> None:
+        for prompt, request in enumerate(self.requests):
+            engine.submit(request, arrivals.deliver_to(prompt), self.cancelled.is_set)
+
+    async def _pull(
+        self, prompt: int, chunks: Iterator[GenerationChunk], arrivals: Arrivals
+    ) -> None:
+        activity = self.model.activity
+        activity.waiting += 1
+        try:
+            await self.turns.acquire()
+        finally:
+            activity.waiting -= 1
+        activity.running += 1
+        try:
+            self.timing.begin(prompt, len(self.requests[prompt].prompt_ids))
+            await arrivals.pull(prompt, chunks)
+        finally:
+            activity.running -= 1
+            self.turns.release()
+
+    def _log_end(self, writer: RecordWriter) -> None:
+        log.info(
+            "generation_ended",
+            artifact_id=self.body.artifact_id,
+            is_complete=writer.is_complete,
+            prompt_tokens=writer.prompt_tokens,
+            completion_tokens=writer.completion_tokens,
+        )
+
+
+@contextmanager
+def _named(body: GenerateBody) -> Iterator[None]:
+    """What an engine refuses, in the words of the endpoint."""
     try:
-        return body.to_request(engine)
-    except RequestInvalid as error:
-        raise GenerationRefused(error.message, param=error.field) from error
-
-
-async def _records(engine: InferenceEngine, request: GenerationRequest) -> AsyncGenerator[Record]:
-    cancelled = threading.Event()
-    chunks = _begin(engine, request, cancelled)
-    prompt_tokens = len(request.prompt_ids)
-    yield {"type": "start", "prompt_tokens": prompt_tokens}
-    try:
-        async for chunk in _in_thread(chunks):
-            if chunk.text:
-                yield {"type": "token", "text": chunk.text}
-            if chunk.finish_reason is not None:
-                yield _end_record(chunk, prompt_tokens)
-    except EngineError as error:
-        yield {"type": "error", "code": error.code, "message": error.message, "param": None}
-    except Exception:
-        # a fault of one request is that request's end, not the process's
-        log.exception("generation_failed")
-        message = "the generation failed"
-        yield {"type": "error", "code": "internal_error", "message": message, "param": None}
-    finally:
-        cancelled.set()
-
-
-def _begin(
-    engine: InferenceEngine, request: GenerationRequest, cancelled: threading.Event
-) -> Iterator[GenerationChunk]:
-    try:
-        return engine.generate(request, cancelled.is_set)
+        yield
     except ContextLengthExceeded as error:
         raise ContextTooLong(error.message, param=error.field) from error
     except RequestInvalid as error:
-        raise GenerationRefused(error.message, param=error.field) from error
+        raise refused(error, body) from error
+    except EngineOverloaded as error:
+        raise InferenceOverloaded(error.message) from error
     except EngineError as error:
-        # unloaded between the wait for its turn and the turn
+        # unloaded meanwhile, or broken for good
         raise InferenceUnavailable(error.message) from error
-
-
-def _end_record(chunk: GenerationChunk, prompt_tokens: int) -> Record:
-    if chunk.finish_reason is FinishReason.CANCELLED:
-        message = "the generation was cancelled"
-        return {"type": "error", "code": "cancelled", "message": message, "param": None}
-    return {
-        "type": "end",
-        "finish_reason": str(chunk.finish_reason),
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": chunk.completion_tokens,
-    }
-
-
-async def _in_thread(chunks: Iterator[GenerationChunk]) -> AsyncIterator[GenerationChunk]:
-    """Iterate in a thread; the thread stops by itself once the request is cancelled."""
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[GenerationChunk | BaseException | None] = asyncio.Queue()
-
-    def pull() -> None:
-        try:
-            for chunk in chunks:
-                loop.call_soon_threadsafe(arrived.put_nowait, chunk)
-            loop.call_soon_threadsafe(arrived.put_nowait, None)
-        except BaseException as error:  # noqa: BLE001 - raised again in the loop's thread
-            loop.call_soon_threadsafe(arrived.put_nowait, error)
-
-    pulling = loop.run_in_executor(None, pull)
-    while (item := await arrived.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
-    await pulling

@@ -5,51 +5,26 @@ All state belongs to the event loop's thread; only opening and closing a model l
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import count
-from typing import Any, Protocol
+from typing import Protocol
 
 from api.errors import InferenceDraining, InferenceOverloaded, ModelLoading, ServiceError
 from api.telemetry import get_logger
 from engine.errors import EngineError
 from engine.inference.engine import InferenceEngine
+from worker.inference.activity import Activity
+from worker.inference.entry import Entry, HostedModel, ModelFailed, ModelLabels
+from worker.inference.progress import ProgressSink
 
-__all__ = ["HostedModel", "ModelFailed", "ModelPool", "ModelShelf", "ModelStatus"]
+__all__ = ["ModelInUse", "ModelPool", "ModelShelf"]
 
 log = get_logger(__name__)
 
-RETRY_S = 30.0
-"""A model that failed to load is not read and hashed again for every request."""
-
-
-class ModelStatus(StrEnum):
-    """Where a model is between disk and use."""
-
-    LOADING = "loading"
-    """It is being verified and read."""
-    READY = "ready"
-    """It answers."""
-    FAILED = "failed"
-    """It could not be loaded; `load` tries again, as does a request after a while."""
-
-
-class ModelFailed(ServiceError):
-    """The model cannot be loaded."""
-
-    code = "model_failed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostedModel:
-    """What a caller may know of a model in the pool."""
-
-    artifact_id: str
-    status: ModelStatus
-    error: str | None
-    memory_bytes: int
+IDLE_CHECKS = 10
+"""Looks for idle models in the time after which one leaves."""
 
 
 class ModelShelf(Protocol):
@@ -58,21 +33,41 @@ class ModelShelf(Protocol):
     def check(self, artifact_id: str) -> None:
         """Raise `ModelNotHosted` if there is no such model."""
 
+    def describe(self, artifact_id: str) -> ModelLabels:
+        """What metrics call the model."""
+
     def memory_needed(self, artifact_id: str) -> int:
         """Bytes that opening will take at most."""
 
-    def open(self, artifact_id: str) -> InferenceEngine:
+    def open(self, artifact_id: str, on_progress: ProgressSink) -> InferenceEngine:
         """Read a model into memory; blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInUse:
+    """A model that stays in memory while somebody holds this."""
+
+    engine: InferenceEngine
+    labels: ModelLabels
+    activity: Activity
 
 
 class ModelPool:
     """Models by artifact id, within a memory budget."""
 
-    def __init__(self, shelf: ModelShelf, *, budget_bytes: int, load_timeout_s: float) -> None:
+    def __init__(
+        self,
+        shelf: ModelShelf,
+        *,
+        budget_bytes: int,
+        load_timeout_s: float,
+        idle_unload_s: float | None = None,
+    ) -> None:
         self._shelf = shelf
         self._budget_bytes = budget_bytes
         self._load_timeout_s = load_timeout_s
-        self._entries: dict[str, _Entry] = {}
+        self._idle_unload_s = idle_unload_s
+        self._entries: dict[str, Entry] = {}
         self._one_load = asyncio.Lock()
         self._ticks = count()
         self._closing: set[asyncio.Task[None]] = set()
@@ -89,19 +84,14 @@ class ModelPool:
 
     def list_models(self) -> list[HostedModel]:
         """Every model in the pool, the most recently used first."""
-        entries = sorted(self._entries.values(), key=lambda entry: -entry.used_tick)
-        return [
-            HostedModel(
-                artifact_id=entry.artifact_id,
-                status=entry.status,
-                error=entry.error,
-                memory_bytes=entry.memory_bytes,
-            )
-            for entry in entries
-        ]
+        return [entry.show() for entry in self.entries()]
+
+    def entries(self) -> Sequence[Entry]:
+        """What `list_models` shows, for those who count."""
+        return sorted(self._entries.values(), key=lambda entry: -entry.used_tick)
 
     @asynccontextmanager
-    async def use(self, artifact_id: str) -> AsyncIterator[InferenceEngine]:
+    async def use(self, artifact_id: str) -> AsyncIterator[ModelInUse]:
         """Hold a model in memory, loading it first where needed.
 
         Raises:
@@ -118,22 +108,34 @@ class ModelPool:
             done, _ = await asyncio.wait({entry.loading}, timeout=self._load_timeout_s)
             if not done:
                 raise ModelLoading
+            engine = entry.loading.result()
             entry.used_tick = next(self._ticks)
-            yield entry.loading.result()
+            assert entry.labels is not None  # noqa: S101 - set before the engine is opened
+            yield ModelInUse(engine=engine, labels=entry.labels, activity=entry.activity)
         finally:
             entry.users -= 1
+            entry.used_at = time.monotonic()
 
     async def unload(self, artifact_id: str) -> None:
         """Drop a model; generations that run on it end at their next token."""
         entry = self._entries.pop(artifact_id, None)
         if entry is None:
             return
-        closing = asyncio.create_task(_close(entry))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        closing = self._close(entry)
         # a load cannot be broken off in the middle of a file, and nobody waits for that
         if entry.loading.done():
             await closing
+
+    async def unload_idle(self) -> None:
+        """Drop models that nobody uses, for as long as the process runs."""
+        if self._idle_unload_s is None:
+            return
+        while True:
+            await asyncio.sleep(self._idle_unload_s / IDLE_CHECKS)
+            for entry in self.entries():
+                if entry.is_idle_for(self._idle_unload_s):
+                    log.info("model_idle", artifact_id=entry.artifact_id)
+                    await self.unload(entry.artifact_id)
 
     def start_draining(self) -> None:
         """Load and hand out nothing any more."""
@@ -152,30 +154,28 @@ class ModelPool:
         if self._closing:
             await asyncio.wait(self._closing)
 
-    def _ensure(self, artifact_id: str, *, is_asked_again: bool) -> "_Entry":
+    def _ensure(self, artifact_id: str, *, is_asked_again: bool) -> Entry:
         if self._is_draining:
             raise InferenceDraining
         entry = self._entries.get(artifact_id)
+        if entry is not None and entry.is_lost:
+            # its device may be well again: nothing of the old engine is used
+            log.error("model_lost", artifact_id=artifact_id)
+            self._close(self._entries.pop(artifact_id))
+            entry = None
         if entry is None or entry.may_try_again(is_asked_again=is_asked_again):
             self._shelf.check(artifact_id)
-            entry = _Entry(artifact_id, next(self._ticks))
+            entry = Entry(artifact_id, next(self._ticks))
             entry.loading = asyncio.create_task(self._load(entry))
             # a load that nobody waits for must not be reported as a lost exception
             entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
             self._entries[artifact_id] = entry
         return entry
 
-    async def _load(self, entry: "_Entry") -> InferenceEngine:
+    async def _load(self, entry: Entry) -> InferenceEngine:
         try:
             async with self._one_load:
-                needed = await asyncio.to_thread(self._shelf.memory_needed, entry.artifact_id)
-                await self._make_room(needed)
-                entry.memory_bytes = needed
-                engine = await asyncio.to_thread(self._shelf.open, entry.artifact_id)
-                entry.memory_bytes = engine.memory_bytes
-                # the estimate was made from the files; what counts is what was taken
-                while self._taken_bytes() > self._budget_bytes and await self._evict():
-                    pass
+                engine = await self._open(entry)
         except InferenceOverloaded:
             self._forget(entry)
             raise
@@ -186,10 +186,27 @@ class ModelPool:
             log.exception("model_load_failed", artifact_id=entry.artifact_id)
             entry.fail("the model could not be loaded")
             raise ModelFailed from error
-        entry.engine = engine
-        entry.status = ModelStatus.READY
+        entry.be_ready(engine)
         log.info("model_loaded", artifact_id=entry.artifact_id, bytes=engine.memory_bytes)
         return engine
+
+    async def _open(self, entry: Entry) -> InferenceEngine:
+        needed = await asyncio.to_thread(self._shelf.memory_needed, entry.artifact_id)
+        entry.labels = await asyncio.to_thread(self._shelf.describe, entry.artifact_id)
+        await self._make_room(needed)
+        entry.memory_bytes = needed
+        engine = await asyncio.to_thread(self._shelf.open, entry.artifact_id, entry.follow)
+        entry.memory_bytes = engine.memory_bytes
+        # the estimate was made from the files; what counts is what was taken
+        while self._taken_bytes() > self._budget_bytes and await self._evict():
+            pass
+        return engine
+
+    def _close(self, entry: Entry) -> "asyncio.Task[None]":
+        closing = asyncio.create_task(entry.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        return closing
 
     async def _make_room(self, needed: int) -> None:
         if needed > self._budget_bytes:
@@ -201,7 +218,7 @@ class ModelPool:
                 raise InferenceOverloaded("the models in use leave no room for another; try again")
 
     async def _evict(self) -> bool:
-        idle = [e for e in self._entries.values() if e.engine is not None and not e.users]
+        idle = [entry for entry in self._entries.values() if entry.is_idle_for(0.0)]
         if not idle:
             return False
         oldest = min(idle, key=lambda entry: entry.used_tick)
@@ -212,35 +229,6 @@ class ModelPool:
     def _taken_bytes(self) -> int:
         return sum(entry.memory_bytes for entry in self._entries.values())
 
-    def _forget(self, entry: "_Entry") -> None:
+    def _forget(self, entry: Entry) -> None:
         if self._entries.get(entry.artifact_id) is entry:
             del self._entries[entry.artifact_id]
-
-
-class _Entry:
-    loading: "asyncio.Task[InferenceEngine]"
-
-    def __init__(self, artifact_id: str, tick: int) -> None:
-        self.artifact_id = artifact_id
-        self.status = ModelStatus.LOADING
-        self.error: str | None = None
-        self.engine: Any = None
-        self.memory_bytes = 0
-        self.users = 0
-        self.used_tick = tick
-        self._failed_at = 0.0
-
-    def fail(self, message: str) -> None:
-        self.status, self.error, self.memory_bytes = ModelStatus.FAILED, message, 0
-        self._failed_at = time.monotonic()
-
-    def may_try_again(self, *, is_asked_again: bool) -> bool:
-        if self.status is not ModelStatus.FAILED:
-            return False
-        return is_asked_again or time.monotonic() - self._failed_at >= RETRY_S
-
-
-async def _close(entry: _Entry) -> None:
-    await asyncio.wait({entry.loading})
-    if entry.engine is not None:
-        await asyncio.to_thread(entry.engine.close)

@@ -1,13 +1,12 @@
-"""What the API process sends to the inference process."""
+"""What the API process sends to the inference process; ranges are the engine's, checked there."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from engine.inference.engine import InferenceEngine
-from engine.inference.request import GenerationRequest
+from engine.inference.sampling_params import Guide, GuideKind
 
-__all__ = ["GenerateBody", "MessageBody"]
+__all__ = ["DetokenizeBody", "GenerateBody", "GuideBody", "MessageBody", "TokenizeBody"]
 
 
 class _Body(BaseModel):
@@ -17,47 +16,87 @@ class _Body(BaseModel):
 class MessageBody(_Body):
     """One turn of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | None = None
+    name: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] | None = None
+    tool_call_id: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The members that the turn has; most templates want a content in any case."""
+        return {"content": "", **self.model_dump(exclude_none=True)}
+
+
+class GuideBody(_Body):
+    """A language that the answer stays in."""
+
+    kind: GuideKind
+    text: str = ""
 
 
 class GenerateBody(_Body):
-    """One generation; the ranges are the engine's, checked where they are defined."""
+    """One request: `n` answers to each prompt, or to one conversation."""
+
+    artifact_id: str = Field(max_length=64)
+    tenant: str = ""
+    """On whose behalf; tenants take turns where requests wait."""
+    cache_salt: str | None = None
+    prompts: tuple[str | tuple[int, ...], ...] | None = Field(default=None, min_length=1)
+    messages: tuple[MessageBody, ...] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    echo: bool = False
+    """Answers start with their prompts; `max_tokens` may be 0 then."""
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    response_format: GuideBody | None = None
+    guided_regex: str | None = None
+
+    @model_validator(mode="after")
+    def _check_one_input(self) -> Self:
+        if (self.prompts is None) == (self.messages is None):
+            raise ValueError("give prompts or messages, and not both")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Prompts."""
+        return 1 if self.prompts is None else len(self.prompts)
+
+    @property
+    def guide(self) -> Guide | None:
+        """The language of the answer, whichever field names it."""
+        if self.guided_regex is not None:
+            return Guide(kind=GuideKind.REGEX, text=self.guided_regex)
+        wanted = self.response_format
+        return None if wanted is None else Guide(kind=wanted.kind, text=wanted.text)
+
+
+class TokenizeBody(_Body):
+    """A text or a conversation to turn into ids."""
 
     artifact_id: str = Field(max_length=64)
     prompt: str | None = None
     messages: tuple[MessageBody, ...] | None = None
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
 
-    @model_validator(mode="after")
-    def _check_one_input(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages, and not both")
-        return self
 
-    def to_request(self, engine: InferenceEngine) -> GenerationRequest:
-        """Turn text into the ids of a model.
+class DetokenizeBody(_Body):
+    """Ids to turn into a text."""
 
-        Raises:
-            RequestInvalid: naming the field.
-        """
-        if self.messages is not None:
-            ids = engine.text.encode_chat([each.model_dump() for each in self.messages])
-        else:
-            ids = engine.text.encode(self.prompt or "")
-        return GenerationRequest(
-            prompt_ids=ids,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k or 0,
-            seed=self.seed,
-            stop=self.stop,
-            ignore_eos=self.ignore_eos,
-        )
+    artifact_id: str = Field(max_length=64)
+    tokens: tuple[int, ...]

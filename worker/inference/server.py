@@ -44,7 +44,7 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Let uvicorn stop once nothing runs any more, or the time is over."""
         if self._drain_until is not None and (
-            self._generations.is_idle or time.monotonic() >= self._drain_until
+            self._generations.count == 0 or time.monotonic() >= self._drain_until
         ):
             await self._pool.close()
             await asyncio.sleep(POLL_S)

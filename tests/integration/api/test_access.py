@@ -13,7 +13,9 @@ from api.settings import Settings
 
 PUBLIC = {"/healthz", "/readyz", "/metrics", "/problems/{code}"}
 DOCUMENTS = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
-OPENAI = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+OPENAI = (
+    "/v1/chat/completions", "/v1/completions", "/v1/detokenize", "/v1/models", "/v1/tokenize"
+)  # fmt: skip
 
 
 def list_routes():
@@ -57,6 +59,10 @@ class Owned:
             "/v1/quantizations/{job_id}/cancel": None,
             "/v1/quantizations/{job_id}/retry": None,
             "/v1/deployments": {"artifact_id": self.artifact_id, "name": "again"},
+            "/v1/deployments/{deployment_id}/load": None,
+            "/v1/deployments/{deployment_id}/unload": None,
+            "/v1/tokenize": {"model": "hosted", "prompt": "hi"},
+            "/v1/detokenize": {"model": "hosted", "tokens": [1]},
             "/v1/chat/completions": {
                 "model": "hosted",
                 "messages": [{"role": "user", "content": "hi"}],

@@ -1,13 +1,16 @@
 """The OpenAI-compatible routes: shapes, refusals by name, and callers that go away."""
 
 import json
+import shutil
 import time
+from uuid import uuid4
 
 import httpx
 import pytest
 
-from api.settings import InferenceSettings
-from tests.fake_inference import END, START, run_fake_inference
+from api.db.connection import Database
+from api.settings import InferenceSettings, Settings
+from tests.fake_inference import END, FINISH, START, run_fake_inference, token
 from tests.running_api import run_api
 
 CHAT = {"model": "hosted", "messages": [{"role": "user", "content": "hi"}]}
@@ -16,21 +19,40 @@ SHARED = "between-us"
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 
 
-@pytest.fixture
-def inference():
-    with run_fake_inference() as fake:
-        yield fake
+@pytest.fixture(scope="module")
+def fakes():
+    """Two scripted inference services; the second is met only by who asks for it."""
+    with run_fake_inference() as first, run_fake_inference() as second:
+        yield first, second
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, sqlite_template, fakes):
+    """One API for the module, over SQLite, with the first service."""
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copyfile(sqlite_template, folder / "abq.db")
+    wired = InferenceSettings(url=fakes[0].url, token=SHARED, load_timeout_s=20)
+    settings = Settings(data_dir=folder, inference=wired)
+    database = Database(settings.database_url)
+    with run_api(settings, database) as api:
+        yield api
+    database.close()
 
 
 @pytest.fixture
-def hosting(settings, database, inference):
-    """A client of an API that hosts `hosted` on the scripted inference service."""
-    wired = InferenceSettings(url=inference.url, token=SHARED, load_timeout_s=20)
-    with run_api(settings.model_copy(update={"inference": wired}), database) as api:
-        job_id, _ = api.artifact()
-        with api.client() as client:
-            client.post("/v1/deployments", json={"quantization_id": job_id, "name": "hosted"})
-            yield client
+def inference(fakes):
+    fakes[0].reset()
+    return fakes[0]
+
+
+@pytest.fixture
+def hosting(served, inference):
+    """A client of a tenant of its own that hosts `hosted` on the scripted inference service."""
+    tenant = uuid4().hex
+    job_id, _ = served.artifact(tenant)
+    with served.client(tenant=tenant) as client:
+        client.post("/v1/deployments", json={"quantization_id": job_id, "name": "hosted"})
+        yield client
 
 
 @pytest.fixture
@@ -52,7 +74,10 @@ def test_a_chat_is_answered_as_a_whole(hosting, inference):
     assert answer["object"] == "chat.completion"
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Hello"}
     assert answer["choices"][0]["finish_reason"] == "stop"
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert answer["usage"] == {
+        "prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }  # fmt: skip
     asked = inference.requests[0]
     assert asked["messages"] == [{"role": "user", "content": "hi"}]
     assert (asked["seed"], asked["stop"], asked["temperature"]) == (5, ["x"], 0)
@@ -119,18 +144,30 @@ def test_parts_of_text_are_joined_and_values_that_mean_unused_are_accepted(hosti
 @pytest.mark.parametrize(
     ("url", "field", "value", "code"),
     [
-        (CHAT_URL, "tools", [{"type": "function"}], "unsupported_parameter"),
-        (CHAT_URL, "logprobs", True, "unsupported_parameter"),
-        (CHAT_URL, "n", 2, "unsupported_parameter"),
-        (CHAT_URL, "presence_penalty", 0.5, "unsupported_parameter"),
-        (CHAT_URL, "response_format", {"type": "json_object"}, "unsupported_parameter"),
+        (CHAT_URL, "functions", [{"name": "f"}], "unsupported_parameter"),
+        (CHAT_URL, "echo", True, "unsupported_parameter"),
         (CHAT_URL, "temprature", 0.5, "unsupported_parameter"),
-        (TEXT_URL, "logprobs", 0, "unsupported_parameter"),
-        (TEXT_URL, "echo", True, "unsupported_parameter"),
+        (TEXT_URL, "best_of", 2, "unsupported_parameter"),
+        (TEXT_URL, "suffix", "!", "unsupported_parameter"),
+        (TEXT_URL, "max_completion_tokens", 5, "unsupported_parameter"),
+        (CHAT_URL, "tool_choice", "required", "invalid_request"),
+        (CHAT_URL, "top_logprobs", 2, "invalid_request"),
         (CHAT_URL, "temperature", 3, "invalid_request"),
+        (CHAT_URL, "n", 17, "invalid_request"),
+        (CHAT_URL, "presence_penalty", 2.5, "invalid_request"),
         (CHAT_URL, "max_tokens", 0, "invalid_request"),
-        (CHAT_URL, "stop", ["a"] * 5, "invalid_request"),
-        (TEXT_URL, "prompt", [1, 2], "invalid_request"),
+        (CHAT_URL, "min_tokens", 2_000_000, "invalid_request"),
+        (CHAT_URL, "stop", ["a"] * 17, "invalid_request"),
+        (CHAT_URL, "stream_options", {"include_usage": True}, "invalid_request"),
+        (TEXT_URL, "max_tokens", 0, "invalid_request"),
+        (TEXT_URL, "min_tokens", 17, "invalid_request"),
+        (TEXT_URL, "logprobs", 21, "invalid_request"),
+        (TEXT_URL, "logprobs", True, "invalid_request"),
+        (TEXT_URL, "prompt", [], "invalid_request"),
+        (TEXT_URL, "prompt", [1, "a"], "invalid_request"),
+        (TEXT_URL, "prompt", [[1], "a"], "invalid_request"),
+        (TEXT_URL, "prompt", [True], "invalid_request"),
+        (TEXT_URL, "prompt", [-1], "invalid_request"),
     ],
 )
 def test_a_field_that_cannot_be_honoured_is_refused_by_name(
@@ -143,6 +180,141 @@ def test_a_field_that_cannot_be_honoured_is_refused_by_name(
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", field, code)
     assert field in error["message"]
     assert inference.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logit_bias": {"a": 1}}, "logit_bias.a"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"messages": [{"role": "user", "content": "a", "mood": 1}]}, "messages.0.mood"),
+    ],
+)
+def test_what_is_wrong_inside_of_a_field_is_named_by_its_place(hosting, inference, fields, param):
+    response = hosting.post(CHAT_URL, json=CHAT | fields)
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert inference.requests == []
+
+
+def test_every_field_of_a_chat_reaches_the_model(hosting, inference):
+    schema = {"type": "object"}
+    tool = {"type": "function", "function": {"name": "f"}}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        *CHAT["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "2"},
+    ]
+    same = {
+        "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": 0.5, "seed": -3, "n": 2,
+        "frequency_penalty": -0.5, "stop_token_ids": [7], "min_tokens": 2, "top_p": 0.5,
+        "ignore_eos": True, "temperature": 0.7, "stop": ["x", "y"],
+    }  # fmt: skip
+    named = {"name": "n", "schema": schema, "strict": True}
+    wanted = {"response_format": {"type": "json_schema", "json_schema": named}}
+
+    response = hosting.post(
+        CHAT_URL,
+        json=CHAT | same | wanted | {
+            "messages": turns, "tools": [tool], "logit_bias": {"9": -100, "5": 1.5},
+            "top_k": -1, "logprobs": True, "top_logprobs": 4,
+        },
+    )  # fmt: skip
+
+    assert response.status_code == 200
+    (asked,) = inference.requests
+    assert {name: asked[name] for name in same} == same
+    assert asked["logit_bias"] == [[5, 1.5], [9, -100.0]]
+    assert (asked["top_k"], asked["logprobs"]) == (0, 4)
+    assert asked["response_format"] == {"kind": "json_schema", "text": json.dumps(schema)}
+    assert (asked["tools"], asked["messages"][1]["tool_calls"]) == ([tool], [call])
+    assert asked["messages"][2] == {"role": "tool", "tool_call_id": "c", "content": "2"}
+    assert asked["tenant"].startswith("key_")
+    assert asked["cache_salt"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "passed_on"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_a_prompt_has_any_of_four_shapes(hosting, inference, prompt, passed_on):
+    response = hosting.post(TEXT_URL, json=TEXT | {"prompt": prompt, "echo": True, "logprobs": 0})
+
+    assert response.status_code == 200
+    (asked,) = inference.requests
+    assert (asked["prompts"], asked["echo"], asked["logprobs"]) == (passed_on, True, 0)
+
+
+def test_several_answers_keep_their_own_texts_and_ends(hosting, inference):
+    other = {"type": "finish", "index": 1, "finish_reason": "length"}
+    inference.records = [START, token("a"), token("b", index=1), other, token("c"), FINISH, END]
+
+    whole = hosting.post(CHAT_URL, json=CHAT | {"n": 2}).json()
+    *chunks, _ = read_data(hosting.post(CHAT_URL, json=CHAT | {"n": 2, "stream": True}))
+
+    answers = [
+        (each["index"], each["message"]["content"], each["finish_reason"])
+        for each in whole["choices"]
+    ]
+    assert answers == [(0, "ac", "stop"), (1, "b", "length")]
+    choices = [json.loads(each)["choices"][0] for each in chunks]
+    told = [
+        (each["index"], each["delta"].get("content"), each["finish_reason"]) for each in choices
+    ]
+    assert told == [
+        (0, "", None), (1, "", None), (0, "a", None), (1, "b", None), (1, None, "length"),
+        (0, "c", None), (0, None, "stop"),
+    ]  # fmt: skip
+
+
+def test_log_probabilities_have_the_shape_of_their_route(hosting, inference):
+    first = {"token": "He", "bytes": [72, 101], "logprob": -0.5, "top": [["Ho", [72, 111], -0.4]]}
+    second = {"token": "y", "bytes": [121], "logprob": -1.5, "top": []}
+    alone = {"token": "S", "bytes": [83], "logprob": None, "top": []}
+    start = START | {"echo": [{"index": 0, "text": "S", "logprobs": [alone]}]}
+    inference.records = [START, token("Hey", logprobs=[first, second]), FINISH, END]
+
+    chat = hosting.post(CHAT_URL, json=CHAT | {"logprobs": True, "top_logprobs": 1}).json()
+    inference.records = [start, token("He", logprobs=[first]), token("y", logprobs=[second])]
+    inference.records += [FINISH, END]
+    asked = TEXT | {"logprobs": 1, "echo": True}
+    text = hosting.post(TEXT_URL, json=asked).json()["choices"][0]
+    *chunks, _ = read_data(hosting.post(TEXT_URL, json=asked | {"stream": True}))
+
+    assert chat["choices"][0]["logprobs"]["content"][0] == {
+        "token": "He", "bytes": [72, 101], "logprob": -0.5,
+        "top_logprobs": [{"token": "Ho", "bytes": [72, 111], "logprob": -0.4}],
+    }  # fmt: skip
+    assert text["text"] == "SHey"
+    assert text["logprobs"] == {
+        "tokens": ["S", "He", "y"],
+        "token_logprobs": [None, -0.5, -1.5],
+        "top_logprobs": [None, {"Ho": -0.4, "He": -0.5}, {"y": -1.5}],
+        "text_offset": [0, 1, 3],
+    }
+    pieces = [json.loads(each)["choices"][0]["logprobs"] for each in chunks]
+    assert [each["text_offset"] for each in pieces if each] == [[0], [1], [3]]
+
+
+def test_a_stream_counts_along_where_asked(hosting):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+
+    response = hosting.post(TEXT_URL, json=TEXT | {"stream": True, "stream_options": options})
+
+    *chunks, _ = read_data(response)
+    totals = [json.loads(each)["usage"]["completion_tokens"] for each in chunks]
+    assert totals == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +376,7 @@ def test_an_inference_service_that_is_down_is_503_with_retry_after(api):
 
 def test_a_fault_in_the_middle_of_a_stream_is_an_event_and_its_end(hosting, inference):
     fault = {"type": "error", "code": "internal_error", "message": "secret path", "param": None}
-    inference.records = [START, {"type": "token", "text": "Hel"}, fault]
+    inference.records = [START, token("Hel"), fault]
 
     streamed = read_data(hosting.post(CHAT_URL, json=CHAT | {"stream": True}))
     whole = hosting.post(CHAT_URL, json=CHAT)
@@ -253,7 +425,7 @@ def test_faults_between_the_two_services_are_told_to_whom_they_concern(
 
 
 def test_a_stream_that_breaks_off_does_not_look_complete(hosting, inference):
-    inference.records = [START, {"type": "token", "text": "Hel"}]
+    inference.records = [START, token("Hel")]
 
     streamed = read_data(hosting.post(CHAT_URL, json=CHAT | {"stream": True}))
     whole = hosting.post(CHAT_URL, json=CHAT)
@@ -275,7 +447,7 @@ def test_a_pause_is_bridged_by_comments(hosting, inference, monkeypatch):
 @pytest.mark.parametrize("delay_s", [0, 5], ids=["while it streams", "before it begins"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_caller_that_goes_away_cancels_the_generation(hosting, inference, delay_s, stream):
-    inference.records = [START, *[{"type": "token", "text": "x"}] * 400, END]
+    inference.records = [START, *[token("x")] * 400, FINISH, END]
     inference.delay_s, inference.pause_s = delay_s, 0.05
 
     read_a_little_and_leave(hosting, CHAT | {"stream": stream})
@@ -307,7 +479,7 @@ def test_hosted_models_are_listed_and_read_by_name(hosting):
 
 def test_faults_outside_of_the_handlers_have_openais_shape_too(hosting):
     wrong_method = hosting.put(CHAT_URL, json=CHAT)
-    too_large = hosting.post(CHAT_URL, json=CHAT | {"user": "x" * 300_000})
+    too_large = hosting.post(CHAT_URL, json=CHAT | {"user": "x" * 5_000_000})
 
     assert (wrong_method.status_code, too_large.status_code) == (405, 413)
     assert all(set(each.json()) == {"error"} for each in (wrong_method, too_large))
@@ -335,6 +507,20 @@ def test_deployments_are_made_shown_and_removed(hosting, inference):
     assert hosting.get(named.headers["location"]).json()["status"] == "idle"
     # it had left memory by itself: the inference service knows nothing to unload
     assert hosting.delete(named.headers["location"]).status_code == 200
+
+
+def test_a_model_leaves_memory_and_comes_back_while_it_stays_hosted(hosting, inference):
+    (deployment,) = hosting.get("/v1/deployments").json()["data"]
+    url = f"/v1/deployments/{deployment['id']}"
+
+    unloaded = hosting.post(f"{url}/unload")
+    inference.progress = {"status": "loading", "stage": "reading", "progress": 0.4}
+    loaded = hosting.post(f"{url}/load")
+
+    assert (unloaded.status_code, unloaded.json()["status"]) == (200, "idle")
+    assert (loaded.status_code, loaded.json()["status"]) == (202, "loading")
+    assert (loaded.json()["stage"], loaded.json()["progress"]) == ("reading", 0.4)
+    assert hosting.post("/v1/deployments/dep_none/load").status_code == 404
 
 
 def test_the_last_name_of_an_artifact_takes_it_out_of_memory(hosting, inference):

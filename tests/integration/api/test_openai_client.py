@@ -6,15 +6,18 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from api.cli.environment import settings_environment
 from api.db.connection import Database
 from api.settings import InferenceSettings, Settings
 from engine.calibration.watch import Watch
+from engine.inference.engine import open_engine
 from engine.pipeline import EvaluationPlan, QuantJob, quantize_model
 from engine.spec import CalibrationSpec, QuantSpec, Recipe
 from tests.integration.machine import ROOT, wait_until
@@ -128,7 +131,7 @@ def test_refusals_are_the_clients_own_exceptions(client):
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(**wanted | {"model": "other"})
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(**wanted, logprobs=True)
+        client.chat.completions.create(**wanted, extra_body={"temprature": 1})
     with pytest.raises(openai.BadRequestError) as too_long:
         client.chat.completions.create(**wanted, max_tokens=100_000)
     with pytest.raises(openai.AuthenticationError) as stranger:
@@ -136,7 +139,7 @@ def test_refusals_are_the_clients_own_exceptions(client):
 
     assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
     assert (unsupported.value.code, unsupported.value.param) == (
-        "unsupported_parameter", "logprobs",
+        "unsupported_parameter", "temprature",
     )  # fmt: skip
     assert too_long.value.code == "context_length_exceeded"
     assert stranger.value.code == "invalid_api_key"
@@ -155,6 +158,66 @@ def test_a_caller_that_leaves_frees_the_model_for_the_next(client, hosting):
 
     # one of them alone takes twenty seconds to its end
     assert time.monotonic() - started < 5
+
+
+def test_log_probabilities_come_in_the_clients_own_types(client):
+    wanted = {"model": "tiny", "max_tokens": 3, "temperature": 0}
+
+    chat = client.chat.completions.create(
+        **wanted, messages=MESSAGES, logprobs=True, top_logprobs=2
+    )
+    text = client.completions.create(**wanted, prompt=["ab", "abc"], logprobs=2, echo=True)
+
+    tokens = chat.choices[0].logprobs.content
+    assert len(tokens) == 3
+    for each in tokens:
+        assert each.logprob == each.top_logprobs[0].logprob <= 0
+        assert bytes(each.bytes).decode(errors="replace")
+    first, second = (each.logprobs for each in text.choices)
+    assert [each.index for each in text.choices] == [0, 1]
+    assert (first.tokens[:2], second.tokens[:3]) == (["a", "b"], ["a", "b", "c"])
+    assert (len(first.tokens), len(second.tokens)) == (5, 6)
+    assert first.token_logprobs[0] is first.top_logprobs[0] is None
+    # the same two letters: whatever follows changes nothing before it
+    assert second.token_logprobs[1] == pytest.approx(first.token_logprobs[1], abs=1e-3)
+
+
+def test_texts_and_ids_are_turned_into_each_other(client, hosting):
+    with hosting.client("infer:invoke") as http:
+        asked = {"model": "tiny", "messages": MESSAGES}
+        found = http.post("/v1/tokenize", json=asked).json()
+        back = http.post("/v1/detokenize", json={"model": "tiny", "tokens": found["tokens"]})
+        refused = http.post("/v1/tokenize", json={"model": "tiny"})
+
+    assert back.json() == {"prompt": "<|user|>hello<|end|><|assistant|>"}
+    assert found["count"] == len(found["tokens"]) == 8
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+    by_ids = client.completions.create(
+        model="tiny", prompt=found["tokens"], max_tokens=8, temperature=0
+    )
+    by_chat = client.chat.completions.create(**asked, max_tokens=8, temperature=0)
+    assert by_ids.choices[0].text == by_chat.choices[0].message.content
+    assert by_ids.usage.prompt_tokens == by_chat.usage.prompt_tokens == 8
+
+
+def test_an_evaluation_harness_scores_the_model_over_the_endpoint(client, hosting):
+    """What lm-eval's `local-completions` sends and reads, against the checkpoint's own scores."""
+    (directory,) = hosting.settings.storage_root.glob("art_*")
+    engine = open_engine(directory, "cpu")
+    pairs = [("the cat", " sat"), ("a", " longer continuation"), ("number", " 7")]
+    prompts = [list(engine.text.encode(context + rest)) for context, rest in pairs]
+    harness = SimpleNamespace(model="tiny")
+
+    asked = LocalCompletionsAPI._create_payload(harness, prompts)  # noqa: SLF001 - what it sends
+    answer = client.completions.create(**asked).model_dump()
+    found = LocalCompletionsAPI.parse_logprobs(
+        answer, tokens=prompts, ctxlens=[len(context) for context, _ in pairs]
+    )
+
+    for (_, rest), ids, (total, is_greedy) in zip(pairs, prompts, found, strict=True):
+        scores = engine.score_prompt(ids, 1, lambda: False)[-len(rest) :]
+        assert total == pytest.approx(sum(each.logprob for each in scores), abs=1e-2)
+        assert is_greedy == all(each.top[0][0] == each.token_id for each in scores)
 
 
 def test_callers_at_the_same_time_each_get_their_own_text(client):

@@ -10,11 +10,15 @@ import httpx
 import pytest
 
 from api.cli.environment import settings_environment
-from api.db.connection import Database
+from api.db.base import new_id
+from api.db.connection import Database, database_now
 from api.db.repositories.access import get_or_create_tenant
+from api.db.tables.artifacts import Deployment
 from api.services.jobs import NewJob, create_job
 from api.settings import DatabaseSettings, InferenceSettings, ServerSettings, Settings
+from tests.fake_inference import END, FINISH, START, run_fake_inference, token
 from tests.integration.machine import ROOT
+from tests.running_api import RunningApi
 from tests.servers import free_port
 
 
@@ -26,7 +30,8 @@ def start(tmp_path):
     def run(**groups):
         server = ServerSettings(port=free_port())
         inference = InferenceSettings(url=f"http://127.0.0.1:{free_port()}")
-        settings = Settings(data_dir=tmp_path, server=server, inference=inference, **groups)
+        groups = {"inference": inference} | groups
+        settings = Settings(data_dir=tmp_path, server=server, **groups)
         process = subprocess.Popen(
             [sys.executable, "-m", "api"],
             cwd=ROOT,
@@ -70,6 +75,33 @@ def test_it_starts_with_nothing_shows_its_first_key_once_and_stops_with_open_str
     assert "First API key" not in again.communicate(timeout=40)[0]
 
 
+def test_a_stopping_process_finishes_answers_and_takes_no_more(start, tmp_path):
+    with run_fake_inference() as fake:
+        process, url = start(inference=InferenceSettings(url=fake.url))
+        headers = {"Authorization": f"Bearer {process.stdout.readline().split()[-1]}"}
+        fake.records = [START, *[token("x")] * 10, FINISH, END]
+        fake.pause_s = 0.1
+        with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=30) as client:
+            wait_until_ready(client)
+            host(tmp_path)
+            wanted = {"model": "hosted", "prompt": "a", "stream": True}
+            with client.stream("POST", "/v1/completions", json=wanted) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.3)
+                ready = client.get("/readyz")
+                refused = client.post("/v1/completions", json=wanted)
+                *_, last = [line for line in lines if line]
+        process.communicate(timeout=20)
+
+    assert (ready.status_code, ready.json()["status"]) == (503, "not_ready")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+    assert int(refused.headers["retry-after"]) > 0
+    assert last == "data: [DONE]"
+    assert process.returncode == 0
+
+
 def test_a_database_without_tables_is_said_in_one_sentence(start, tmp_path):
     url = f"sqlite:///{tmp_path / 'empty.db'}"
 
@@ -79,6 +111,25 @@ def test_a_database_without_tables_is_said_in_one_sentence(start, tmp_path):
     assert process.returncode == 1
     assert "abq migrate" in log
     assert "Traceback" not in log
+
+
+def host(data_dir):
+    """Host an artifact under the name `hosted`, straight into the database."""
+    settings = Settings(data_dir=data_dir)
+    database = Database(settings.database_url)
+    api = RunningApi(url="", settings=settings, database=database)
+    _, artifact_id = api.artifact()
+    with database.write() as session:
+        session.add(
+            Deployment(
+                id=new_id("dep"),
+                tenant_id=api.tenant(),
+                artifact_id=artifact_id,
+                name="hosted",
+                created_at=database_now(session),
+            )
+        )
+    database.close()
 
 
 def queue_job(data_dir):

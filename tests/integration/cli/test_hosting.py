@@ -3,7 +3,7 @@ import io
 import pytest
 
 from api.settings import InferenceSettings
-from tests.fake_inference import START, run_fake_inference
+from tests.fake_inference import START, run_fake_inference, token
 from tests.running_api import run_api
 
 
@@ -91,7 +91,7 @@ def test_a_conversation_remembers_what_was_said(abq, tiny, inference, monkeypatc
 
 def test_an_answer_that_breaks_off_is_exit_code_1(abq, tiny, inference):
     failure = {"type": "error", "code": "engine_error", "message": "out of memory", "param": None}
-    inference.records = [START, {"type": "token", "text": "Hel"}, failure]
+    inference.records = [START, token("Hel"), failure]
 
     answer = abq("chat", "tiny", "Who are you?")
 
