@@ -4,7 +4,7 @@ from engine.errors import CacheExceeded, ContextLengthExceeded
 from engine.inference.request import GenerationRequest, RequestInvalid
 from engine.inference.sampling_params import Guide
 
-__all__ = ["check_ids", "fitting_tokens", "refuse_guide"]
+__all__ = ["check_ids", "check_scored", "fitting_tokens", "refuse_guide"]
 
 
 def check_ids(request: GenerationRequest, vocabulary: int) -> None:
@@ -39,9 +39,7 @@ def fitting_tokens(
     Raises:
         ContextLengthExceeded: if prompt and answer never fit, whatever else runs.
     """
-    limit, error = context_length, ContextLengthExceeded
-    if cache_tokens is not None and cache_tokens < limit:
-        limit, error = cache_tokens, CacheExceeded
+    limit, error = _limit_of(context_length, cache_tokens)
     prompt = len(request.prompt_ids)
     if prompt >= limit:
         raise error("prompt", prompt, limit)
@@ -52,6 +50,19 @@ def fitting_tokens(
     return request.max_tokens
 
 
+def check_scored(
+    request: GenerationRequest, context_length: int, cache_tokens: int | None = None
+) -> None:
+    """Refuse a prompt that is too long to be scored; limits as for `fitting_tokens`.
+
+    Raises:
+        ContextLengthExceeded: if it never fits, whatever else runs.
+    """
+    limit, error = _limit_of(context_length, cache_tokens)
+    if len(request.prompt_ids) > limit:
+        raise error("prompt", len(request.prompt_ids), limit)
+
+
 def refuse_guide(guide: Guide) -> None:
     """Refuse every guide, where the engine has no compiler for them.
 
@@ -59,3 +70,12 @@ def refuse_guide(guide: Guide) -> None:
         RequestInvalid: naming its kind.
     """
     raise RequestInvalid("guide", str(guide.kind), "leave it out: this engine follows no guides")
+
+
+def _limit_of(
+    context_length: int, cache_tokens: int | None
+) -> tuple[int, type[ContextLengthExceeded]]:
+    """The tighter limit, and what says that it is exceeded."""
+    if cache_tokens is not None and cache_tokens < context_length:
+        return cache_tokens, CacheExceeded
+    return context_length, ContextLengthExceeded

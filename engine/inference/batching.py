@@ -2,18 +2,19 @@
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from engine.inference.admission import check_ids, fitting_tokens, refuse_guide
+from engine.inference.admission import check_ids, check_scored, fitting_tokens, refuse_guide
 from engine.inference.answer import Answer
 from engine.inference.limits import RunnerShape, SchedulerLimits
 from engine.inference.request import GenerationRequest
 from engine.inference.sampling_params import Guide
 from engine.inference.scheduler import Scheduler
+from engine.inference.score_ticket import ScoreTicket
 from engine.inference.sequence import TokenSequence
 from engine.inference.statistics import EngineStatistics
 from engine.inference.step_loop import StepLoop
-from engine.inference.steps import Runner
+from engine.inference.steps import Runner, TokenLogprobs
 from engine.inference.text import TextCodec
 from engine.inference.ticket import ChunkQueue, ChunkStream, Delivery, Ticket, never_cancelled
 from engine.inference.ticket_book import TicketBook
@@ -100,6 +101,33 @@ class BatchingEngine:
         self._loop.submit(ticket)
         return ticket
 
+    def score_prompt(
+        self,
+        prompt_ids: Sequence[int],
+        top: int,
+        is_cancelled: Callable[[], bool],
+        *,
+        tenant: str = "",
+        cache_salt: str | None = None,
+    ) -> tuple[TokenLogprobs | None, ...]:
+        """See `engine.inference.scoring.PromptScorer.score_prompt`."""
+        request = GenerationRequest(
+            prompt_ids=tuple(prompt_ids), logprobs=top, tenant=tenant, cache_salt=cache_salt
+        )
+        check_ids(request, self._shape.vocabulary)
+        check_scored(request, self._shape.context_length, self._shape.cache_tokens)
+        if len(request.prompt_ids) == 1:
+            self._loop.check_open()
+            return (None,)
+        sequence = TokenSequence.to_be_scored(
+            request.prompt_ids, top, tenant=tenant, salt=_salt_of(request)
+        )
+        # hashed in the caller's thread, as for answers
+        sequence.digests(self._shape.page_size)
+        ticket = ScoreTicket(sequence, is_cancelled)
+        self._loop.submit(ticket)
+        return ticket.wait()
+
     @property
     def end(self) -> str | None:
         """Why nothing is answered any more; None while the engine is usable."""
@@ -136,17 +164,13 @@ class BatchingEngine:
         """One for each answer; all but the first wait for the pages of the prompt."""
         seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
         drafts = self._draft_tokens if request.draft_tokens is None else request.draft_tokens
-        # the two kinds of salt never meet
-        salt = f"tenant {request.tenant}"
-        if request.cache_salt is not None:
-            salt = f"salt {request.cache_salt}"
         sequences = [
             TokenSequence(
                 request.prompt_ids,
                 request.sampling(_signed(seed + index), self.text.eos_ids),
                 max_tokens,
                 tenant=request.tenant,
-                salt=salt,
+                salt=_salt_of(request),
                 draft_tokens=drafts,
             )
             for index in range(request.n)
@@ -156,6 +180,13 @@ class BatchingEngine:
         for follower in sequences[1:]:
             follower.follow(sequences[0])
         return sequences
+
+
+def _salt_of(request: GenerationRequest) -> str:
+    """The two kinds never meet."""
+    if request.cache_salt is not None:
+        return f"salt {request.cache_salt}"
+    return f"tenant {request.tenant}"
 
 
 def _signed(seed: int) -> int:

@@ -106,9 +106,15 @@ class SequentialEngine:
         return self._chunks(request, answer, runner.new_cache(), is_cancelled)
 
     def score_prompt(
-        self, prompt_ids: Sequence[int], top: int, is_cancelled: Callable[[], bool]
+        self,
+        prompt_ids: Sequence[int],
+        top: int,
+        is_cancelled: Callable[[], bool],
+        *,
+        tenant: str = "",
+        cache_salt: str | None = None,
     ) -> tuple[TokenLogprobs | None, ...]:
-        """See `PromptScorer.score_prompt`."""
+        """See `PromptScorer.score_prompt`; requests share nothing here."""
         runner = self._live_runner()
         check_ids(GenerationRequest(prompt_ids=tuple(prompt_ids)), runner.vocabulary)
         if len(prompt_ids) > runner.context_length:

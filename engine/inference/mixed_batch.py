@@ -37,12 +37,14 @@ class MixedBatch:
     cu_seqlens: Ints
     """``[C + 1]``: where chunks begin and end, from behind the decodes."""
     logit_rows: Ints
-    """``[R]``: those of the drawing sequences, then those of drafts; never empty, for a decoder
-    need not know that nothing is drawn."""
+    """``[R]``: those of the drawing sequences, then those of drafts, then the scored ones; never
+    empty, for a decoder need not know that nothing is drawn."""
     drawing: tuple[SequenceStep, ...]
     """Sequences that draw one token, in the order of the first logit rows."""
     drafting: tuple[SequenceStep, ...]
     """Sequences whose drafts are verified, one row more than drafts each."""
+    scoring: tuple[SequenceStep, ...]
+    """Sequences whose prompts are scored, a row for each of `score_ids`."""
 
     @classmethod
     def of(cls, plan: StepPlan, page_size: int) -> "MixedBatch":
@@ -66,6 +68,10 @@ class MixedBatch:
         for step in drafting:
             end = end_of[step.slot]
             rows += range(end - step.drafts - 1, end)
+        scoring = tuple(step for step in steps if step.score_ids)
+        for step in scoring:
+            end = end_of[step.slot]
+            rows += range(end - len(step.score_ids), end)
         positions = [np.arange(step.start, step.start + step.count) for step in steps]
         return cls(
             token_ids=_flatten([step.token_ids or (ON_DEVICE,) for step in steps]),
@@ -80,6 +86,7 @@ class MixedBatch:
             logit_rows=np.array(rows or [0], dtype=np.int32),
             drawing=drawing,
             drafting=drafting,
+            scoring=scoring,
         )
 
 

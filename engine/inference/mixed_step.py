@@ -1,4 +1,4 @@
-"""Steps with chunks of prompts or with drafts, launch by launch.
+"""Steps with chunks of prompts, scored ones too, or with drafts, launch by launch.
 
 Shape legend: M tokens, B sequences, D of them decoding, R rows of logits, N sequences with drafts,
 K drafts at most.
@@ -13,6 +13,7 @@ from engine.inference.draft_check import DraftRows, last_accepted, likeliest_tok
 from engine.inference.draw_kind import DrawKind
 from engine.inference.mixed_batch import MixedBatch
 from engine.inference.ports import TokenDecoder, TokenSampler
+from engine.inference.scored_rows import ScoredRows
 from engine.inference.step_buffers import HostArena, StepBuffers
 from kernels.kv_pages import KvPages
 from kernels.step_state import record_tokens
@@ -39,10 +40,12 @@ class MixedLogits:
     """What a mixed step computed, and for whom."""
 
     logits: torch.Tensor
-    """``[R, V]``: one row for each drawing sequence, then those of drafts."""
+    """``[R, V]``: one row for each drawing sequence, then those of drafts, then scored ones."""
     slots: torch.Tensor
     """int64: of the drawing sequences."""
     drafting: _Drafting | None
+    score_ids: torch.Tensor
+    """int32: the token that each of the scored rows is asked about."""
 
 
 class MixedStep:
@@ -55,10 +58,11 @@ class MixedStep:
         pages: tuple[KvPages, ...],
         buffers: StepBuffers,
         drawn: torch.Tensor,
+        scored: ScoredRows,
     ) -> None:
         """Keep what all steps share; `drawn` is int32, for the tokens of a step."""
         self._decoder, self._sampler, self._pages = decoder, sampler, pages
-        self._buffers, self._drawn = buffers, drawn
+        self._buffers, self._drawn, self._scored = buffers, drawn, scored
 
     def forward(self, batch: MixedBatch, arena: HostArena) -> MixedLogits:
         """Send what a batch needs in one copy, then compute its logits."""
@@ -71,6 +75,7 @@ class MixedStep:
             arena.add(table.rows.ravel()),
             arena.add(table.drafts.ravel()),
         ]
+        score_ids = arena.add([each for step in batch.scoring for each in step.score_ids])
         sent = arena.send()
         self._buffers.apply(sent, placed)
         parts = {name: sent[place] for name, place in at.items()}
@@ -85,11 +90,13 @@ class MixedStep:
             )
             if batch.drafting
             else None,
+            score_ids=sent[score_ids],
         )
 
     def draw(self, computed: MixedLogits, kind: DrawKind) -> None:
-        """Draw a token for every drawing sequence, and verify drafts."""
+        """Draw a token for every drawing sequence, verify drafts, and score."""
         state, count = self._buffers.state, len(computed.slots)
+        scored = len(computed.score_ids)
         if count:
             logits = computed.logits[:count]
             tokens = self._sampler.draw(
@@ -97,10 +104,13 @@ class MixedStep:
             )
             record_tokens(state, computed.slots, tokens, self._drawn)
         if computed.drafting is not None:
-            likeliest = likeliest_tokens(computed.logits[count:])
+            verified = len(computed.logits) - scored
+            likeliest = likeliest_tokens(computed.logits[count:verified])
             self._drawn[count : count + len(likeliest)] = likeliest
             last = last_accepted(likeliest, computed.drafting.rows, computed.drafting.drafts)
             state.last_tokens[computed.drafting.slots] = last.clamp(min=0)
+        if scored:
+            self._scored.measure(computed.logits[-scored:], computed.score_ids)
 
     def _lay_out(self, batch: MixedBatch, parts: dict[str, torch.Tensor]) -> TokenBatch:
         state, slots = self._buffers.state, parts["slots"].long()

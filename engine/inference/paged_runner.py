@@ -25,9 +25,10 @@ from engine.inference.open_slots import OpenSlots
 from engine.inference.ports import TokenDecoder, TokenSampler
 from engine.inference.runner_options import RunnerOptions
 from engine.inference.sampling_params import SamplingParams
+from engine.inference.scored_rows import ScoredRows
 from engine.inference.step_buffers import HostArena, StepBuffers
 from engine.inference.step_results import LaunchedStep, Reading, StepResults
-from engine.inference.steps import SequenceStep, StepPlan
+from engine.inference.steps import MAX_SCORED_TOKENS, SequenceStep, StepPlan
 from kernels.step_state import SequenceState
 
 __all__ = ["PagedRunner"]
@@ -140,7 +141,7 @@ class PagedRunner:
         self._graphs.forward(rows)
         self._results.allow_writing()
         self._graphs.draw(rows, self._prepare_draw(steps))
-        return self._results.read(self._reading(steps, ()))
+        return self._results.read(self._reading(steps))
 
     def _launch_mixed(self, plan: StepPlan, arena: HostArena) -> LaunchedStep:
         batch = MixedBatch.of(plan, self.page_size)
@@ -149,7 +150,7 @@ class PagedRunner:
         computed = self._mixed.forward(batch, arena)
         self._results.allow_writing()
         self._mixed.draw(computed, self._prepare_draw(batch.drawing))
-        return self._results.read(self._reading(batch.drawing, batch.drafting))
+        return self._results.read(self._reading(batch.drawing, batch.drafting, batch.scoring))
 
     def _allocate(self, plan: MemoryPlan) -> None:
         options, device, scratch = self._options, self._device, plan.pages
@@ -165,12 +166,14 @@ class PagedRunner:
         drawn = torch.zeros(tokens, dtype=torch.int32, device=device)
         self._buffers = StepBuffers(state, options.page_size)
         ints = 2 * len(state.words) + INTS_PER_SEQUENCE * slots + INTS_PER_TOKEN * tokens
+        ints += MAX_SCORED_TOKENS
         self._arenas = cycle([HostArena(ints, device) for _ in range(ARENAS)])
-        self._results = StepResults(drawn, sampler.logprobs, sampler.accept)
+        scored = ScoredRows(device)
+        self._results = StepResults(drawn, sampler.logprobs, scored.logprobs, sampler.accept)
         # neither knows the runner: without a cycle its memory is free as soon as it is dropped
         step = DecodeStep(decoder, sampler, self.kv_pages, state, drawn)
         self._graphs = DecodeGraphs(step, options.buckets_on(device.type))
-        self._mixed = MixedStep(decoder, sampler, self.kv_pages, self._buffers, drawn)
+        self._mixed = MixedStep(decoder, sampler, self.kv_pages, self._buffers, drawn, scored)
 
     def _prepare_draw(self, steps: tuple[SequenceStep, ...]) -> DrawKind:
         guided = self._open.guided(steps)
@@ -179,11 +182,15 @@ class PagedRunner:
         return self._open.kind_of(steps)
 
     def _reading(
-        self, drawing: tuple[SequenceStep, ...], drafting: tuple[SequenceStep, ...]
+        self,
+        drawing: tuple[SequenceStep, ...],
+        drafting: tuple[SequenceStep, ...] = (),
+        scoring: tuple[SequenceStep, ...] = (),
     ) -> Reading:
         return Reading(
             drawing=drawing,
             drafting=drafting,
+            scoring=scoring,
             tops=self._open.tops(drawing),
             guided=self._open.guided(drawing),
         )
@@ -195,6 +202,11 @@ class PagedRunner:
         most = self._options.max_step_tokens + self.max_sequences
         if tokens > most:
             raise ValueError(f"a plan of {tokens} tokens: plan at most {most}")
+        scored = sum(len(step.score_ids) for step in plan.steps)
+        if scored > MAX_SCORED_TOKENS:
+            raise ValueError(
+                f"a plan that scores {scored} tokens: score at most {MAX_SCORED_TOKENS}"
+            )
         if len({step.slot for step in plan.steps}) < len(plan.steps):
             raise ValueError("a slot has two steps in one plan: plan one a launch")
         for step in plan.steps:
@@ -209,12 +221,18 @@ class PagedRunner:
         if end > len(step.page_ids) * self.page_size:
             raise ValueError(f"slot {step.slot}: {len(step.page_ids)} pages for {end} tokens")
         # an id beyond the embedding would be an illegal access, which ends the process
-        if step.token_ids and not 0 <= min(step.token_ids) <= max(step.token_ids) < self.vocabulary:
+        ids = (*step.token_ids, *step.score_ids)
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
             raise ValueError(f"slot {step.slot}: token ids must be below {self.vocabulary}")
         if step.drafts and not (step.draws and self._open.can_verify(step.slot)):
             raise ValueError(f"slot {step.slot}: drafts are for greedy sequences that draw")
         if step.drafts > MAX_DRAFTS:
             raise ValueError(f"slot {step.slot}: {step.drafts} drafts, verify at most {MAX_DRAFTS}")
+        if step.score_ids and (step.draws or len(step.score_ids) > len(step.token_ids)):
+            raise ValueError(
+                f"slot {step.slot}: {len(step.score_ids)} scores behind {len(step.token_ids)} given"
+                " tokens: score at most as many, in steps that draw nothing"
+            )
 
     def _in_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

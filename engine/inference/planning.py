@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from engine.inference.sequence import TokenSequence
-from engine.inference.steps import SequenceStep, StepPlan
+from engine.inference.steps import MAX_SCORED_TOKENS, SequenceStep, StepPlan
 
 __all__ = ["PlannedStep", "StepBuilder", "share_tokens"]
 
@@ -42,6 +42,8 @@ class StepBuilder:
         self.number = number
         self.left = tokens
         """Tokens that the step can still take."""
+        self.scores_left = MAX_SCORED_TOKENS
+        """How many of them can be scored."""
         self._decodes: list[tuple[TokenSequence, SequenceStep]] = []
         self._chunks: list[tuple[TokenSequence, SequenceStep]] = []
         self._started: list[TokenSequence] = []
@@ -65,9 +67,12 @@ class StepBuilder:
             page_ids=sequence.pages,
             draws=draws,
             drafts=drafts,
+            score_ids=sequence.score_ids(sequence.computed + len(token_ids)),
+            score_top=sequence.score_top or 0,
         )
         (self._decodes if step.count == 1 and draws else self._chunks).append((sequence, step))
         self.left -= step.count
+        self.scores_left -= len(step.score_ids)
         # of the drafts it shows later how many are computed tokens of the sequence
         sequence.computed += step.count - drafts
         sequence.last_step = self.number

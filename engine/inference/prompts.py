@@ -3,12 +3,11 @@
 Tenants share the step's tokens equally as far as they need them, whether their prompts run or
 wait. Within a tenant the oldest prompt comes first. A sequence that finds no pages when its turn
 has come keeps all others from starting, so that small prompts do not overtake a large one for ever.
+Of a step's tokens few can be scored; they are shared in the same way.
 """
 
-from collections import Counter
-from collections.abc import Mapping
-
-from engine.inference.planning import StepBuilder, share_tokens
+from engine.inference.planning import StepBuilder
+from engine.inference.rations import Rations
 from engine.inference.running import RunningSet
 from engine.inference.sequence import SequenceState, TokenSequence
 from engine.inference.waiting import WaitingLine
@@ -24,66 +23,77 @@ def plan_prompts(step: StepBuilder, running: RunningSet, line: WaitingLine) -> N
         running: sequences with a slot, and those that get one.
         line: sequences that wait.
     """
-    begun = [each for each in running.sequences if not each.is_decoding]
-    needs = Counter[str]()
-    for sequence in begun:
-        needs[sequence.tenant] += sequence.remaining
-    waiting = Counter(line.demand() if len(running.slots) else {})
-    shares = share_tokens(needs + waiting, step.left)
-    rooms = {tenant: share - needs[tenant] for tenant, share in shares.items()}
-    _start_waiting(step, running, line, rooms)
-    _continue_begun(step, running, begun, shares)
+    # of a prompt that is scored all may be computed while the scores are on their way
+    begun = [each for each in running.sequences if each.remaining and not each.is_decoding]
+    rations = Rations.of(begun, line if len(running.slots) else (), step)
+    _start_waiting(step, running, line, rations)
+    _continue_begun(step, running, begun, rations)
 
 
 def _start_waiting(
-    step: StepBuilder, running: RunningSet, line: WaitingLine, rooms: Mapping[str, int]
+    step: StepBuilder, running: RunningSet, line: WaitingLine, rations: Rations
 ) -> None:
-    rooms = {tenant: room for tenant, room in rooms.items() if room > 0}
+    tokens, scores = rations.tokens.rooms, rations.scores.rooms
     while len(running.slots):
-        sequence = line.next(rooms)
+        sequence = line.next(rations.have_room)
         if sequence is None or not running.start(sequence):
             return
         line.admit(sequence)
         step.start(sequence)
-        tenant = sequence.tenant
-        rooms[tenant] -= _add_chunk(step, running, sequence, rooms[tenant])
-        if rooms[tenant] <= 0:
-            del rooms[tenant]
+        tenant, scores_left = sequence.tenant, step.scores_left
+        limit = _fitting(sequence, tokens[tenant], scores[tenant])
+        tokens[tenant] -= _add_chunk(step, running, sequence, limit)
+        scores[tenant] -= scores_left - step.scores_left
 
 
 def _continue_begun(
-    step: StepBuilder,
-    running: RunningSet,
-    begun: list[TokenSequence],
-    shares: dict[str, int],
+    step: StepBuilder, running: RunningSet, begun: list[TokenSequence], rations: Rations
 ) -> None:
+    tokens, scores = rations.tokens.shares, rations.scores.shares
+    left, scores_left = step.left, step.scores_left
     grants: dict[TokenSequence, int] = {}
-    left = step.left
     for sequence in begun:
-        grants[sequence] = min(sequence.remaining, shares[sequence.tenant], left)
-        shares[sequence.tenant] -= grants[sequence]
-        left -= grants[sequence]
+        tenant = sequence.tenant
+        fitting = min(tokens[tenant], left), min(scores[tenant], scores_left)
+        grants[sequence] = granted = _fitting(sequence, *fitting)
+        scored = _scored(sequence, granted)
+        tokens[tenant] -= granted
+        scores[tenant] -= scored
+        left -= granted
+        scores_left -= scored
     for sequence in begun:
-        # what others left over, for example since the prefix cache had their prompts
-        more = min(sequence.remaining - grants[sequence], left)
-        left -= more
         # an older one may have taken its pages by now
-        if (
-            sequence.state is SequenceState.RUNNING
-            and grants[sequence] + more > 0
-            and running.make_room(sequence, sequence.computed + 1, step, gives_way=False)
-        ):
-            _add_chunk(step, running, sequence, grants[sequence] + more)
+        if sequence.state is not SequenceState.RUNNING:
+            continue
+        # what others left over, for example since the prefix cache had their prompts
+        granted = grants[sequence]
+        scored = _scored(sequence, granted)
+        count = _fitting(sequence, granted + left, scored + scores_left)
+        left -= count - granted
+        scores_left -= _scored(sequence, count) - scored
+        if count > 0 and running.make_room(sequence, sequence.computed + 1, step, gives_way=False):
+            _add_chunk(step, running, sequence, count)
+
+
+def _fitting(sequence: TokenSequence, tokens: int, scores: int) -> int:
+    """How many of its next tokens a sequence can compute, so many of them scored."""
+    return min(sequence.remaining, tokens, sequence.remaining - sequence.to_score + scores)
+
+
+def _scored(sequence: TokenSequence, count: int) -> int:
+    """How many of its next `count` tokens are scored."""
+    return max(0, count - (sequence.remaining - sequence.to_score))
 
 
 def _add_chunk(step: StepBuilder, running: RunningSet, sequence: TokenSequence, limit: int) -> int:
     """Add the next tokens of a sequence, at most `limit`; returns how many."""
-    start, known = sequence.computed, len(sequence.tokens)
+    start, known = sequence.computed, sequence.known
     end = min(known, start + limit, running.reach(sequence))
     whole = end - end % running.page_size
     if start < whole and end < known:
         # the next chunk begins with a page then
         end = whole
     running.make_room(sequence, end, step, gives_way=False)
-    step.add(sequence, tuple(sequence.tokens[start:end]), draws=end == known)
+    token_ids = tuple(sequence.tokens[start:end])
+    step.add(sequence, token_ids, draws=end == known and sequence.score_top is None)
     return end - start

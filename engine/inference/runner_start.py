@@ -13,7 +13,7 @@ from engine.inference.paged_runner import PagedRunner
 from engine.inference.ports import TokenDecoder, TokenSampler
 from engine.inference.runner_options import CPU_PAGES, RunnerOptions
 from engine.inference.sampling_params import SamplingParams
-from engine.inference.steps import SequenceStep, StepPlan
+from engine.inference.steps import MAX_SCORED_TOKENS, SequenceStep, StepPlan
 from kernels.kv_pages import KvPages
 
 __all__ = ["plan_memory", "start_runner", "warm_up"]
@@ -108,7 +108,8 @@ def _measure_steps(decoder: TokenDecoder, options: RunnerOptions) -> tuple[int, 
     tokens = min(options.max_step_tokens, limit)
     pages = -(-tokens // page_size)
     kv = decoder.new_pages(pages, kv_bits=options.kv_bits, page_size=page_size)
-    rows = min(options.max_sequences, tokens)
+    # beside a token of every other sequence some of a prompt are scored
+    rows = min(options.max_sequences + MAX_SCORED_TOKENS, tokens)
     chunk = _chunk_batch(tokens, rows, page_size, device)
     decode = _decode_batch(options.max_sequences, pages, device)
     workspace_bytes = _peak_bytes(decoder, chunk, kv)

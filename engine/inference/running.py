@@ -45,15 +45,14 @@ class RunningSet:
     def start(self, sequence: TokenSequence) -> bool:
         """Give a slot to a sequence if all its tokens find pages beside those that run."""
         size = self.page_size
-        # the last token is always computed, or there would be nothing to draw from
-        whole = (len(sequence.tokens) - 1) // size
-        found = self.cache.find(sequence.digests(size)[:whole])
-        cost = pages_for(len(sequence.tokens) + 1, size) - self.cache.held_among(found)
+        found = self.cache.find(sequence.digests(size)[: sequence.matchable // size])
+        cost = pages_for(sequence.extent, size) - self.cache.held_among(found)
         if self.sequences and cost > self._spare_pages():
             return False
         self.cache.hold(found)
         if sequence.tenure == 0:
-            self._counts.prefix_queries += len(sequence.prompt_ids)
+            if sequence.score_top is None:
+                self._counts.prefix_queries += len(sequence.prompt_ids)
             self._counts.prefix_hits += len(found) * size
             self._counts.prompt_tokens += len(sequence.prompt_ids)
         sequence.start(self.slots.take(), found, len(found) * size)
@@ -128,7 +127,5 @@ class RunningSet:
 
     def _spare_pages(self) -> int:
         """Pages beyond what running prompts still need, and one for each that runs."""
-        reserved = sum(
-            each.missing_pages(len(each.tokens) + 1, self.page_size) for each in self.sequences
-        )
+        reserved = sum(each.missing_pages(each.extent, self.page_size) for each in self.sequences)
         return self.cache.available - reserved - len(self.sequences)

@@ -101,20 +101,23 @@ class Scheduler:
         won: list[tuple[TokenSequence, Drawn]] = []
         owners = zip(planned.plan.steps, planned.sequences, planned.tenures, strict=True)
         for step, sequence, tenure in owners:
-            if not step.draws:
+            if not (step.draws or step.score_ids):
                 continue
             drawn = result.drawn[step.slot]
             if sequence.state is SequenceState.FINISHED or sequence.tenure != tenure:
                 self.counts.discarded_tokens += len(drawn.token_ids)
                 continue
+            won.append((sequence, drawn))
+            # a sequence preempted meanwhile keeps what it won, but its pages are gone
+            sequence.scored += len(drawn.scores)
+            if not step.draws:
+                continue
             accepted = len(drawn.token_ids) - 1
             self.counts.drafts_accepted += accepted
             sequence.tokens += drawn.token_ids
-            # a sequence preempted meanwhile keeps the token, but its pages are gone
             if sequence.state is SequenceState.RUNNING:
                 sequence.computed += accepted
                 sequence.pending -= 1
-            won.append((sequence, drawn))
         self._running.slots.receive(planned.number)
         return won
 

@@ -20,7 +20,13 @@ class PromptScorer(Protocol):
     """An engine that can score prompts; one that cannot refuses `echo` with `logprobs`."""
 
     def score_prompt(
-        self, prompt_ids: Sequence[int], top: int, is_cancelled: Callable[[], bool]
+        self,
+        prompt_ids: Sequence[int],
+        top: int,
+        is_cancelled: Callable[[], bool],
+        *,
+        tenant: str = "",
+        cache_salt: str | None = None,
     ) -> tuple[TokenLogprobs | None, ...]:
         """Score every token of a prompt; blocks.
 
@@ -28,13 +34,17 @@ class PromptScorer(Protocol):
             prompt_ids: at least one id below the vocabulary's size.
             top: how many of the likeliest tokens to tell at each position.
             is_cancelled: asked between parts; the result is short once it says yes.
+            tenant: on whose behalf, as in a `GenerationRequest`.
+            cache_salt: for later requests that begin like this prompt, as there.
 
         Returns:
             One a token; None for the first, which nothing stands before.
 
         Raises:
             ContextLengthExceeded: if the prompt does not fit.
-            RequestInvalid: if an id is not in the vocabulary.
+            RequestInvalid: if an id is not in the vocabulary, or `top` is not possible.
+            EngineOverloaded: if as much waits as may.
+            EngineError: if the model was closed meanwhile or the device failed.
         """
 
 

@@ -3,7 +3,11 @@
     tokens     known ones: the prompt, then what was drawn
     computed   how many have keys and values in the pages once all launched steps are done
     pending    tokens that launched steps draw and that are not known yet
+    scored     tokens of the prompt, from its second, whose scores are known
     waiting, running, finished; preempted ones wait again and are computed anew, drawn tokens too
+
+A sequence is either continued or scored. A scored one computes all of its prompt but the last
+token, behind which nothing is scored.
 
 A pending token is computed by its value on the device, so `computed` may exceed the known tokens.
 """
@@ -50,6 +54,10 @@ class TokenSequence:
     pending = 0
     has_drawn_here = False
     """Whether the runner drew the last token for the slot that the sequence has."""
+    score_top: int | None = None
+    """How many of the likeliest tokens to tell at each position of a scored prompt; None for a
+    prompt that is continued."""
+    scored = 0
     cached_tokens = 0
     """Tokens of the prompt found in the prefix cache at the first start."""
     leader: "TokenSequence | None" = None
@@ -86,6 +94,23 @@ class TokenSequence:
         self._root = root_digest(salt)
         self._digests: list[bytes] = []
 
+    @classmethod
+    def to_be_scored(
+        cls, prompt_ids: tuple[int, ...], top: int, *, tenant: str = "", salt: str = ""
+    ) -> Self:
+        """Begin to wait for the scores of a prompt, of which nothing is drawn.
+
+        Args:
+            prompt_ids: at least two tokens.
+            top: how many of the likeliest tokens to tell at each position.
+            tenant: on whose behalf.
+            salt: as for prompts that are continued, which may use the pages.
+        """
+        sampling = SamplingParams(temperature=0.0, seed=0)
+        sequence = cls(prompt_ids, sampling, 0, tenant=tenant, salt=salt)
+        sequence.score_top = top
+        return sequence
+
     @property
     def drawn(self) -> int:
         """Tokens drawn and known."""
@@ -93,8 +118,32 @@ class TokenSequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens to compute before the next one can be drawn."""
-        return len(self.tokens) + self.pending - self.computed
+        """Tokens to compute before the next one can be drawn, or all are scored."""
+        return self.known + self.pending - self.computed
+
+    @property
+    def known(self) -> int:
+        """Known tokens that are computed at some time."""
+        return len(self.tokens) - (self.score_top is not None)
+
+    @property
+    def to_score(self) -> int:
+        """How many of the `remaining` tokens are computed for what they say of the next."""
+        if self.score_top is None:
+            return 0
+        return self.known - max(self.computed, self.scored)
+
+    @property
+    def extent(self) -> int:
+        """Tokens that find pages before it starts: the known ones, and one that is drawn."""
+        return len(self.tokens) + 1 if self.score_top is None else self.known
+
+    @property
+    def matchable(self) -> int:
+        """Leading tokens whose pages may be those of others."""
+        # the last token is always computed, or there would be nothing to draw from; likewise all
+        # tokens that are not scored yet
+        return len(self.tokens) - 1 if self.score_top is None else self.scored
 
     @property
     def is_decoding(self) -> bool:
@@ -126,6 +175,12 @@ class TokenSequence:
         """Of all whole pages of known tokens."""
         extend_digests(self._digests, self._root, self.tokens, page_size)
         return self._digests
+
+    def score_ids(self, end: int) -> tuple[int, ...]:
+        """Tokens that are scored when the tokens up to `end` are computed next."""
+        if self.score_top is None:
+            return ()
+        return self.prompt_ids[max(self.computed, self.scored) + 1 : end + 1]
 
     def guess(self, limit: int) -> tuple[int, ...]:
         """Tokens that may follow, at most `limit`, never so many that the last cannot be drawn."""

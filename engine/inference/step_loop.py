@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from engine.errors import EngineError
 from engine.inference.limits import RunnerShape
+from engine.inference.open_request import OpenRequest
 from engine.inference.planning import PlannedStep
 from engine.inference.sequence import TokenSequence
 from engine.inference.statistics import StepClock
 from engine.inference.steps import PendingStep, Runner, StepResult
-from engine.inference.ticket import Ticket
 from engine.inference.ticket_book import TicketBook
 
 __all__ = ["StepLoop"]
@@ -77,7 +77,7 @@ class StepLoop:
         """Why nothing is answered any more."""
         return self._end
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: OpenRequest) -> None:
         """Take a request.
 
         Raises:
@@ -85,9 +85,17 @@ class StepLoop:
             EngineError: if the loop ended.
         """
         with self._book.changed:
-            if self._end is not None:
-                raise EngineError(self._end)
+            self.check_open()
             self._book.submit(ticket)
+
+    def check_open(self) -> None:
+        """Refuse what comes too late.
+
+        Raises:
+            EngineError: if the loop ended.
+        """
+        if self._end is not None:
+            raise EngineError(self._end)
 
     def close(self) -> None:
         """End all requests with an error, then the thread; may be called again."""

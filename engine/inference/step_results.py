@@ -1,4 +1,4 @@
-"""What a step drew, on its way to the host while the device goes on.
+"""What a step drew and scored, on its way to the host while the device goes on.
 
     device   ... forward t | draw t | forward t + 1        | draw t + 1 ...
     copies                          | tokens of t to host
@@ -33,6 +33,8 @@ class Reading:
     """One token each."""
     drafting: tuple[SequenceStep, ...] = ()
     """Behind them, as many tokens each as it has drafts, and one."""
+    scoring: tuple[SequenceStep, ...] = ()
+    """As many scores each as it has `score_ids`, in a buffer of their own."""
     tops: Mapping[int, int] = field(default_factory=dict)
     """How many of the likeliest tokens a slot wants reported, for those that want any or none."""
     guided: tuple[int, ...] = ()
@@ -43,21 +45,29 @@ class Reading:
         """Of all sequences."""
         return len(self.drawing) + sum(step.drafts + 1 for step in self.drafting)
 
+    @property
+    def scores(self) -> int:
+        """Of all sequences."""
+        return sum(len(step.score_ids) for step in self.scoring)
+
 
 class StepResults:
     """Copies what steps draw to pinned memory."""
 
-    def __init__(self, drawn: torch.Tensor, logprobs: RowLogprobs, accept: Accept) -> None:
+    def __init__(
+        self, drawn: torch.Tensor, logprobs: RowLogprobs, scores: RowLogprobs, accept: Accept
+    ) -> None:
         """Prepare.
 
         Args:
             drawn: int32, where steps leave their tokens.
             logprobs: where full draws leave log-probabilities.
+            scores: where steps leave those of prompts.
             accept: told the tokens of guided slots, once, when they are waited for.
         """
         self._accept = accept
         self._stream = torch.cuda.Stream(drawn.device) if drawn.is_cuda else None  # type: ignore[no-untyped-call]
-        self._buffers = cycle([_HostBuffer(drawn, logprobs) for _ in range(BUFFERS)])
+        self._buffers = cycle([_HostBuffer(drawn, logprobs, scores) for _ in range(BUFFERS)])
         self._last: _HostBuffer | None = None
 
     def allow_writing(self) -> None:
@@ -96,17 +106,13 @@ class LaunchedStep:
 class _HostBuffer:
     """Pinned copies of the buffers of one step."""
 
-    def __init__(self, drawn: torch.Tensor, logprobs: RowLogprobs) -> None:
+    def __init__(self, drawn: torch.Tensor, logprobs: RowLogprobs, scores: RowLogprobs) -> None:
         self.step: LaunchedStep | None = None
-        self._drawn, self._logprobs = drawn, logprobs
+        self._drawn, self._logprobs, self._scores = drawn, logprobs, scores
         on_gpu = drawn.is_cuda
         self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._tokens = _pinned_like(drawn)
-        self._copies = RowLogprobs(
-            chosen=_pinned_like(logprobs.chosen),
-            top=_pinned_like(logprobs.top),
-            top_ids=_pinned_like(logprobs.top_ids),
-        )
+        self._logprob_copies, self._score_copies = _pinned_rows(logprobs), _pinned_rows(scores)
 
     def hold(self) -> None:
         if self._event is not None:
@@ -135,31 +141,49 @@ class _HostBuffer:
             found = tokens[at : at + step.drafts + 1]
             drawn[step.slot] = Drawn(token_ids=_accepted(step.token_ids[-step.drafts :], found))
             at += step.drafts + 1
+        at = 0
+        for step in reading.scoring:
+            scores = _tell(self._score_copies, at, step.score_ids, step.score_top)
+            drawn[step.slot] = Drawn(scores=scores)
+            at += len(step.score_ids)
         return StepResult(drawn=drawn)
 
     def _enqueue(self, reading: Reading) -> None:
         count = reading.tokens
         self._tokens[:count].copy_(self._drawn[:count], non_blocking=True)
         if reading.tops:
-            rows = len(reading.drawing)
-            for name in RowLogprobs.__slots__:
-                source = getattr(self._logprobs, name)[:rows]
-                getattr(self._copies, name)[:rows].copy_(source, non_blocking=True)
+            _copy_rows(self._logprobs, self._logprob_copies, len(reading.drawing))
+        if reading.scoring:
+            _copy_rows(self._scores, self._score_copies, reading.scores)
 
     def _logprobs_of(self, row: int, slot: int, reading: Reading) -> tuple[TokenLogprobs, ...]:
         if slot not in reading.tops:
             return ()
-        count = reading.tops[slot]
-        ids = self._copies.top_ids[row, :count].tolist()
-        values = self._copies.top[row, :count].tolist()
-        return (
-            TokenLogprobs(
-                token_id=int(self._tokens[row]),
-                logprob=float(self._copies.chosen[row]),
-                # a small vocabulary may have fewer tokens than are asked for
-                top=tuple(pair for pair in zip(ids, values, strict=True) if pair[0] >= 0),
-            ),
+        token_id = int(self._tokens[row])
+        return _tell(self._logprob_copies, row, (token_id,), reading.tops[slot])
+
+
+def _tell(
+    rows: RowLogprobs, first: int, token_ids: Sequence[int], top: int
+) -> tuple[TokenLogprobs, ...]:
+    """Put rows into words, one for each of some tokens, from the first row on."""
+    place = slice(first, first + len(token_ids))
+    found = zip(
+        token_ids,
+        rows.chosen[place].tolist(),
+        rows.top_ids[place, :top].tolist(),
+        rows.top[place, :top].tolist(),
+        strict=True,
+    )
+    return tuple(
+        TokenLogprobs(
+            token_id=token_id,
+            logprob=logprob,
+            # a small vocabulary may have fewer tokens than are asked for
+            top=tuple(pair for pair in zip(ids, values, strict=True) if pair[0] >= 0),
         )
+        for token_id, logprob, ids, values in found
+    )
 
 
 def _accepted(drafts: tuple[int, ...], found: list[int]) -> tuple[int, ...]:
@@ -171,3 +195,16 @@ def _accepted(drafts: tuple[int, ...], found: list[int]) -> tuple[int, ...]:
 
 def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _pinned_rows(rows: RowLogprobs) -> RowLogprobs:
+    return RowLogprobs(
+        chosen=_pinned_like(rows.chosen),
+        top=_pinned_like(rows.top),
+        top_ids=_pinned_like(rows.top_ids),
+    )
+
+
+def _copy_rows(source: RowLogprobs, target: RowLogprobs, count: int) -> None:
+    for name in RowLogprobs.__slots__:
+        getattr(target, name)[:count].copy_(getattr(source, name)[:count], non_blocking=True)

@@ -11,6 +11,7 @@ from typing import Protocol
 from engine.inference.sampling_params import SamplingParams
 
 __all__ = [
+    "MAX_SCORED_TOKENS",
     "Drawn",
     "PendingStep",
     "Runner",
@@ -19,6 +20,9 @@ __all__ = [
     "StepResult",
     "TokenLogprobs",
 ]
+
+MAX_SCORED_TOKENS = 128
+"""Tokens scored in one step: the logits of each are kept, 64 MB together for 128000 tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,11 @@ class SequenceStep:
     """Whether the token behind the last one is drawn: not for chunks of a prompt but its last."""
     drafts: int = 0
     """The last so many of `token_ids` are guesses to verify."""
+    score_ids: tuple[int, ...] = ()
+    """Tokens of a prompt to score, each behind one of the last tokens computed, in order; `draws`
+    is False then."""
+    score_top: int = 0
+    """How many of the likeliest tokens to tell beside each of `score_ids`."""
 
     @property
     def count(self) -> int:
@@ -60,7 +69,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """How likely a drawn token was, and what was likelier."""
+    """How likely a token was, drawn or given, and what was likelier."""
 
     token_id: int
     logprob: float
@@ -71,11 +80,13 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """Tokens that a sequence won in a step: one, or one more than the drafts accepted."""
+    """What a sequence won in a step: a token, one more than the drafts accepted, or scores."""
 
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One a token where the request asks for them."""
+    scores: tuple[TokenLogprobs, ...] = ()
+    """Of the step's `score_ids`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +94,7 @@ class StepResult:
     """What a step drew."""
 
     drawn: Mapping[int, Drawn]
-    """By slot, for the sequences that draw."""
+    """By slot, for the sequences that draw or are scored."""
 
 
 class PendingStep(Protocol):

@@ -27,7 +27,10 @@ def never_cancelled() -> bool:
 
 
 class Ticket:
-    """A request that was taken; the engine's thread alone calls what has no other remark."""
+    """An `engine.inference.open_request.OpenRequest` for answers.
+
+    The engine's thread alone calls what has no other remark.
+    """
 
     def __init__(
         self,

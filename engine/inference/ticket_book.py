@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 
 from engine.errors import DeviceFailed, EngineError
+from engine.inference.open_request import OpenRequest
 from engine.inference.planning import PlannedStep
 from engine.inference.scheduler import Scheduler
 from engine.inference.sequence import TokenSequence
 from engine.inference.steps import Drawn, StepResult
-from engine.inference.ticket import Ticket
 
 __all__ = ["TicketBook"]
 
@@ -30,13 +30,13 @@ class TicketBook:
         self.scheduler = scheduler
         self.delivered = 0
         """Tokens."""
-        self._tickets: dict[TokenSequence, Ticket] = {}
+        self._tickets: dict[TokenSequence, OpenRequest] = {}
 
     def __len__(self) -> int:
         """Sequences whose answers have not ended."""
         return len(self._tickets)
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: OpenRequest) -> None:
         """Take a request; the caller holds `changed`.
 
         Raises:
@@ -88,18 +88,18 @@ class TicketBook:
         for ticket in self._open_tickets():
             self._fail(ticket, EngineError(message))
 
-    def _accept(self, ticket: Ticket, sequence: TokenSequence, drawn: Drawn) -> None:
+    def _accept(self, ticket: OpenRequest, sequence: TokenSequence, drawn: Drawn) -> None:
         self.delivered += ticket.accept(sequence, drawn)
         if not ticket.is_open(sequence):
             self._drop(sequence)
 
-    def _cancel(self, ticket: Ticket) -> None:
+    def _cancel(self, ticket: OpenRequest) -> None:
         if ticket.is_cancelled:
             for sequence in ticket.open_sequences:
                 self._drop(sequence)
             ticket.end_cancelled()
 
-    def _guard(self, ticket: Ticket, action: Callable[[], None]) -> None:
+    def _guard(self, ticket: OpenRequest, action: Callable[[], None]) -> None:
         try:
             action()
         except EngineError as error:
@@ -111,7 +111,7 @@ class TicketBook:
             failure.__cause__ = cause
             self._fail(ticket, failure)
 
-    def _fail(self, ticket: Ticket, error: EngineError) -> None:
+    def _fail(self, ticket: OpenRequest, error: EngineError) -> None:
         for sequence in ticket.sequences:
             self._drop(sequence, is_sound=False)
         try:
@@ -124,6 +124,6 @@ class TicketBook:
             self.scheduler.finish(sequence, is_sound=is_sound)
             self._tickets.pop(sequence, None)
 
-    def _open_tickets(self) -> list[Ticket]:
+    def _open_tickets(self) -> list[OpenRequest]:
         with self.changed:
             return list(dict.fromkeys(self._tickets.values()))

@@ -2,7 +2,7 @@
 
 from bisect import insort
 from collections import OrderedDict, deque
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator
 
 from engine.inference.sequence import TokenSequence
 
@@ -36,16 +36,15 @@ class WaitingLine:
         insort(self._preempted, sequence, key=lambda each: each.order)
         self.prompt_tokens += len(sequence.prompt_ids)
 
-    def next(self, tenants: Container[str]) -> TokenSequence | None:
-        """The sequence of some tenants whose turn it is; it keeps its place."""
+    def next(self, has_room: Callable[[TokenSequence], bool]) -> TokenSequence | None:
+        """The sequence whose turn it is among those that a step has room for; it stays here."""
         for sequence in self._preempted:
-            if sequence.tenant in tenants:
+            if has_room(sequence):
                 return sequence
-        for tenant, line in self._tenants.items():
-            if tenant in tenants:
-                found = next((each for each in line if each.may_start), None)
-                if found is not None:
-                    return found
+        for line in self._tenants.values():
+            found = next((each for each in line if each.may_start and has_room(each)), None)
+            if found is not None:
+                return found
         return None
 
     def remove(self, sequence: TokenSequence) -> None:
@@ -65,10 +64,3 @@ class WaitingLine:
         self.remove(sequence)
         if is_new and sequence.tenant in self._tenants:
             self._tenants.move_to_end(sequence.tenant)
-
-    def demand(self) -> dict[str, int]:
-        """Tokens that each tenant waits to have computed."""
-        tokens: dict[str, int] = {}
-        for sequence in self:
-            tokens[sequence.tenant] = tokens.get(sequence.tenant, 0) + len(sequence.tokens)
-        return tokens

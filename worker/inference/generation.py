@@ -180,9 +180,15 @@ class _Run:
         scores = []
         for request in self.requests:
             async with self.turns:
-                scorer, ids = engine.score_prompt, request.prompt_ids
                 with _named(self.body):
-                    found = await asyncio.to_thread(scorer, ids, top, self.cancelled.is_set)
+                    found = await asyncio.to_thread(
+                        engine.score_prompt,
+                        request.prompt_ids,
+                        top,
+                        self.cancelled.is_set,
+                        tenant=request.tenant,
+                        cache_salt=request.cache_salt,
+                    )
                 scores.append(found)
         return scores
 
