@@ -5,6 +5,7 @@ Nothing set means the one-machine form: SQLite, a filesystem broker and artifact
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -110,8 +111,16 @@ class InferenceSettings(_Group):
     """Loaded models beyond this evict the least recently used."""
     idle_unload_s: float | None = 3600.0
     """A model that nobody asked for this long leaves memory; None keeps it."""
-    max_running: int = 4
-    """Generations handed to the models at once; the others wait."""
+    kv_bytes: int = GIB
+    """Of each model, for keys and values; counted with its weights."""
+    context_length: int | None = None
+    """Tokens of prompt and answer at most; None for what each model has."""
+    head_bits: Literal[4, 8] | None = None
+    """Rounds the output head of every model; None keeps it as it is stored."""
+    draft_tokens: int = 0
+    """Guesses a step for greedy answers, from what was said before."""
+    max_running: int = 64
+    """Answers that a model generates at a time; the others wait."""
     max_waiting: int = 32
     """Generations that wait; more are refused with 503."""
     drain_s: float = 25.0

@@ -1,37 +1,54 @@
-"""Generation behind one interface, which a batching engine can take over."""
+"""One loaded model that answers requests: what it offers, and how one is opened."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers.cache_utils import Cache
 
+from engine.architecture import check_config
+from engine.checkpoint.format import spec_of_section
 from engine.checkpoint.reader import load_checkpoint
-from engine.errors import ContextLengthExceeded, EngineError
-from engine.inference.admission import check_ids, fitting_tokens
-from engine.inference.answer import Answer
-from engine.inference.request import GenerationChunk, GenerationRequest, RequestInvalid
-from engine.inference.runner import ModelRunner
-from engine.inference.sampler import Sampler
-from engine.inference.scoring import score_tokens
-from engine.inference.steps import TokenLogprobs
+from engine.inference.batching import BatchingEngine
+from engine.inference.decoder.decoder import Decoder
+from engine.inference.guides import GuideCompiler
+from engine.inference.invariance import check_invariance
+from engine.inference.limits import SchedulerLimits
+from engine.inference.memory_plan import token_bytes, useful_tokens
+from engine.inference.paged_runner import PagedRunner
+from engine.inference.request import GenerationChunk, GenerationRequest
+from engine.inference.runner_options import RunnerOptions
+from engine.inference.runner_start import start_runner
+from engine.inference.sampler_state import SamplerState
 from engine.inference.text import TextCodec
 from engine.inference.ticket import never_cancelled
+from engine.models.loading import read_config
 
-__all__ = ["InferenceEngine", "SequentialEngine", "open_engine"]
+__all__ = ["EngineOptions", "InferenceEngine", "kv_bytes_at_most", "open_engine"]
 
-PREFILL_TOKENS = 512
-"""A prompt enters in parts of this size; other requests get their turn between two."""
-SCORED_TOKENS = 128
-"""The same for prompts that are scored, whose logits are kept: 64 MB for 128000 tokens."""
-UNSUPPORTED = (
-    "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
-    "min_tokens", "n", "guide",
-)  # fmt: skip
-"""Fields that `SequentialEngine` refuses; whom requests are for changes nothing here."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How a model is served; the defaults suit one model on its own device."""
+
+    max_sequences: int = 64
+    """Answers that are generated at a time."""
+    max_step_tokens: int = 2048
+    """Tokens of a step: decoded ones, and chunks of prompts."""
+    max_waiting: int = 256
+    """Answers that wait beyond those."""
+    kv_bytes: int | None = None
+    """For keys and values; None takes what is free on a GPU, and enough for 16 384 tokens on a
+    CPU."""
+    context_length: int | None = None
+    """Tokens of prompt and answer at most; None for the model's."""
+    head_bits: int | None = None
+    """8 or 4 rounds the output head; None keeps it as it is stored."""
+    draft_tokens: int = 0
+    """Guesses a step for greedy answers, from what was said before; never changes an answer."""
+    is_batch_invariant: bool = False
+    """Refuse a model whose tokens could depend on what else is answered."""
 
 
 class InferenceEngine(Protocol):
@@ -65,120 +82,83 @@ class InferenceEngine(Protocol):
         """End all generations at their next token and free the model."""
 
 
-def open_engine(directory: Path, device: torch.device | str | None = None) -> InferenceEngine:
+def kv_bytes_at_most(directory: Path, options: EngineOptions) -> int:
+    """Say what keys and values of a checkpoint will take, from its config alone.
+
+    Raises:
+        UnsupportedModel: naming the field of the config.
+        CheckpointInvalid: if the config says nothing of its bits.
+    """
+    config = read_config(directory)
+    spec = spec_of_section(config)
+    architecture = check_config(
+        {name: value for name, value in config.items() if name != "quantization_config"}
+    )
+    longest = min(options.context_length or architecture.max_positions, architecture.max_positions)
+    useful = useful_tokens(options.max_sequences, longest)
+    useful_bytes = useful * token_bytes(architecture, spec.kv_bits)
+    return useful_bytes if options.kv_bytes is None else min(options.kv_bytes, useful_bytes)
+
+
+def open_engine(
+    directory: Path,
+    device: torch.device | str | None = None,
+    options: EngineOptions | None = None,
+) -> BatchingEngine:
     """Load a checkpoint directory: bfloat16 activations on a GPU, float32 on a CPU.
 
     Args:
         directory: the checkpoint.
         device: by default the GPU if there is one.
+        options: sizes and choices.
 
     Raises:
         UnsupportedModel: naming the field of the config.
         CheckpointInvalid: naming the file or tensor that does not fit.
+        OutOfMemory: if the device has no room for keys and values.
+        BatchesDiffer: if invariance is asked for and cannot be given.
     """
+    wanted = options or EngineOptions()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     text = TextCodec.from_directory(directory)
-    loaded = load_checkpoint(
-        directory, place, torch.float32 if place.type == "cpu" else torch.bfloat16
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    loaded = load_checkpoint(directory, place, dtype, prepares=False)
+    if wanted.is_batch_invariant:
+        check_invariance(loaded.architecture, loaded.spec, wanted.head_bits)
+    kv_bits = loaded.spec.kv_bits
+    decoder = Decoder.from_loaded(
+        loaded, wanted.head_bits, positions=wanted.context_length, launch_pdl=True
     )
-    return SequentialEngine(ModelRunner(loaded), text, loaded.memory_bytes)
+    del loaded
+    return _serve(decoder, text, kv_bits, wanted)
 
 
-class SequentialEngine:
-    """Runs one step at a time; concurrent requests take turns token by token."""
+def _serve(
+    decoder: Decoder, text: TextCodec, kv_bits: int, options: EngineOptions
+) -> BatchingEngine:
+    guides = GuideCompiler(text)
+    sizes = RunnerOptions(
+        kv_bits=kv_bits,
+        max_sequences=options.max_sequences,
+        max_step_tokens=options.max_step_tokens,
+        kv_bytes=options.kv_bytes,
+    )
 
-    def __init__(self, runner: ModelRunner, text: TextCodec, memory_bytes: int) -> None:
-        self.text = text
-        self.memory_bytes = memory_bytes
-        self.context_length = runner.context_length
-        self._runner: ModelRunner | None = runner
-        self._turn = threading.Lock()
+    def start(settled: RunnerOptions) -> PagedRunner:
+        sampler = SamplerState(
+            settled.max_sequences, decoder.vocabulary, decoder.device, guides=guides
+        )
+        return start_runner(decoder, sampler, settled)
 
-    def generate(
-        self, request: GenerationRequest, is_cancelled: Callable[[], bool] = never_cancelled
-    ) -> Iterator[GenerationChunk]:
-        """See `InferenceEngine.generate`."""
-        runner = self._live_runner()
-        _check_supported(request)
-        check_ids(request, runner.vocabulary)
-        max_tokens = fitting_tokens(request, runner.context_length)
-        answer = Answer(request, max_tokens, self.text)
-        return self._chunks(request, answer, runner.new_cache(), is_cancelled)
-
-    def score_prompt(
-        self,
-        prompt_ids: Sequence[int],
-        top: int,
-        is_cancelled: Callable[[], bool],
-        *,
-        tenant: str = "",
-        cache_salt: str | None = None,
-    ) -> tuple[TokenLogprobs | None, ...]:
-        """See `PromptScorer.score_prompt`; requests share nothing here."""
-        runner = self._live_runner()
-        check_ids(GenerationRequest(prompt_ids=tuple(prompt_ids)), runner.vocabulary)
-        if len(prompt_ids) > runner.context_length:
-            raise ContextLengthExceeded("prompt", len(prompt_ids), runner.context_length)
-        cache, scores = runner.new_cache(), list[TokenLogprobs | None]([None])
-        for start in range(0, len(prompt_ids), SCORED_TOKENS):
-            if is_cancelled():
-                break
-            part = prompt_ids[start : start + SCORED_TOKENS]
-            with self._turn:
-                logits = self._live_runner().extend_all(part, cache)
-            following = prompt_ids[start + 1 : start + 1 + len(part)]
-            scores += score_tokens(logits[: len(following)], following, top)
-        return tuple(scores)
-
-    def close(self) -> None:
-        """See `InferenceEngine.close`."""
-        with self._turn:
-            self._runner = None
-
-    def _chunks(
-        self,
-        request: GenerationRequest,
-        answer: Answer,
-        cache: Cache,
-        is_cancelled: Callable[[], bool],
-    ) -> Iterator[GenerationChunk]:
-        sampler = Sampler(request)
-        logits = self._prefill(request, cache, is_cancelled)
-        while logits is not None:
-            token_id = sampler.choose(logits)
-            chunk = replace(answer.accept(token_id), token_id=token_id)
-            if request.logprobs is not None:
-                [score] = score_tokens(logits[None], [token_id], request.logprobs)
-                chunk = replace(chunk, logprobs=score)
-            yield chunk
-            if chunk.finish_reason is not None:
-                return
-            logits = None if is_cancelled() else self._extend([token_id], cache)
-        yield answer.cancel()
-
-    def _prefill(
-        self, request: GenerationRequest, cache: Cache, is_cancelled: Callable[[], bool]
-    ) -> torch.Tensor | None:
-        """Logits behind the prompt, or None if the caller went away."""
-        ids, logits = list(request.prompt_ids), None
-        for start in range(0, len(ids), PREFILL_TOKENS):
-            if is_cancelled():
-                return None
-            logits = self._extend(ids[start : start + PREFILL_TOKENS], cache)
-        return logits
-
-    def _extend(self, token_ids: list[int], cache: Cache) -> torch.Tensor:
-        with self._turn:
-            return self._live_runner().extend(token_ids, cache)
-
-    def _live_runner(self) -> ModelRunner:
-        if self._runner is None:
-            raise EngineError("the model was unloaded")
-        return self._runner
-
-
-def _check_supported(request: GenerationRequest) -> None:
-    defaults = GenerationRequest(prompt_ids=request.prompt_ids)
-    for field in UNSUPPORTED:
-        if (value := getattr(request, field)) != getattr(defaults, field):
-            raise RequestInvalid(field, value, "leave it out: this engine has no such field")
+    runner = start(sizes)
+    settled = runner.settled
+    return BatchingEngine(
+        runner,
+        text,
+        limits=SchedulerLimits(
+            max_step_tokens=options.max_step_tokens, max_waiting=options.max_waiting
+        ),
+        reopen=lambda: start(settled),
+        draft_tokens=options.draft_tokens,
+        check_guide=guides.check,
+    )

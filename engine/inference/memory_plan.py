@@ -5,15 +5,28 @@ pages = (fraction of the free memory - workspace - graphs) / bytes of a page, le
 
 from dataclasses import dataclass
 
+from engine.architecture import Architecture
 from engine.errors import EngineError
+from engine.spec import FULL_BITS
 
-__all__ = ["MemoryPlan", "OutOfMemory", "count_pages", "decode_buckets"]
+__all__ = [
+    "MemoryPlan",
+    "OutOfMemory",
+    "count_pages",
+    "decode_buckets",
+    "token_bytes",
+    "useful_tokens",
+]
 
 DENSE_BUCKETS = (1, 2, 4, 8, 16, 24, 32)
 FINE_STEP, FINE_END = 16, 128
 COARSE_STEP = 32
 LEAST_TOKENS = 256
 """A cache for fewer serves nobody."""
+CODE_FIELDS = (2, 4, 8)
+"""Bits that a code of a key or value may take in memory."""
+PLACE_BYTES = 4 + 1
+"""Scale and zero-point of the key or the value of a head."""
 
 
 class OutOfMemory(EngineError):
@@ -48,6 +61,21 @@ class MemoryPlan:
         """Everything."""
         held = self.weight_bytes + self.sampler_bytes
         return held + self.workspace_bytes + self.graph_bytes + self.kv_bytes
+
+
+def token_bytes(architecture: Architecture, kv_bits: int) -> int:
+    """Bytes of one token's keys and values in all layers (`kernels.kv_pages`)."""
+    if kv_bits == FULL_BITS:
+        head_bytes = 2 * architecture.head_dim
+    else:
+        field = next(each for each in CODE_FIELDS if each >= kv_bits)
+        head_bytes = architecture.head_dim * field // 8 + PLACE_BYTES
+    return 2 * architecture.layers * architecture.kv_heads * head_bytes
+
+
+def useful_tokens(max_sequences: int, context_length: int) -> int:
+    """What all sequences at their longest fill, and as much again for prefixes that come back."""
+    return 2 * max_sequences * context_length
 
 
 def count_pages(budget_bytes: int, page_bytes: int, page_size: int) -> int:

@@ -5,10 +5,12 @@ most sequences show what a step takes beside them, and pages get what is left of
 What captured graphs will hold is reserved by an estimate and reported as it came out.
 """
 
+from dataclasses import replace
+
 import torch
 
 from engine.inference.decoder.batch import TokenBatch
-from engine.inference.memory_plan import MemoryPlan, count_pages
+from engine.inference.memory_plan import MemoryPlan, count_pages, useful_tokens
 from engine.inference.paged_runner import PagedRunner
 from engine.inference.ports import TokenDecoder, TokenSampler
 from engine.inference.runner_options import CPU_PAGES, RunnerOptions
@@ -64,7 +66,9 @@ def plan_memory(decoder: TokenDecoder, options: RunnerOptions) -> MemoryPlan:
         pages = CPU_PAGES
     if pages is None:
         assert kv_bytes is not None, "without pages there is a budget"
-        pages = count_pages(kv_bytes, page_bytes, options.page_size)
+        pages = min(
+            count_pages(kv_bytes, page_bytes, options.page_size), _useful_pages(decoder, options)
+        )
     return MemoryPlan(
         weight_bytes=decoder.weight_bytes,
         workspace_bytes=workspace_bytes,
@@ -89,11 +93,23 @@ def warm_up(runner: PagedRunner, max_step_tokens: int) -> None:
         lengths |= {chunk, chunk - 1}
         chunk *= 2
     for tokens in sorted(lengths):
-        runner.open(0, SamplingParams(temperature=0.0, seed=0), ())
         pages = tuple(range(-(-tokens // runner.page_size)))
         step = SequenceStep(slot=0, start=0, token_ids=(0,) * tokens, page_ids=pages, draws=True)
-        runner.launch(StepPlan(steps=(step,))).wait()
-        runner.close(0)
+        _run_alone(runner, step)
+        if tokens <= MAX_SCORED_TOKENS:
+            # the head has as many rows then
+            _run_alone(runner, replace(step, draws=False, score_ids=step.token_ids))
+
+
+def _run_alone(runner: PagedRunner, step: SequenceStep) -> None:
+    runner.open(step.slot, SamplingParams(temperature=0.0, seed=0), ())
+    runner.launch(StepPlan(steps=(step,))).wait()
+    runner.close(step.slot)
+
+
+def _useful_pages(decoder: TokenDecoder, options: RunnerOptions) -> int:
+    longest = min(options.context_length or decoder.context_length, decoder.context_length)
+    return -(-useful_tokens(options.max_sequences, longest) // options.page_size)
 
 
 def _page_bytes(decoder: TokenDecoder, options: RunnerOptions) -> int:

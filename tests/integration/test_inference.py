@@ -88,7 +88,7 @@ def run_inference(store, **fields):
 @pytest.fixture(scope="module")
 def client(store):
     """Of one process for most tests; what it is sent must not stop it."""
-    with run_inference(store, max_waiting=0) as (_, client):
+    with run_inference(store, max_waiting=0, max_running=4) as (_, client):
         yield client
 
 
@@ -333,7 +333,7 @@ def test_the_least_recently_used_model_makes_room(client, store):
     generate(client)
     size = next(each["memory_bytes"] for each in client.get("/models").json())
 
-    with run_inference(store, memory_bytes=int(size * 2.9)) as (_, small):
+    with run_inference(store, max_running=4, memory_bytes=int(size * 2.9)) as (_, small):
         for name in ("art_a", "art_b", "art_a", "art_c"):
             assert generate(small, name).status_code == 200
         loaded = [model["artifact_id"] for model in small.get("/models").json()]

@@ -5,27 +5,24 @@ import sys
 
 import torch
 
+import kernels
 from kernels.kv_append import HeadStates, append_kv_reference
 from kernels.kv_pages import KvPages
 
-INNER = (
-    "kernels.kv_tiles",
-    "kernels.attention_chunks",
-    "kernels.paged_attention",
-    "kernels._kv_append_kernel",
-    "kernels._token_kernel",
-)
+INNER = ("kv_tiles", "attention_chunks", "_kv_append_kernel")
 """What the modules share, or keep their kernels in."""
 
 
-def fresh_module(name, *, interpreted, monkeypatch):
+def fresh_module(name, *, interpreted, monkeypatch, inner=INNER):
     """Import a module of `kernels` anew; `triton.jit` decides at import whether it interprets."""
     monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
-    names = [f"kernels.{name}", *(n for n in INNER if n in sys.modules)]
-    for stale in names:
-        # remembered, so that the module of before comes back
-        monkeypatch.setitem(sys.modules, stale, None)
-        del sys.modules[stale]
+    for stale in (name, *inner):
+        if f"kernels.{stale}" in sys.modules:
+            # remembered, so that the module of before comes back, by both of its names
+            monkeypatch.setitem(sys.modules, f"kernels.{stale}", None)
+            del sys.modules[f"kernels.{stale}"]
+        if hasattr(kernels, stale):
+            monkeypatch.delattr(kernels, stale)
     return importlib.import_module(f"kernels.{name}")
 
 

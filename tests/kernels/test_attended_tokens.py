@@ -4,7 +4,7 @@ import torch
 from kernels.attended_tokens import attended_tokens
 from kernels.attention import PagedContext, Scoring
 from kernels.quantize_tokens import TokenForm
-from tests.kernels.kv_cases import filled_pages, fresh_module
+from tests.kernels.kv_cases import INNER, filled_pages, fresh_module
 from tests.kernels.small_ops import interpret_reductions
 
 
@@ -14,7 +14,10 @@ def kernel(monkeypatch, device):
     interpreted = device == "cpu"
     if interpreted:
         interpret_reductions(monkeypatch)
-    return fresh_module("attended_tokens", interpreted=interpreted, monkeypatch=monkeypatch)
+    inner = (*INNER, "paged_attention", "_token_kernel", "quantize_tokens")
+    return fresh_module(
+        "attended_tokens", interpreted=interpreted, monkeypatch=monkeypatch, inner=inner
+    )
 
 
 def case(device, *, heads, head_dim, bits=8, lengths=(37, 0, 5)):

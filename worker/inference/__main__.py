@@ -10,6 +10,7 @@ import uvicorn
 
 from api.settings import Settings
 from api.telemetry import configure_logging
+from engine.inference.engine import EngineOptions
 from worker.inference.app import create_app
 from worker.inference.artifacts import ArtifactFolder
 from worker.inference.generation import Generations
@@ -36,7 +37,18 @@ async def _serve(settings: Settings) -> None:
         inference.max_running + SPARE_THREADS, thread_name_prefix="inference"
     )
     asyncio.get_running_loop().set_default_executor(threads)
-    shelf = ArtifactFolder(root=settings.storage_root, device=inference.device)
+    shelf = ArtifactFolder(
+        root=settings.storage_root,
+        device=inference.device,
+        options=EngineOptions(
+            max_sequences=inference.max_running,
+            max_waiting=inference.max_waiting,
+            kv_bytes=inference.kv_bytes,
+            context_length=inference.context_length,
+            head_bits=inference.head_bits,
+            draft_tokens=inference.draft_tokens,
+        ),
+    )
     pool = ModelPool(
         shelf,
         budget_bytes=inference.memory_bytes,

@@ -1,12 +1,12 @@
 """Artifacts in the object store as the inference process opens them: by id, verified, warmed up."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from api.errors import ModelNotHosted
 from engine.checkpoint.manifest import read_manifest, verify_directory
-from engine.inference.engine import InferenceEngine, open_engine
+from engine.inference.engine import EngineOptions, InferenceEngine, kv_bytes_at_most, open_engine
 from engine.inference.request import GenerationRequest
 from worker.inference.entry import ModelLabels
 from worker.inference.progress import LoadProgress, LoadStage, ProgressSink
@@ -22,10 +22,11 @@ FLOAT_GROWTH = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArtifactFolder:
-    """The store's root, one folder an artifact, and the device that models go to."""
+    """The store's root, one folder an artifact, and where and how models are served."""
 
     root: Path
     device: str | None
+    options: EngineOptions = field(default_factory=EngineOptions)
 
     def check(self, artifact_id: str) -> None:
         """Refuse an id that names no complete artifact.
@@ -42,8 +43,10 @@ class ArtifactFolder:
             ModelNotHosted: there is no such artifact.
             CheckpointInvalid: it is damaged.
         """
-        bits = read_manifest(self._directory(artifact_id)).bits
-        return bits.packed_bytes + FLOAT_GROWTH * (bits.other_bytes + bits.embedding_bytes)
+        directory = self._directory(artifact_id)
+        bits = read_manifest(directory).bits
+        weights = bits.packed_bytes + FLOAT_GROWTH * (bits.other_bytes + bits.embedding_bytes)
+        return weights + kv_bytes_at_most(directory, self.options)
 
     def describe(self, artifact_id: str) -> ModelLabels:
         """Call the model after its source and its bits, as a deployment is called by default.
@@ -77,7 +80,7 @@ class ArtifactFolder:
             ),
         )
         on_progress(LoadProgress(stage=LoadStage.READING, fraction=VERIFIED_AT))
-        engine = open_engine(directory, self.device)
+        engine = open_engine(directory, self.device, self.options)
         on_progress(LoadProgress(stage=LoadStage.WARMING_UP, fraction=READ_AT))
         # what is slow once, or fails at all, does so before the model counts as ready
         first = GenerationRequest(prompt_ids=engine.text.encode("a"), max_tokens=1)

@@ -9,7 +9,13 @@ from hashlib import blake2b
 
 from engine.errors import EngineError
 from engine.inference.sampling_params import SamplingParams
-from engine.inference.steps import Drawn, StepPlan, StepResult, TokenLogprobs
+from engine.inference.steps import (
+    MAX_SCORED_TOKENS,
+    Drawn,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 VOCABULARY = 260
 
@@ -22,6 +28,28 @@ def next_token(token_ids, sampling: SamplingParams, vocabulary=VOCABULARY):
     else:
         key, size = repr((token_ids, sampling.seed)), vocabulary
     return int.from_bytes(blake2b(key.encode(), digest_size=4).digest()) % size
+
+
+def score_of(token_ids, top):
+    """The score of the last of some tokens behind the others."""
+
+    def number(key):
+        return int.from_bytes(blake2b(repr(key).encode(), digest_size=2).digest()) / 100
+
+    likeliest = sorted(((each, -number((token_ids[:-1], each))) for each in range(top)), key=_value)
+    return TokenLogprobs(
+        token_id=token_ids[-1], logprob=-number(tuple(token_ids)), top=tuple(likeliest)
+    )
+
+
+def scores_of(token_ids, top):
+    """All scores of a prompt."""
+    ends = range(2, len(token_ids) + 1)
+    return (None, *(score_of(tuple(token_ids[:end]), top) for end in ends))
+
+
+def _value(pair):
+    return -pair[1]
 
 
 class HashingRunner:
@@ -73,6 +101,7 @@ class HashingRunner:
         for step in plan.steps:
             self._write(step)
         drawn = {step.slot: self._draw(step) for step in plan.steps if step.draws}
+        drawn |= {step.slot: self._score(step) for step in plan.steps if step.score_ids}
         pending = _Pending(self, {step.slot for step in plan.steps}, StepResult(drawn=drawn))
         self._in_flight.append(pending)
         assert len(self._in_flight) <= 2
@@ -87,6 +116,10 @@ class HashingRunner:
         assert len(set(slots)) == len(slots)
         decodes = [step.count == 1 and step.draws for step in plan.steps]
         assert decodes == sorted(decodes, reverse=True), "decoding sequences come first"
+        scored = [step for step in plan.steps if step.score_ids]
+        assert all(len(step.score_ids) <= len(step.token_ids) for step in scored)
+        assert not any(step.draws for step in scored)
+        assert sum(len(step.score_ids) for step in scored) <= MAX_SCORED_TOKENS
         written = [
             (step.page_ids[at // self.page_size], at % self.page_size)
             for step in plan.steps
@@ -124,6 +157,14 @@ class HashingRunner:
             cell = self._cells[step.page_ids[at // self.page_size], 0]
             assert cell == past[: at + 1], "a page holds another sequence"
         return past
+
+    def _score(self, step):
+        end = step.start + step.count
+        scores = []
+        for at, token_id in enumerate(step.score_ids, end - len(step.score_ids) + 1):
+            assert at == end or token_id == self._read(step, at + 1)[-1], "not the token behind"
+            scores.append(score_of((*self._read(step, at), token_id), step.score_top))
+        return Drawn(scores=tuple(scores))
 
     def _draw(self, step):
         slot = self._slots[step.slot]
