@@ -76,8 +76,10 @@ def _continue_begun(
 
 
 def _fitting(sequence: TokenSequence, tokens: int, scores: int) -> int:
-    """How many of its next tokens a sequence can compute, so many of them scored."""
-    return min(sequence.remaining, tokens, sequence.remaining - sequence.to_score + scores)
+    """How many of its next tokens a sequence can compute, so many of them scored at most."""
+    plain = sequence.remaining - sequence.to_score
+    # others of its tenant may have more than its share
+    return min(sequence.remaining, tokens, plain + max(0, scores))
 
 
 def _scored(sequence: TokenSequence, count: int) -> int:

@@ -181,6 +181,9 @@ class StepLoop:
         """Fail what ran and make a new runner, or end."""
         self.faults += 1
         self._in_flight.clear()
+        if self._reopen is None:
+            # told first: who sends a failed request again finds it
+            self._stop(STOPPED)
         failed = self._book.fail_running(cause)
         self._runner = None
         # frames of the fault and cycles hold the old runner, and there is no memory for two

@@ -15,7 +15,7 @@ from engine.inference.text import TextCodec
 from tests.integration.machine import wait_until
 from tests.running_api import run_app
 from tests.tiny_llama import save_tiny_tokenizer
-from tests.unit.engine.hashing_runner import HashingRunner
+from tests.unit.engine.hashing_runner import HashingRunner, scores_of
 from worker.inference.app import create_app
 from worker.inference.entry import ModelLabels
 from worker.inference.generation import Generations
@@ -162,13 +162,29 @@ def test_what_waits_beyond_the_engines_own_queue_is_refused(client, shelf):
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"min_tokens": 9}, "min_tokens"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
-        ({"echo": True, "logprobs": 1}, "echo"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused_by_name(client, fields, param):
     response = generate(client, **fields)
 
     assert (response.status_code, response.json()["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 4])
+def test_prompts_are_echoed_with_the_log_probabilities_of_their_tokens(client, shelf, max_tokens):
+    prompts = ["to be scored", "a longer one " * 20]
+    wanted = {"prompts": prompts, "logprobs": 2, "max_tokens": max_tokens, "seed": 1}
+
+    response = generate(client, echo=True, **wanted)
+
+    echoed = json.loads(response.text.splitlines()[0])["echo"]
+    for prompt, record in zip(prompts, echoed, strict=True):
+        expected = scores_of(shelf.text.encode(prompt), 2)
+        found = [(each["logprob"], [top[2] for top in each["top"]]) for each in record["logprobs"]]
+        assert found[0] == (None, [])
+        assert found[1:] == [(each.logprob, [v for _, v in each.top]) for each in expected[1:]]
+    if max_tokens:
+        assert answers_of(response) == answers_of(generate(client, **wanted))
 
 
 def test_metrics_are_fed_from_the_engine(client):

@@ -9,22 +9,21 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from api.errors import (
-    ContextTooLong,
     InferenceDraining,
     InferenceOverloaded,
     InferenceUnavailable,
     UnsupportedParameter,
 )
 from api.telemetry import get_logger
-from engine.errors import ContextLengthExceeded, DeviceFailed, EngineError, EngineOverloaded
-from engine.inference.request import GenerationChunk, GenerationRequest, RequestInvalid
+from engine.errors import DeviceFailed, EngineError
+from engine.inference.request import GenerationChunk, GenerationRequest
 from engine.inference.scoring import PromptScorer
 from engine.inference.steps import TokenLogprobs
 from worker.inference.activity import end_of
 from worker.inference.arrivals import Arrivals
 from worker.inference.metrics import InferenceMetrics
 from worker.inference.pool import ModelInUse, ModelPool
-from worker.inference.prompts import GenerationRefused, read_requests, refused
+from worker.inference.prompts import GenerationRefused, named_for, read_requests
 from worker.inference.records import Batch, RecordWriter, error_record
 from worker.inference.schemas import GenerateBody
 from worker.inference.timing import RequestTiming
@@ -180,7 +179,7 @@ class _Run:
         scores = []
         for request in self.requests:
             async with self.turns:
-                with _named(self.body):
+                with named_for(self.body):
                     found = await asyncio.to_thread(
                         engine.score_prompt,
                         request.prompt_ids,
@@ -195,7 +194,7 @@ class _Run:
     async def _begin(self, arrivals: Arrivals) -> list[asyncio.Task[None]]:
         """Have the engine check and take all prompts, or none."""
         engine = self.model.engine
-        with _named(self.body):
+        with named_for(self.body):
             if isinstance(engine, Submitting):
                 # a guide is compiled here: not in the loop's thread
                 await asyncio.to_thread(self._submit, engine, arrivals)
@@ -237,19 +236,3 @@ class _Run:
             prompt_tokens=writer.prompt_tokens,
             completion_tokens=writer.completion_tokens,
         )
-
-
-@contextmanager
-def _named(body: GenerateBody) -> Iterator[None]:
-    """What an engine refuses, in the words of the endpoint."""
-    try:
-        yield
-    except ContextLengthExceeded as error:
-        raise ContextTooLong(error.message, param=error.field) from error
-    except RequestInvalid as error:
-        raise refused(error, body) from error
-    except EngineOverloaded as error:
-        raise InferenceOverloaded(error.message) from error
-    except EngineError as error:
-        # unloaded meanwhile, or broken for good
-        raise InferenceUnavailable(error.message) from error

@@ -1,15 +1,23 @@
 """Requests of the API process as a model takes them: token ids, and the engine's own names."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from api.errors import ServiceError, UnsupportedParameter
+from api.errors import (
+    ContextTooLong,
+    InferenceOverloaded,
+    InferenceUnavailable,
+    ServiceError,
+    UnsupportedParameter,
+)
+from engine.errors import ContextLengthExceeded, EngineError, EngineOverloaded
 from engine.inference.engine import InferenceEngine
 from engine.inference.request import GenerationRequest, RequestInvalid
 from engine.inference.text import TextCodec
 from worker.inference.schemas import DetokenizeBody, GenerateBody, MessageBody, TokenizeBody
 
-__all__ = ["GenerationRefused", "detokenize", "read_requests", "refused", "tokenize"]
+__all__ = ["GenerationRefused", "detokenize", "named_for", "read_requests", "tokenize"]
 
 GUIDE = "guide"
 
@@ -31,14 +39,27 @@ def read_requests(body: GenerateBody, engine: InferenceEngine) -> tuple[Generati
     try:
         return tuple(_request(body, ids) for ids in _prompt_ids(body, engine.text))
     except RequestInvalid as error:
-        raise refused(error, body) from error
+        raise _refused(error, body) from error
 
 
-def refused(error: RequestInvalid, body: GenerateBody) -> GenerationRefused:
-    """Name the field as the caller does, who knows two that make a guide."""
-    given = "response_format" if body.guided_regex is None else "guided_regex"
-    param = given if error.field == GUIDE else error.field
-    return GenerationRefused(error.message, param=param)
+@contextmanager
+def named_for(body: GenerateBody) -> Iterator[None]:
+    """Put what an engine refuses in the words of the endpoint.
+
+    Raises:
+        ServiceError: instead of an `EngineError` of the block.
+    """
+    try:
+        yield
+    except ContextLengthExceeded as error:
+        raise ContextTooLong(error.message, param=error.field) from error
+    except RequestInvalid as error:
+        raise _refused(error, body) from error
+    except EngineOverloaded as error:
+        raise InferenceOverloaded(error.message) from error
+    except EngineError as error:
+        # unloaded meanwhile, or broken for good
+        raise InferenceUnavailable(error.message) from error
 
 
 def tokenize(body: TokenizeBody, engine: InferenceEngine) -> dict[str, Any]:
@@ -121,3 +142,10 @@ def _chat_ids(
             param="tools",
         )
     return text.encode_chat([each.for_template() for each in messages], tools)
+
+
+def _refused(error: RequestInvalid, body: GenerateBody) -> GenerationRefused:
+    """Name the field as the caller does, who knows two that make a guide."""
+    given = "response_format" if body.guided_regex is None else "guided_regex"
+    param = given if error.field == GUIDE else error.field
+    return GenerationRefused(error.message, param=param)

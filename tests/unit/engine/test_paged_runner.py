@@ -372,6 +372,44 @@ def test_log_probabilities_come_with_the_tokens_of_those_that_ask():
     assert later[1].logprobs[0].token_id == later[1].token_ids[0] == later[2].token_ids[0]
 
 
+@pytest.mark.parametrize("cuts", [[1, 35], [16, 20], [36]])
+def test_tokens_of_prompts_are_scored_beside_what_others_draw(cuts):
+    bench, prompt, other = Bench(), text(37), text(11, 1)
+    answer = bench.decoder.greedy(other, 1 + 3 * len(cuts))
+    for slot in range(3):
+        bench.open(slot)
+    assert bench.run(bench.step(0, 0, other))[0].token_ids == answer[:1]
+    found, start = [], 0
+    for turn, length in enumerate(cuts):
+        at = 3 * turn
+        scored = replace(
+            bench.step(1, start, prompt[start : start + length], draws=False),
+            score_ids=prompt[start + 1 : start + length + 1],
+            score_top=turn,
+        )
+        # of the second prompt only what stands behind its last two tokens
+        late = replace(bench.step(2, 0, other, draws=False), score_ids=(7, 8), score_top=2)
+        guessing = bench.step(0, 11 + at, (answer[at], *answer[at + 1 : at + 3]), drafts=2)
+        drawn = bench.run(guessing, scored, late)
+        assert drawn[0].token_ids == answer[at + 1 : at + 4]
+        assert (drawn[1].token_ids, drawn[1].logprobs) == ((), ())
+        assert {len(each.top) for each in drawn[1].scores} == {turn}
+        check_scores(drawn[2].scores, bench.decoder.plain(other)[-2:], (7, 8))
+        found += drawn[1].scores
+        start += length
+
+    check_scores(found, bench.decoder.plain(prompt), prompt[1:])
+
+
+def check_scores(scores, logits, token_ids):
+    assert [each.token_id for each in scores] == list(token_ids)
+    for row, each in zip(logits.log_softmax(-1), scores, strict=False):
+        values, ids = row.topk(len(each.top))
+        assert each.logprob == pytest.approx(float(row[each.token_id]), abs=1e-4)
+        assert [token for token, _ in each.top] == ids.tolist()
+        assert [value for _, value in each.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
 def test_a_row_that_cannot_be_drawn_is_reported_and_goes_on_within_the_vocabulary():
     bench = Bench()
     bench.open(0)
@@ -394,6 +432,10 @@ def test_a_row_that_cannot_be_drawn_is_reported_and_goes_on_within_the_vocabular
         ({"token_ids": (-1, 3)}, f"must be below {VOCABULARY}"),
         ({"start": 126}, "position 131 of 128"),
         ({"token_ids": (0,) * 71}, "plan at most 70"),
+        ({"score_ids": (1,)}, "1 scores behind 5 given tokens"),
+        ({"score_ids": (1,) * 6, "draws": False}, "6 scores behind 5 given tokens"),
+        ({"score_ids": (VOCABULARY,), "draws": False}, f"must be below {VOCABULARY}"),
+        ({"score_ids": (1,) * 129, "draws": False}, "score at most 128"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused_and_leaves_the_runner_as_it_was(change, message):

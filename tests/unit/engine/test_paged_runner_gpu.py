@@ -1,5 +1,7 @@
 """The runner on a GPU: captured steps against the same steps launch by launch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -135,6 +137,25 @@ def test_drafts_are_verified_as_a_plain_step_would_draw(decoder):
     # attention over a chunk rounds otherwise than over one token: a near tie may fall differently
     assert won[:1] == tuple(truth[1:2])
     assert len(won) <= 3
+
+
+def test_prompts_are_scored_by_the_logits_behind_their_tokens(decoder):
+    watched = Watched(decoder)
+    bench, prompt = bench_of(watched, max_step_tokens=256), text(100)
+    for slot in range(2):
+        bench.open(slot)
+    bench.run(bench.step(0, 0, text(9, 1)))
+    chunk = bench.step(1, 0, prompt[:-1], draws=False)
+
+    drawn = bench.run(bench.step(0, 9), replace(chunk, score_ids=prompt[1:], score_top=20))
+
+    truth = watched.last[-99:].float().log_softmax(-1).cpu()
+    assert len(drawn[0].token_ids) == 1
+    for row, token_id, score in zip(truth, prompt[1:], drawn[1].scores, strict=True):
+        assert score.token_id == token_id
+        assert score.logprob == pytest.approx(float(row[token_id]), abs=1e-4)
+        values = [value for _, value in score.top]
+        assert values == pytest.approx(row.topk(20).values.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("notation", ["w4a8kv8", "w2*a8kv4", "w8a8"])

@@ -15,9 +15,8 @@ from engine.errors import (
     NoTokenDrawn,
 )
 from engine.inference.batching import BatchingEngine
-from engine.inference.limits import RunnerShape, SchedulerLimits
+from engine.inference.limits import SchedulerLimits
 from engine.inference.request import GenerationRequest, RequestInvalid
-from engine.inference.scheduler import Scheduler
 from engine.inference.sequence import TokenSequence
 from engine.inference.steps import Drawn, TokenLogprobs
 from engine.inference.text import TextCodec
@@ -76,16 +75,12 @@ class ScoringMachine(Machine):
         super().__init__(**fields)
         self.scores = {}
 
-    def receive(self):
-        won = super().receive()
-        for sequence, drawn in won:
-            if sequence.score_top is not None:
-                found = self.scores.setdefault(sequence, [None])
-                found += drawn.scores
-                if len(found) == len(sequence.prompt_ids):
-                    self.scheduler.finish(sequence)
-        self.close_slots()
-        return won
+    def is_complete(self, sequence, drawn):
+        if sequence.score_top is None:
+            return super().is_complete(sequence, drawn)
+        found = self.scores.setdefault(sequence, [None])
+        found += drawn.scores
+        return len(found) == len(sequence.prompt_ids)
 
     def check(self, sequence):
         assert tuple(self.scores[sequence]) == scores_of(sequence.prompt_ids, sequence.score_top)
@@ -115,7 +110,7 @@ def test_a_prompt_that_fills_the_context_is_scored(open_engine):
 def test_what_cannot_be_scored_is_refused_at_once(open_engine):
     engine = open_engine(HashingRunner(context_length=32))
 
-    with pytest.raises(ContextLengthExceeded, match="prompt: 33 tokens .* context of 32"):
+    with pytest.raises(ContextLengthExceeded, match=r"prompt: 33 tokens .* context of 32"):
         engine.score_prompt(prompt_of(33), 1, never)
     with pytest.raises(CacheExceeded, match="cache of 16"):
         open_engine(HashingRunner(pages=4)).score_prompt(prompt_of(17), 1, never)
@@ -254,7 +249,6 @@ def test_many_callers_score_and_generate_at_once(open_engine, shape):
         list(callers.map(call, range(90)))
 
     wait_until_empty(engine, runner)
-    assert (engine.statistics().preemptions > 0) == (shape["pages"] < 100)
     for request, tokens in alone.values():
         assert [chunk.token_id for chunk in engine.generate(request)] == tokens
 
@@ -311,37 +305,37 @@ def test_pages_of_others_are_not_taken_for_tokens_that_are_to_be_scored():
 
 
 def test_a_preempted_prompt_scores_only_what_was_not_scored_before():
-    machine = ScoringMachine(pages=70, page_size=4, overlaps=False)
-    # the older one grows until the pages run out
-    old, young = sequence_of(prompt_of(9), max_tokens=200), scored(prompt_of(240), 1)
+    # so few tokens a step that the older one takes the last pages meanwhile
+    machine = ScoringMachine(
+        pages=63, page_size=4, overlaps=False, limits=SchedulerLimits(max_step_tokens=10)
+    )
+    old, young = sequence_of((1,), max_tokens=100), scored(prompt_of(240), 1)
     machine.scheduler.add([old])
-    for _ in range(20):
-        machine.turn()
-    machine.scheduler.add([young])
     machine.turn()
-    machine.runner.plans.clear()
-    machine.scheduler._running._preempt(young)
+    machine.scheduler.add([young])
 
     while machine.scheduler.waiting or machine.scheduler.running:
         machine.turn()
 
-    steps = [entry for plan in plans_of(machine) for entry in plan if entry[1] > 1]
-    assert sum(scores for _, _, scores in steps) == 239 - 128
+    steps = [entry for plan in plans_of(machine) for entry in plan]
+    assert machine.scheduler.counts.preemptions == 1
+    assert sum(scores for _, _, scores in steps) == 239
+    assert sum(count for _, count, _ in steps) > 239 + 100
     machine.check(young)
     machine.assert_empty()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_loads_with_scores_leave_no_page_and_no_token_unscored(seed):
     rng = random.Random(seed)  # noqa: S311
     machine = ScoringMachine(
         overlaps=seed % 3 > 0,
-        max_sequences=rng.choice([1, 3, 6]),
-        pages=rng.choice([60, 70, 120]),
+        max_sequences=rng.choice([3, 6]),
+        pages=rng.choice([55, 70]),
         limits=SchedulerLimits(max_step_tokens=rng.choice([7, 40, 400]), max_waiting=1000),
     )
-    live, whole, given_up = [], [], 0
-    for _ in range(100):
+    live, given_up = [], 0
+    for _ in range(60):
         tenant = rng.choice("aab")
         if rng.random() < 0.6:
             prompt = prompt_of(rng.randrange(2, 200), rng.randrange(3))
@@ -349,7 +343,7 @@ def test_random_loads_with_scores_leave_no_page_and_no_token_unscored(seed):
         else:
             sequence = sequence_of(
                 prompt_of(rng.randrange(1, 60), rng.randrange(3)),
-                max_tokens=rng.randrange(1, 60),
+                max_tokens=rng.randrange(1, 150),
                 sampling=GREEDY,
                 tenant=tenant,
             )
@@ -366,6 +360,7 @@ def test_random_loads_with_scores_leave_no_page_and_no_token_unscored(seed):
     whole = [each for each in live if each.score_top is not None]
 
     assert given_up > 0
+    assert machine.scheduler.counts.preemptions > 0
     assert whole
     for each in whole:
         machine.check(each)
@@ -385,5 +380,3 @@ def test_no_tenant_is_kept_from_its_scores_by_one_that_always_has_more():
         turns += 1
 
     assert turns < 6
-
-

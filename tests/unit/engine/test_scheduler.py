@@ -37,11 +37,14 @@ class Machine:
     def receive(self):
         planned, pending = self.flights.pop(0)
         won = self.scheduler.receive(planned, pending.wait())
-        for sequence, _ in won:
-            if sequence.drawn == sequence.max_tokens:
+        for sequence, drawn in won:
+            if self.is_complete(sequence, drawn):
                 self.scheduler.finish(sequence)
         self.close_slots()
         return won
+
+    def is_complete(self, sequence, drawn):
+        return sequence.drawn == sequence.max_tokens
 
     def turn(self):
         planned = self.launch()

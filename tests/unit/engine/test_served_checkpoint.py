@@ -15,6 +15,7 @@ from engine.inference.runner_options import RunnerOptions
 from engine.inference.runner_start import start_runner
 from engine.inference.sampler_state import SamplerState
 from engine.inference.sampling_params import Guide, GuideKind
+from engine.inference.sequential import open_reference
 from engine.inference.text import TextCodec
 from tests.unit.engine.quantized_models import save_checkpoint
 
@@ -41,14 +42,19 @@ def serve(directory):
     """Start an engine; keywords are the runner's options."""
     engines = []
 
-    def start(**options):
-        decoder = Decoder.from_loaded(load_checkpoint(directory, prepares=False), 8)
+    def start(*, head_bits=8, step_tokens=32, **options):
+        decoder = Decoder.from_loaded(load_checkpoint(directory, prepares=False), head_bits)
         codec = TextCodec.from_directory(directory)
         guides = GuideCompiler(codec)
         sampler = SamplerState(SEQUENCES, decoder.vocabulary, decoder.device, guides=guides)
-        sizes = {"max_sequences": SEQUENCES, "kv_bits": 8, "pages": 64, "max_step_tokens": 32}
+        sizes = {
+            "max_sequences": SEQUENCES,
+            "kv_bits": 8,
+            "pages": 64,
+            "max_step_tokens": step_tokens,
+        }
         runner = start_runner(decoder, sampler, RunnerOptions(**(sizes | options)))
-        limits = SchedulerLimits(max_step_tokens=32)
+        limits = SchedulerLimits(max_step_tokens=step_tokens)
         engines.append(BatchingEngine(runner, codec, limits=limits, check_guide=guides.check))
         return engines[-1]
 
@@ -97,3 +103,35 @@ def test_guesses_change_no_greedy_answer(serve):
 
     assert answer(engine, guessing) == answer(engine, plain)
     assert engine.statistics().drafts_proposed > 0
+
+
+def test_prompts_are_scored_as_by_the_reference_beside_answers_that_stay_the_same(serve, directory):
+    # pages for 256 tokens: those that score and those that answer displace each other
+    engine = serve(head_bits=None, step_tokens=256, pages=16)
+    prompts = [tuple(range(97, 97 + 2)), request_of(4, {}).prompt_ids, text_of(140), text_of(250)]
+    requests = [request_of(number, {"seed": number, "max_tokens": 40}) for number in range(3)]
+    alone = [answer(engine, request) for request in requests]
+
+    with ThreadPoolExecutor(8) as callers:
+        found = callers.map(lambda prompt: engine.score_prompt(prompt, 3, lambda: False), prompts)
+        together = callers.map(lambda request: answer(engine, request), requests)
+
+    reference = open_reference(directory)
+    for prompt, scores in zip(prompts, found, strict=True):
+        check_scores(scores, reference.score_prompt(prompt, 3, lambda: False))
+    assert list(together) == alone
+    statistics = engine.statistics()
+    assert (statistics.running, statistics.kv_usage, statistics.faults) == (0, 0.0, 0)
+
+
+def text_of(length):
+    return tuple(97 + i * i % 23 for i in range(length))
+
+
+def check_scores(scores, expected):
+    assert scores[0] is expected[0] is None
+    for score, truth in zip(scores[1:], expected[1:], strict=True):
+        assert score.token_id == truth.token_id
+        assert score.logprob == pytest.approx(truth.logprob, abs=1e-3)
+        values = [[value for _, value in each.top] for each in (score, truth)]
+        assert values[0] == pytest.approx(values[1], abs=1e-3)
