@@ -16,10 +16,10 @@ from benchmarks.accuracy import (
     add_common_options,
     common_case,
     earlier_rows,
-    in_order,
     make_schedule,
     read_names,
     read_pairs,
+    with_row,
 )
 from benchmarks.case import RECIPES, Method
 from benchmarks.measurement import write_measurement
@@ -58,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     settings = cases[0].settings()
     names = {json.dumps(dict(each)): name for name, each in VARIANTS.items()}
-    rows = earlier_rows(options, settings, "variant", set(_wanted(options)))
+    rows = earlier_rows(options, settings)
     for row in make_schedule(options).run(cases):
         found = {"variant": names[json.dumps(row.get("ingredients", {}))], **row}
-        rows = in_order([*rows, found], read_names(CONFIGS), "variant", list(VARIANTS))
+        rows = with_row(rows, found, read_names(CONFIGS), "variant", list(VARIANTS))
         # after every row, so that a run that is killed loses nothing
         write_measurement(options.name, rows, options.out, settings=settings)
         console.print(json.dumps(found), markup=False)

@@ -6,7 +6,7 @@ python -m benchmarks.accuracy --model DIR --eval-text wikitext2-test.txt \
 
 import argparse
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ __all__ = [
     "add_common_options",
     "common_case",
     "earlier_rows",
-    "in_order",
     "main",
     "make_schedule",
     "read_names",
     "read_pairs",
+    "with_row",
 ]
 
 CONFIGS = "w4a16,w4a16g64,w3a16g64,w2a16g64,w4a8,w6a6,w4a4,w2a8g64"
@@ -43,10 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = options.rows or [(c, m) for c in options.configs for m in options.methods]
     cases = [common_case(options, config, method) for config, method in wanted]
     settings = cases[0].settings()
-    again = {(case.config, case.method.value) for case in cases}
-    rows = earlier_rows(options, settings, "method", again)
+    rows = earlier_rows(options, settings)
     for row in make_schedule(options).run(cases):
-        rows = in_order([*rows, row], read_names(CONFIGS), "method", list(Method))
+        rows = with_row(rows, row, read_names(CONFIGS), "method", list(Method))
         # after every row, so that a run that is killed loses nothing
         path = write_measurement(options.name, rows, options.out, settings=settings)
         console.print(f"{len(rows)} rows in {path}: {json.dumps(row)}", markup=False)
@@ -84,15 +83,8 @@ def common_case(options: argparse.Namespace, config: str, method: Method) -> Cas
     )
 
 
-def earlier_rows(
-    options: argparse.Namespace,
-    settings: Row,
-    column: str,
-    again: Container[tuple[str, str]],
-) -> list[Row]:
-    """Rows of the file that this run does not measure again, with their commit.
-
-    There are none unless the run is told to append.
+def earlier_rows(options: argparse.Namespace, settings: Row) -> list[Row]:
+    """Rows of the file, with their commit; none unless the run is told to append.
 
     Raises:
         SystemExit: if the file was measured with other settings.
@@ -104,19 +96,23 @@ def earlier_rows(
     if record.get("settings") != settings:
         raise SystemExit(f"{path} was measured with {record.get('settings')}, not {settings}")
     # the file will name the commit of this run; what is kept says where it came from
-    return [
-        {**row, "commit": row.get("commit", record["commit"])}
-        for row in record["rows"]
-        if (row["config"], row[column]) not in again
-    ]
+    return [{**row, "commit": row.get("commit", record["commit"])} for row in record["rows"]]
 
 
-def in_order(
-    rows: Sequence[Row], configs: Sequence[str], column: str, names: Sequence[str]
+def with_row(
+    rows: Sequence[Row], row: Row, configs: Sequence[str], column: str, names: Sequence[str]
 ) -> list[Row]:
-    """Sort by configuration, those not named last, and by the place of a column among names."""
-    known = [*configs, *sorted({row["config"] for row in rows} - set(configs))]
-    return sorted(rows, key=lambda row: (known.index(row["config"]), names.index(row[column])))
+    """Add a row in the place of an earlier one; a row that was not measured anew stays.
+
+    Sorted by configuration, those not named last, and by the place of a column among names.
+    """
+    others = [
+        each for each in rows if (each["config"], each[column]) != (row["config"], row[column])
+    ]
+    known = [*configs, *sorted({each["config"] for each in (*others, row)} - set(configs))]
+    return sorted(
+        (*others, row), key=lambda each: (known.index(each["config"]), names.index(each[column]))
+    )
 
 
 def _table(model: str, rows: Sequence[Row]) -> Table:
