@@ -117,6 +117,12 @@ def test_many_callers_at_once_each_get_their_own_answer(client):
     assert together == alone
 
 
+def runs_all_after_a_step(runner, answers):
+    # the prompts of a request come one after the other, steps may be used up before the last
+    runner.gate.release()
+    return len(runner.open_slots) == answers
+
+
 def test_a_caller_that_goes_away_frees_its_slots_at_once(client, shelf):
     generate(client)
     runner = shelf.runners[-1]
@@ -125,7 +131,7 @@ def test_a_caller_that_goes_away_frees_its_slots_at_once(client, shelf):
 
     with client.stream("POST", "/generate", json=wanted | {"max_tokens": 900}) as response:
         next(response.iter_lines())
-        wait_until(lambda: len(runner.open_slots) == 4, "not all answers run")
+        wait_until(lambda: runs_all_after_a_step(runner, 4), "not all answers run")
         running = model(client)["running"]
     runner.gate.release(100)
     wait_until(lambda: not runner.open_slots, "the slots were not given back", 5)
