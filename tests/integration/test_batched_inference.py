@@ -130,7 +130,9 @@ def test_a_caller_that_goes_away_frees_its_slots_at_once(client, shelf):
     wanted = {"artifact_id": "art_a", "prompts": ["a", "b"], "n": 2, "ignore_eos": True}
 
     with client.stream("POST", "/generate", json=wanted | {"max_tokens": 900}) as response:
-        next(response.iter_lines())
+        # an iterator that nobody holds ends the connection
+        lines = response.iter_lines()
+        next(lines)
         wait_until(lambda: runs_all_after_a_step(runner, 4), "not all answers run")
         running = model(client)["running"]
     runner.gate.release(100)
@@ -148,7 +150,9 @@ def test_what_waits_beyond_the_engines_own_queue_is_refused(client, shelf):
     wanted = {"artifact_id": "art_a", "prompts": ["a"], "n": 8, "max_tokens": 900}
 
     with client.stream("POST", "/generate", json=wanted) as response:
-        next(response.iter_lines())
+        # an iterator that nobody holds ends the connection
+        lines = response.iter_lines()
+        next(lines)
         wait_until(lambda: model(client)["waiting"] == 4, "nothing waits")
         refused = generate(client)
     runner.gate.release(100)
