@@ -60,7 +60,9 @@ def test_it_starts_with_nothing_shows_its_first_key_once_and_stops_with_open_str
         wait_until_ready(client)
         job = queue_job(tmp_path)
         with client.stream("GET", f"/v1/quantizations/{job.id}/events") as stream:
-            next(stream.iter_lines())
+            # an iterator that nobody holds ends the connection
+            lines = stream.iter_lines()
+            next(lines)
             process.send_signal(signal.SIGTERM)
             output, log = process.communicate(timeout=40)
 
