@@ -9,17 +9,19 @@ import threading
 import time
 from collections import OrderedDict
 from functools import cached_property
-from typing import ClassVar, assert_never
+from types import ModuleType
+from typing import TYPE_CHECKING, ClassVar, assert_never
 
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
-from llguidance.hf import from_tokenizer
 
 from engine.errors import EngineError
 from engine.inference.deep_stack import run_on_deep_stack
 from engine.inference.request import RequestInvalid
 from engine.inference.sampling_params import Guide, GuideKind
 from engine.inference.text import TextCodec
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 __all__ = ["GuideCompiler", "GuideFailed", "GuideMatcher"]
 
@@ -56,22 +58,14 @@ class GuideCompiler:
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        # in milliseconds on one core: 4 or, for the worst expressions tried, 250 before the first
-        # mask; 15 for lexer and 3 for parser a mask; and 100 MB of states
-        self._limits = LLParserLimits(
-            initial_lexer_fuel=200_000,
-            step_lexer_fuel=200_000,
-            step_max_items=50_000,
-            max_lexer_states=50_000,
-            max_grammar_size=200_000,
-            verbose_errors=False,
-        )
         self._prototypes: OrderedDict[Guide, LLMatcher] = OrderedDict()
         self._turn = threading.Lock()
 
     @cached_property
-    def _trie(self) -> LLTokenizer:
+    def _trie(self) -> "LLTokenizer":
         """Bytes of all tokens; made for the first guide, a second for 50 000 tokens."""
+        from llguidance.hf import from_tokenizer  # noqa: PLC0415  as in `_parsing`
+
         codec = self._codec
         return from_tokenizer(codec.tokenizer, eos_token=sorted(codec.eos_ids) or None)
 
@@ -101,10 +95,10 @@ class GuideCompiler:
                 self._prototypes.popitem(last=False)
             return self._begin(prototype)
 
-    def _begin(self, prototype: LLMatcher) -> "GuideMatcher":
+    def _begin(self, prototype: "LLMatcher") -> "GuideMatcher":
         return GuideMatcher(prototype.deep_copy(), self._trie.vocab_size)
 
-    def _compile(self, guide: Guide) -> LLMatcher:
+    def _compile(self, guide: Guide) -> "LLMatcher":
         if len(guide.text) > MAX_TEXT:
             raise _refusal(guide, f"it has {len(guide.text)} characters, use up to {MAX_TEXT}")
         if not _is_unicode(guide.text):
@@ -117,7 +111,7 @@ class GuideCompiler:
             ) from error
         grammar = _grammar(guide)
         started_s = time.monotonic()
-        matcher = LLMatcher(trie, grammar, log_level=0, limits=self._limits)
+        matcher: LLMatcher = _parsing().LLMatcher(trie, grammar, log_level=0, limits=_limits())
         if not matcher.is_error():
             # what is too much work shows at the first mask
             matcher.compute_bitmask()
@@ -133,7 +127,7 @@ class GuideCompiler:
 class GuideMatcher:
     """Where one answer stands in its guide; used by one thread at a time."""
 
-    def __init__(self, matcher: LLMatcher, tokens: int) -> None:
+    def __init__(self, matcher: "LLMatcher", tokens: int) -> None:
         self._matcher = matcher
         self._mask = torch.zeros(-(-tokens // 32), dtype=torch.int32)
 
@@ -175,6 +169,23 @@ class GuideMatcher:
             raise GuideFailed(f"{GuideFailed.__doc__} {_shown(self._matcher.get_error())}")
 
 
+def _parsing() -> ModuleType:
+    """The parser's library, loaded for the first guide: draws without guides run without it."""
+    import llguidance  # noqa: PLC0415
+
+    return llguidance
+
+
+def _limits() -> "LLParserLimits":
+    # in milliseconds on one core: 4 or, for the worst expressions tried, 250 before the first
+    # mask; 15 for lexer and 3 for parser a mask; and 100 MB of states
+    limits: LLParserLimits = _parsing().LLParserLimits(
+        initial_lexer_fuel=200_000, step_lexer_fuel=200_000, step_max_items=50_000,
+        max_lexer_states=50_000, max_grammar_size=200_000, verbose_errors=False,
+    )  # fmt: skip
+    return limits
+
+
 def _grammar(guide: Guide) -> str:
     """Say it in the parser's notation."""
     match guide.kind:
@@ -184,10 +195,10 @@ def _grammar(guide: Guide) -> str:
             return _json_grammar(guide, ANY_OBJECT)
         case GuideKind.REGEX:
             # d and w are those of a `pattern` in a schema: ASCII
-            expression = regex_to_lark(guide.text, "dw")
-            return str(LLMatcher.grammar_from_lark(f"start: /{expression}/"))
+            expression = _parsing().regex_to_lark(guide.text, "dw")
+            return str(_parsing().LLMatcher.grammar_from_lark(f"start: /{expression}/"))
         case GuideKind.GRAMMAR:
-            return str(LLMatcher.grammar_from_lark(guide.text))
+            return str(_parsing().LLMatcher.grammar_from_lark(guide.text))
         case _:
             assert_never(guide.kind)
 
@@ -198,7 +209,7 @@ def _json_grammar(guide: Guide, text: str) -> str:
         if not isinstance(schema, dict):
             raise _refusal(guide, "it is no object")
         return str(
-            LLMatcher.grammar_from_json_schema(
+            _parsing().LLMatcher.grammar_from_json_schema(
                 # a keyword that would not be followed is refused
                 text,
                 overrides={"whitespace_pattern": WHITESPACE, "lenient": False},

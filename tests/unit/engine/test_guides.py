@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -245,3 +247,9 @@ def test_the_next_sequence_of_a_slot_is_free(compiler):
     state.send_guides([1])
 
     assert int(state.draw(logits, torch.tensor([1]), full=True)) == int(logits.argmax())
+
+
+def test_draws_without_guides_need_no_parser():
+    code = "import sys, engine.inference.sampler_state as _; sys.exit('llguidance' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
