@@ -90,13 +90,23 @@ class DecodeGraphs:
 
     def _capture(self, rows: int, pool: Any) -> _Captured:
         forward = torch.cuda.CUDAGraph()
-        # another model of the process may allocate meanwhile
-        with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
+        with _recorded(forward, pool):
             logits = self._step.forward(rows)
         draws = {}
         for kind in DrawKind:
             draws[kind] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(draws[kind], pool=pool, capture_error_mode="thread_local"):
+            with _recorded(draws[kind], pool):
                 self._step.draw(logits, kind)
         # the logits are released here: their memory is read by these graphs alone, in this order
         return _Captured(forward=forward, draws=draws)
+
+
+def _recorded(graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
+    return torch.cuda.graph(
+        graph,
+        pool=pool,
+        # its libraries have their workspaces already; in another they would be made of the pool
+        stream=torch.cuda.current_stream(),
+        # another model of the process may allocate meanwhile
+        capture_error_mode="thread_local",
+    )

@@ -23,6 +23,7 @@ from engine.inference.decoder.ends import Entry, Exit
 from engine.inference.decoder.gpu import GpuDevice
 from engine.inference.decoder.layers import Layer
 from kernels.kv_pages import RAW_DTYPES, KvPages
+from kernels.overlap import can_overlap
 
 __all__ = ["Decoder"]
 
@@ -73,7 +74,7 @@ class Decoder:
                 twice. float16 or bfloat16 on a GPU.
             head_bits: 8 or 4 rounds the output head; None keeps it.
             positions: tokens of a sequence, where fewer than the model's context will do.
-            launch_pdl: let kernels start while those before still run, where they offer it.
+            launch_pdl: let kernels start while others still run, where they and the GPU offer it.
 
         Raises:
             UnsupportedModel: if the device lacks what the family needs.
@@ -158,4 +159,5 @@ def _device_of(like: torch.Tensor, *, launch_pdl: bool) -> Device:
         return CpuDevice(like.dtype)
     if like.dtype not in RAW_DTYPES:
         raise ValueError(f"dtype = {like.dtype}: a GPU runs float16 or bfloat16")
-    return GpuDevice(like.device, like.dtype, launch_pdl=launch_pdl)
+    can_start_early = can_overlap(like.device.index)
+    return GpuDevice(like.device, like.dtype, launch_pdl=launch_pdl and can_start_early)
