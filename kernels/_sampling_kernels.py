@@ -37,14 +37,14 @@ def peak_kernel(
     tl.store(peaks_ptr + row * SPLITS + split, tl.max(peak, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "level"])
 def search_kernel(
     logits_ptr, stride_lm,
     slots_ptr, temperature_ptr, limit_ptr, peaks_ptr,
     bases_ptr, sums_ptr,
     count_limit_ptr, count_bases_ptr, count_sums_ptr, lowest_ptr,
-    M, V,
-    LEVEL: tl.constexpr,
+    M, V, level,
+    FIRST: tl.constexpr,
     LEVELS: tl.constexpr,
     DIGIT_BITS: tl.constexpr,
     KEY_SHIFT: tl.constexpr,
@@ -56,8 +56,9 @@ def search_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Weigh what a slice holds from each of RADIX keys on: ``sums[LEVEL, row, split, RADIX]``.
+    """Weigh what a slice holds from each of RADIX keys on: ``sums[level, row, split, RADIX]``.
 
+    FIRST says that the level is 0, which has none before it; the others share one compilation.
     Weights are ones, or with MASS the probabilities among the tokens that a count left. Rows that
     are greedy or without a limit write no sums.
     """
@@ -68,18 +69,22 @@ def search_kernel(
     slot = slot_of(slots_ptr, row, SLOTTED)
     temperature = tl.load(temperature_ptr + slot)
     limit = tl.load(limit_ptr + slot)
-    base = threshold(limit, bases_ptr, sums_ptr, row, M, LEVEL, LEVELS, DIGIT_BITS, MASS, SPLITS)
+    base = tl.full((), -(1 << (DIGIT_BITS * LEVELS - 1)), dtype=tl.int64)
+    if not FIRST:
+        base = threshold(
+            limit, bases_ptr, sums_ptr, row, M, level, LEVELS, DIGIT_BITS, MASS, SPLITS
+        )  # fmt: skip
     # every program of the row writes the same
-    tl.store(bases_ptr + LEVEL * M + row, base)
+    tl.store(bases_ptr + level * M + row, base)
     lowest = base
     peak = 0.0
     if MASS:
         peak = tl.max(tl.load(peaks_ptr + row * SPLITS + tl.arange(0, SPLITS)), 0)
     if AFTER_COUNT:
-        if LEVEL == 0:
+        if FIRST:
             lowest = threshold(
                 tl.load(count_limit_ptr + slot), count_bases_ptr, count_sums_ptr, row, M,
-                LEVEL=LEVELS, LEVELS=LEVELS, DIGIT_BITS=DIGIT_BITS, MASS=False, SPLITS=SPLITS,
+                LEVELS, LEVELS=LEVELS, DIGIT_BITS=DIGIT_BITS, MASS=False, SPLITS=SPLITS,
             )  # fmt: skip
             tl.store(lowest_ptr + row, lowest)
         else:
@@ -97,14 +102,14 @@ def search_kernel(
                 mask & (keys >= lowest), _weights(logits, peak, temperature, MASS), 0
             )
             # keys beyond the last digit count for all digits, those before the first for none
-            digit = (keys - base) >> (DIGIT_BITS * (LEVELS - 1 - LEVEL))
+            digit = (keys - base) >> (DIGIT_BITS * (LEVELS - 1 - level))
             digit = tl.minimum(tl.maximum(digit, -1), RADIX - 1).to(tl.int32)
             found += tl.where(digit[:, None] >= digits[None, :], weights[:, None], 0)
-        sums_ptrs = sums_ptr + ((LEVEL * M + row) * SPLITS + split) * RADIX + digits
+        sums_ptrs = sums_ptr + ((level * M + row) * SPLITS + split) * RADIX + digits
         tl.store(sums_ptrs, tl.sum(found, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def draw_kernel(
     logits_ptr, stride_lm,
     slots_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr,
@@ -137,13 +142,13 @@ def draw_kernel(
     if HAS_COUNT:
         count = threshold(
             tl.load(top_k_ptr + slot), count_bases_ptr, count_sums_ptr, row, M,
-            LEVEL=LEVELS, LEVELS=LEVELS, DIGIT_BITS=DIGIT_BITS, MASS=False, SPLITS=SPLITS,
+            LEVELS, LEVELS=LEVELS, DIGIT_BITS=DIGIT_BITS, MASS=False, SPLITS=SPLITS,
         )  # fmt: skip
         least = tl.maximum(least, count)
     if HAS_MASS:
         mass = threshold(
             tl.load(top_p_ptr + slot), mass_bases_ptr, mass_sums_ptr, row, M,
-            LEVEL=LEVELS, LEVELS=LEVELS, DIGIT_BITS=DIGIT_BITS, MASS=True, SPLITS=SPLITS,
+            LEVELS, LEVELS=LEVELS, DIGIT_BITS=DIGIT_BITS, MASS=True, SPLITS=SPLITS,
         )  # fmt: skip
         least = tl.maximum(least, mass)
     lowest = tl.full((), float("-inf"), dtype=tl.float32)
@@ -275,35 +280,35 @@ def gumbel(words):
 
 @triton.jit
 def threshold(
-    limit, bases_ptr, sums_ptr, row, M,
-    LEVEL: tl.constexpr,
+    limit, bases_ptr, sums_ptr, row, M, level,
     LEVELS: tl.constexpr,
     DIGIT_BITS: tl.constexpr,
     MASS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """int64 key of a row's threshold: the digits before LEVEL, the largest that hold the limit."""
+    """int64 key of a row's threshold: the digits before `level`, the largest that hold the limit.
+
+    The level is at least 1.
+    """
     RADIX: tl.constexpr = 1 << DIGIT_BITS
+    digits = tl.arange(0, RADIX)
+    splits = tl.arange(0, SPLITS)
+    if MASS:
+        # the first sum of the first level is the whole row's
+        whole = tl.sum(tl.load(sums_ptr + row * SPLITS * RADIX + splits * RADIX), 0)
+        wanted = tl.ceil(limit.to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
+        wanted = tl.maximum(wanted, 1)
+    else:
+        wanted = limit.to(tl.int64)
+    slots = splits[:, None] * RADIX + digits[None, :]
+    before = sums_ptr + ((level - 1) * M + row) * SPLITS * RADIX
+    sums = tl.sum(tl.load(before + slots), 0)
+    # sums fall with the digit
+    chosen = tl.maximum(tl.sum((sums >= wanted).to(tl.int64), 0) - 1, 0)
+    found = tl.load(bases_ptr + (level - 1) * M + row)
+    found += chosen << (DIGIT_BITS * (LEVELS - level))
     base = tl.full((), -(1 << (DIGIT_BITS * LEVELS - 1)), dtype=tl.int64)
-    if LEVEL > 0:
-        digits = tl.arange(0, RADIX)
-        splits = tl.arange(0, SPLITS)
-        if MASS:
-            # the first sum of the first level is the whole row's
-            whole = tl.sum(tl.load(sums_ptr + row * SPLITS * RADIX + splits * RADIX), 0)
-            wanted = tl.ceil(limit.to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
-            wanted = tl.maximum(wanted, 1)
-        else:
-            wanted = limit.to(tl.int64)
-        slots = splits[:, None] * RADIX + digits[None, :]
-        before = sums_ptr + ((LEVEL - 1) * M + row) * SPLITS * RADIX
-        sums = tl.sum(tl.load(before + slots), 0)
-        # sums fall with the digit
-        chosen = tl.maximum(tl.sum((sums >= wanted).to(tl.int64), 0) - 1, 0)
-        found = tl.load(bases_ptr + (LEVEL - 1) * M + row)
-        found += chosen << (DIGIT_BITS * (LEVELS - LEVEL))
-        base = tl.where(is_limited(limit, MASS), found, base)
-    return base
+    return tl.where(is_limited(limit, MASS), found, base)
 
 
 @triton.jit

@@ -44,6 +44,8 @@ __all__ = ["LaunchConfig", "paged_prefill", "select_config"]
 LOG2_E = tl.constexpr(1.4426950408889634)
 # as in `kernels.paged_attention`
 HEADROOM = tl.constexpr(12.0)
+LEAST_BLOCK_B = 64
+"""Sequences that a program looks through; so one compilation serves up to 64."""
 # below every score, and finite: a row may see nothing of a block
 LOWEST = tl.constexpr(-1e30)
 
@@ -163,7 +165,7 @@ def launch_paged_prefill(
         WIDTH=width,
         HAS_WINDOW=scoring.window is not None,
         HAS_CAP=scoring.soft_cap is not None,
-        BLOCK_B=triton.next_power_of_2(batch),
+        BLOCK_B=max(LEAST_BLOCK_B, triton.next_power_of_2(batch)),
         BLOCK_M=config.block_m,
         BLOCK_T=config.block_t,
         BLOCK_W=triton.next_power_of_2(width),
@@ -176,7 +178,10 @@ def launch_paged_prefill(
     return out
 
 
-@triton.jit
+# chunks behind decoding sequences begin at any of their rows, in any number
+@triton.jit(
+    do_not_specialize=["batch"], do_not_specialize_on_alignment=["table_ptr", "lengths_ptr"]
+)
 def _prefill_kernel(
     q_ptr, stride_qm, stride_qh,
     codes_ptr, scale_ptr, zero_ptr,

@@ -98,7 +98,7 @@ def test_sampling_does_not_spill(shift, levels, logits):
 
     search = compiled(
         "_sampling_kernels", "search_kernel", types=types | {"sums_ptr": "*i64"},
-        LEVEL=1, MASS=True, AFTER_COUNT=True, BLOCK=256, **digits,
+        FIRST=False, MASS=True, AFTER_COUNT=True, BLOCK=256, **digits,
     )  # fmt: skip
     draw = compiled(
         "_sampling_kernels", "draw_kernel", types=types,
