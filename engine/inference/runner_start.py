@@ -99,6 +99,21 @@ def warm_up(runner: PagedRunner, max_step_tokens: int) -> None:
         if tokens <= MAX_SCORED_TOKENS:
             # the head has as many rows then
             _run_alone(runner, replace(step, draws=False, score_ids=step.token_ids))
+    if runner.max_sequences > 1 and runner.pages > 1:
+        _run_beside(runner, min(LEAST_CHUNK, longest))
+
+
+def _run_beside(runner: PagedRunner, tokens: int) -> None:
+    """Decode beside a prompt, of which attention is another kernel's than of either alone."""
+    one, prompt = (
+        SequenceStep(slot=slot, start=0, token_ids=(0,) * count, page_ids=(slot,), draws=True)
+        for slot, count in enumerate((1, tokens))
+    )
+    for step in (one, prompt):
+        runner.open(step.slot, SamplingParams(temperature=0.0, seed=0), ())
+    runner.launch(StepPlan(steps=(one, prompt))).wait()
+    for step in (one, prompt):
+        runner.close(step.slot)
 
 
 def _run_alone(runner: PagedRunner, step: SequenceStep) -> None:

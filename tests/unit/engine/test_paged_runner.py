@@ -513,7 +513,9 @@ def test_warming_up_leaves_no_trace():
 
     warm_up(bench.runner, 64)
 
-    assert {batch.positions.shape[0] for batch in bench.decoder.batches} == {15, 16, 31, 32, 64}
+    batches = bench.decoder.batches
+    assert {batch.positions.shape[0] for batch in batches} == {15, 16, 17, 31, 32, 64}
+    assert any(batch.decodes and batch.cu_seqlens is not None for batch in batches)
     assert generate(bench, 0, GREEDY, prompt, (), 3) == bench.decoder.greedy(prompt, 3)
 
 
