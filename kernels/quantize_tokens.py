@@ -23,6 +23,7 @@ from kernels.overlap import can_overlap
 from kernels.tokens import TokenCodes
 
 __all__ = [
+    "FEW_TOKENS",
     "MAX_FEATURES",
     "Launch",
     "LaunchConfig",
@@ -44,6 +45,7 @@ __all__ = [
 MAX_FEATURES = 32768
 NARROW = 2048
 FEW_TOKENS = 32
+"""Up to which starting early helps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

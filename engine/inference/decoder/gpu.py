@@ -74,13 +74,13 @@ class GpuPasses:
         """Add to the residual stream, normalize and quantize."""
         if reading.is_values or reading.hadamard:
             made = normalize_values(
-                x, norm, residual=residual, config=self._row_config(x, x.shape[1])
+                x, norm, residual=residual, config=self._row_config(x.shape[1], len(x))
             )
             operand: Operand = made.values
             if reading != VALUES:
                 operand = self.plain(made.values, reading)
             return NormedInputs(operand=operand, total=made.residual)
-        config = self._row_config(x, max(x.shape[1], reading.columns or 0))
+        config = self._row_config(max(x.shape[1], reading.columns or 0), len(x))
         coded = tokens.quantize_normed(x, norm, reading.form, residual=residual, config=config)
         return NormedInputs(operand=coded.tokens, total=coded.residual)
 
@@ -90,7 +90,7 @@ class GpuPasses:
             return self._transformed(x, reading, None)
         if reading.is_values:
             return x
-        config = self._row_config(x, max(x.shape[1], reading.columns or 0))
+        config = self._row_config(max(x.shape[1], reading.columns or 0), len(x))
         return tokens.quantize_tokens(x, reading.form, config=config)
 
     def activated(self, x: torch.Tensor, activation: Activation, reading: Reading) -> Operand:
@@ -100,7 +100,7 @@ class GpuPasses:
             return self.plain(activation.apply(x), reading)
         if reading.hadamard:
             return self._transformed(x, reading, activation)
-        config = self._row_config(x, max(x.shape[1] // 2, reading.columns or 0))
+        config = self._row_config(max(x.shape[1] // 2, reading.columns or 0), len(x))
         if reading.is_values:
             return gate_values(x, gate, config=config)
         return tokens.quantize_gated(x, gate, reading.form, config=config)
@@ -113,18 +113,19 @@ class GpuPasses:
         features = x.shape[1] // (1 if gate is None else 2)
         parts = rotated.Transform(left=module.left, right=module.right)
         if not reading.is_values and rotated.can_rotate(features, parts):
-            config = rotated.LaunchConfig(launch_pdl=self._row_config(x, features).launch_pdl)
+            # as for rows that are only quantized: many programs that wait are in the way
+            early = self._launch_pdl and len(x) <= tokens.FEW_TOKENS
+            config = rotated.LaunchConfig(launch_pdl=early)
             return rotated.quantize_rotated(x, parts, reading.form, step=gate, config=config)
         if gate is not None:
-            x = gate_values(x, gate, config=self._row_config(x, features))
+            x = gate_values(x, gate, config=self._row_config(features, len(x)))
         mixed: torch.Tensor = module(x)
         return self.plain(mixed, replace(reading, hadamard=0))
 
-    def _row_config(self, x: torch.Tensor, columns: int) -> tokens.LaunchConfig:
+    def _row_config(self, columns: int, m: int) -> tokens.LaunchConfig:
         block = max(16, 1 << (columns - 1).bit_length())
-        chosen = tokens.select_config(block, m=len(x))
-        # many programs that wait are in the way of those that work
-        return replace(chosen, launch_pdl=self._launch_pdl and chosen.launch_pdl)
+        chosen = tokens.select_config(block, m=m)
+        return replace(chosen, launch_pdl=chosen.launch_pdl and self._launch_pdl)
 
 
 class GpuDevice:
