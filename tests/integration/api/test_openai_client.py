@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
+from contextlib import closing
 
 import httpx
 import openai
 import pytest
-from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 
 from api.cli.environment import settings_environment
 from api.db.connection import Database
@@ -23,6 +24,7 @@ from engine.spec import CalibrationSpec, QuantSpec, Recipe
 from tests.integration.machine import ROOT, wait_until
 from tests.running_api import run_api
 from tests.servers import free_port
+from tests.task_files import GOALS, save_tasks, save_writing_task
 from tests.tiny_llama import save_tiny_llama
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -200,24 +202,52 @@ def test_texts_and_ids_are_turned_into_each_other(client, hosting):
     assert by_ids.usage.prompt_tokens == by_chat.usage.prompt_tokens == 8
 
 
-def test_an_evaluation_harness_scores_the_model_over_the_endpoint(client, hosting):
-    """What lm-eval's `local-completions` sends and reads, against the checkpoint's own scores."""
+def test_an_evaluation_harness_runs_its_tasks_over_the_endpoint(
+    client, hosting, tmp_path, monkeypatch
+):
+    """`lm-eval run --model local-completions`, against what the checkpoint says in this process."""
     (directory,) = hosting.settings.storage_root.glob("art_*")
-    engine = open_engine(directory, "cpu")
-    pairs = [("the cat", " sat"), ("a", " longer continuation"), ("number", " 7")]
-    prompts = [list(engine.text.encode(context + rest)) for context, rest in pairs]
-    harness = SimpleNamespace(model="tiny")
+    wanted = {"model": "tiny", "max_tokens": 12, "temperature": 0}
+    texts = {
+        prompt: client.completions.create(**wanted, prompt=prompt).choices[0].text
+        for prompt in ("once", "number 7", "a")
+    }
+    until = texts["once"][5]
+    answers = {prompt: text.split(until)[0] for prompt, text in texts.items()}
+    tasks = save_tasks(tmp_path / "tasks")
+    save_writing_task(tasks, answers, until)
+    monkeypatch.setenv("OPENAI_API_KEY", hosting.key("infer:invoke"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
-    asked = LocalCompletionsAPI._create_payload(harness, prompts)  # noqa: SLF001 - what it sends
-    answer = client.completions.create(**asked).model_dump()
-    found = LocalCompletionsAPI.parse_logprobs(
-        answer, tokens=prompts, ctxlens=[len(context) for context, _ in pairs]
+    found = simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": "tiny",
+            "base_url": f"{hosting.url}/v1/completions",
+            "tokenizer": str(directory),
+            "num_concurrent": 2,
+            "max_retries": 1,
+        },
+        tasks=["piqa", "write"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        batch_size=2,
+        bootstrap_iters=0,
     )
 
-    for (_, rest), ids, (total, is_greedy) in zip(pairs, prompts, found, strict=True):
-        scores = engine.score_prompt(ids, 1, lambda: False)[-len(rest) :]
-        assert total == pytest.approx(sum(each.logprob for each in scores), abs=1e-2)
-        assert is_greedy == all(each.top[0][0] == each.token_id for each in scores)
+    assert found["results"]["write"]["exact_match,none"] == 1.0
+    asked = [
+        (*arguments, score)
+        for sample in found["samples"]["piqa"]
+        for arguments, (score,) in zip(sample["arguments"], sample["resps"], strict=True)
+    ]
+    assert len(asked) == 2 * len(GOALS)
+    with closing(open_engine(directory, "cpu")) as engine:
+        for context, rest, (total, is_greedy) in asked:
+            ids = engine.text.encode(context + rest)
+            scores = engine.score_prompt(ids, 1, lambda: False)[-len(rest) :]
+            # several prompts in one request: sums in another order
+            assert total == pytest.approx(sum(each.logprob for each in scores), abs=1e-2)
+            assert is_greedy == all(each.top[0][0] == each.token_id for each in scores)
 
 
 def test_callers_at_the_same_time_each_get_their_own_text(client):
