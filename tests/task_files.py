@@ -1,4 +1,4 @@
-"""Tasks for the evaluation harness in the format of PIQA and BoolQ, with data on the disk."""
+"""Tasks for the evaluation harness, two in the format of PIQA and BoolQ, with their data."""
 
 import json
 
@@ -39,6 +39,25 @@ metric_list:
 metadata:
   version: 2.0
 """
+WRITE = """\
+task: write
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: {data}
+output_type: generate_until
+validation_split: validation
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{target}}}}"
+generation_kwargs:
+  until: [{until}]
+  max_gen_toks: 12
+  do_sample: false
+metric_list:
+  - metric: exact_match
+metadata:
+  version: 1.0
+"""
 GOALS = [
     {"goal": f"To open jar {i}", "sol1": "twist the lid", "sol2": "paint it blue all over",
      "label": i % 2}
@@ -58,3 +77,11 @@ def save_tasks(folder, *, boolq=True):
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"{name}.yaml").write_text(definition.format(data=data))
     return folder
+
+
+def save_writing_task(folder, answers, until):
+    """Write a task that lets the model generate up to a text; `answers` are the right ones."""
+    rows = [{"text": text, "target": target} for text, target in answers.items()]
+    (folder / "write.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    definition = WRITE.format(data=folder / "write.jsonl", until=json.dumps(until))
+    (folder / "write.yaml").write_text(definition)

@@ -19,6 +19,12 @@ def check_health() -> Health:
     return Health()
 
 
+@router.get("/health")
+def check_health_for_benchmarks() -> Health:
+    """Say the same under vLLM's name, which load generators ask for before they begin."""
+    return Health()
+
+
 @router.get("/readyz", responses={503: {"model": Readiness}})
 def check_readiness(response: Response, ports: PortsDep) -> Readiness:
     """Say whether requests can be served: the database answers and the process is to go on."""

@@ -1,5 +1,6 @@
 """What the API process sends to the inference process; ranges are the engine's, checked there."""
 
+import json
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,8 +24,15 @@ class MessageBody(_Body):
     tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """The members that the turn has; most templates want a content in any case."""
-        return {"content": "", **self.model_dump(exclude_none=True)}
+        """The members that the turn has; most templates want a content in any case.
+
+        Arguments of calls, which clients send as JSON texts, are objects here: templates write
+        them with `tojson`.
+        """
+        turn = {"content": "", **self.model_dump(exclude_none=True)}
+        if self.tool_calls:
+            turn["tool_calls"] = [_with_arguments_read(call) for call in self.tool_calls]
+        return turn
 
 
 class GuideBody(_Body):
@@ -100,3 +108,17 @@ class DetokenizeBody(_Body):
 
     artifact_id: str = Field(max_length=64)
     tokens: tuple[int, ...]
+
+
+def _with_arguments_read(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        # a model's own words, cut short perhaps: the template shows them as they are
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}

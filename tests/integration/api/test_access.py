@@ -11,7 +11,7 @@ from api.auth import new_key
 from api.schemas.keys import Scope
 from api.settings import Settings
 
-PUBLIC = {"/healthz", "/readyz", "/metrics", "/problems/{code}"}
+PUBLIC = {"/health", "/healthz", "/readyz", "/metrics", "/problems/{code}"}
 DOCUMENTS = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 OPENAI = (
     "/v1/chat/completions", "/v1/completions", "/v1/detokenize", "/v1/models", "/v1/tokenize"

@@ -6,12 +6,16 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
+from contextlib import closing
+from itertools import chain
+from typing import Literal
 
 import httpx
 import openai
 import pytest
-from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from pydantic import BaseModel
 
 from api.cli.environment import settings_environment
 from api.db.connection import Database
@@ -23,9 +27,26 @@ from engine.spec import CalibrationSpec, QuantSpec, Recipe
 from tests.integration.machine import ROOT, wait_until
 from tests.running_api import run_api
 from tests.servers import free_port
+from tests.task_files import GOALS, save_tasks, save_writing_task
 from tests.tiny_llama import save_tiny_llama
 
 MESSAGES = [{"role": "user", "content": "hello"}]
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}<|system|>{{ tool['function']['name'] }}"
+    "({{ tool['function']['parameters']['required'] | join(',') }})<|end|>{% endfor %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}{{ call['function']['name'] }}"
+    "{{ call['function']['arguments'] | tojson }}{% endfor %}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""Shows tools and calls the way that templates of published models do."""
+
+
+class Weather(BaseModel):
+    """What an answer is read into."""
+
+    sky: Literal["clear", "grey"]
+    is_cold: bool
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +54,10 @@ def checkpoint(tmp_path_factory):
     """The files of a tiny model at W4A8, as the worker stores them."""
     folder = tmp_path_factory.mktemp("checkpoint")
     calibration = CalibrationSpec(samples=1, length=16, epochs=0)
+    source = save_tiny_llama(folder / "source", positions=4096)
+    (source / "chat_template.jinja").write_text(TOOL_TEMPLATE)
     job = QuantJob(
-        source_dir=save_tiny_llama(folder / "source", positions=4096),
+        source_dir=source,
         out_dir=folder / "out",
         state_dir=folder / "state",
         spec=QuantSpec(w_bits=4, a_bits=8, recipe=Recipe.RTN, calibration=calibration),
@@ -182,6 +205,114 @@ def test_log_probabilities_come_in_the_clients_own_types(client):
     assert second.token_logprobs[1] == pytest.approx(first.token_logprobs[1], abs=1e-3)
 
 
+def test_streams_of_two_answers_with_log_probabilities_add_up_to_the_whole(client):
+    wanted = {"model": "tiny", "max_tokens": 12, "seed": 3, "n": 2}
+    chat = wanted | {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}
+    text = wanted | {"prompt": "once", "logprobs": 2}
+
+    whole_chat = client.chat.completions.create(**chat)
+    whole_text = client.completions.create(**text)
+    chat_chunks = list(client.chat.completions.create(**chat, stream=True))
+    text_chunks = list(client.completions.create(**text, stream=True))
+
+    for index in range(2):
+        choice, told = whole_chat.choices[index], pieces_of(chat_chunks, index)
+        assert "".join(each.delta.content or "" for each in told) == choice.message.content
+        tokens = [token for each in told if each.logprobs for token in each.logprobs.content]
+        assert tokens == choice.logprobs.content
+        assert len(tokens) == 12
+        choice, told = whole_text.choices[index], pieces_of(text_chunks, index)
+        assert "".join(each.text for each in told) == choice.text
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            parts = [getattr(each.logprobs, name) for each in told if each.logprobs]
+            assert list(chain.from_iterable(parts)) == getattr(choice.logprobs, name)
+    assert whole_text.choices[0].text != whole_text.choices[1].text
+
+
+def test_an_echo_streams_the_prompt_ahead_of_the_answer(client):
+    wanted = {"model": "tiny", "prompt": "once", "max_tokens": 6, "temperature": 0, "logprobs": 1}
+    alone = client.completions.create(**wanted)
+
+    chunks = list(client.completions.create(**wanted, echo=True, stream=True))
+    scored = client.completions.create(**wanted | {"max_tokens": 0}, echo=True)
+
+    assert "".join(each.choices[0].text for each in chunks) == "once" + alone.choices[0].text
+    parts = [each.choices[0].logprobs for each in chunks if each.choices[0].logprobs]
+    assert [token for each in parts for token in each.tokens][:4] == list("once")
+    assert [place for each in parts for place in each.text_offset][:5] == [0, 1, 2, 3, 4]
+    assert parts[0].token_logprobs[0] is None
+    assert scored.choices[0].text == "once"
+    assert scored.choices[0].logprobs.token_logprobs == parts[0].token_logprobs[:4]
+    assert (scored.usage.prompt_tokens, scored.usage.completion_tokens) == (4, 0)
+
+
+def test_an_answer_streams_into_the_clients_own_class(client):
+    # random weights write white space without end unless its tokens are made unlikely
+    spaces = dict.fromkeys(blank_ids(client), -100)
+
+    with client.chat.completions.stream(
+        model="tiny",
+        messages=MESSAGES,
+        response_format=Weather,
+        max_tokens=60,
+        seed=3,
+        logit_bias=spaces,
+    ) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_completion().choices[0]
+
+    assert isinstance(final.message.parsed, Weather)
+    assert Weather.model_validate_json(final.message.content) == final.message.parsed
+    assert (final.finish_reason, kinds[-1]) == ("stop", "content.done")
+    assert kinds.count("content.delta") > 3
+
+
+def test_tools_reach_the_model_through_its_template(client):
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "of a place",
+            "parameters": {
+                "type": "object",
+                "properties": {"place": {"type": "string"}},
+                "required": ["place"],
+            },
+        },
+    }
+    called = {"name": "weather", "arguments": '{"place": "Rome"}'}
+    turns = [
+        *MESSAGES,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_1", "type": "function", "function": called}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "grey"},
+    ]
+    wanted = {"model": "tiny", "max_tokens": 8, "temperature": 0}
+
+    shown = client.chat.completions.create(**wanted, messages=turns, tools=[tool])
+    hidden = client.chat.completions.create(
+        **wanted, messages=MESSAGES, tools=[tool], tool_choice="none"
+    )
+
+    conversation = (
+        "<|system|>weather(place)<|end|><|user|>hello<|end|>"
+        '<|assistant|>weather{"place": "Rome"}<|end|><|tool|>grey<|end|><|assistant|>'
+    )
+    rendered = client.completions.create(**wanted, prompt=conversation)
+    assert shown.usage.prompt_tokens == rendered.usage.prompt_tokens
+    assert shown.choices[0].message.content == rendered.choices[0].text
+    assert shown.choices[0].message.tool_calls is None
+    assert hidden.usage.prompt_tokens == 8
+    with pytest.raises(openai.BadRequestError) as forced:
+        client.chat.completions.create(
+            **wanted, messages=MESSAGES, tools=[tool], tool_choice="required"
+        )
+    assert forced.value.param == "tool_choice"
+
+
 def test_texts_and_ids_are_turned_into_each_other(client, hosting):
     with hosting.client("infer:invoke") as http:
         asked = {"model": "tiny", "messages": MESSAGES}
@@ -200,24 +331,52 @@ def test_texts_and_ids_are_turned_into_each_other(client, hosting):
     assert by_ids.usage.prompt_tokens == by_chat.usage.prompt_tokens == 8
 
 
-def test_an_evaluation_harness_scores_the_model_over_the_endpoint(client, hosting):
-    """What lm-eval's `local-completions` sends and reads, against the checkpoint's own scores."""
+def test_an_evaluation_harness_runs_its_tasks_over_the_endpoint(
+    client, hosting, tmp_path, monkeypatch
+):
+    """`lm-eval run --model local-completions`, against what the checkpoint says in this process."""
     (directory,) = hosting.settings.storage_root.glob("art_*")
-    engine = open_engine(directory, "cpu")
-    pairs = [("the cat", " sat"), ("a", " longer continuation"), ("number", " 7")]
-    prompts = [list(engine.text.encode(context + rest)) for context, rest in pairs]
-    harness = SimpleNamespace(model="tiny")
+    wanted = {"model": "tiny", "max_tokens": 12, "temperature": 0}
+    texts = {
+        prompt: client.completions.create(**wanted, prompt=prompt).choices[0].text
+        for prompt in ("once", "number 7", "a")
+    }
+    until = texts["once"][5]
+    answers = {prompt: text.split(until)[0] for prompt, text in texts.items()}
+    tasks = save_tasks(tmp_path / "tasks")
+    save_writing_task(tasks, answers, until)
+    monkeypatch.setenv("OPENAI_API_KEY", hosting.key("infer:invoke"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
-    asked = LocalCompletionsAPI._create_payload(harness, prompts)  # noqa: SLF001 - what it sends
-    answer = client.completions.create(**asked).model_dump()
-    found = LocalCompletionsAPI.parse_logprobs(
-        answer, tokens=prompts, ctxlens=[len(context) for context, _ in pairs]
+    found = simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": "tiny",
+            "base_url": f"{hosting.url}/v1/completions",
+            "tokenizer": str(directory),
+            "num_concurrent": 2,
+            "max_retries": 1,
+        },
+        tasks=["piqa", "write"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        batch_size=2,
+        bootstrap_iters=0,
     )
 
-    for (_, rest), ids, (total, is_greedy) in zip(pairs, prompts, found, strict=True):
-        scores = engine.score_prompt(ids, 1, lambda: False)[-len(rest) :]
-        assert total == pytest.approx(sum(each.logprob for each in scores), abs=1e-2)
-        assert is_greedy == all(each.top[0][0] == each.token_id for each in scores)
+    assert found["results"]["write"]["exact_match,none"] == 1.0
+    asked = [
+        (*arguments, score)
+        for sample in found["samples"]["piqa"]
+        for arguments, (score,) in zip(sample["arguments"], sample["resps"], strict=True)
+    ]
+    assert len(asked) == 2 * len(GOALS)
+    with closing(open_engine(directory, "cpu")) as engine:
+        for context, rest, (total, is_greedy) in asked:
+            ids = engine.text.encode(context + rest)
+            scores = engine.score_prompt(ids, 1, lambda: False)[-len(rest) :]
+            # several prompts in one request: sums in another order
+            assert total == pytest.approx(sum(each.logprob for each in scores), abs=1e-2)
+            assert is_greedy == all(each.top[0][0] == each.token_id for each in scores)
 
 
 def test_callers_at_the_same_time_each_get_their_own_text(client):
@@ -241,6 +400,17 @@ def test_callers_at_the_same_time_each_get_their_own_text(client):
         thread.join()
 
     assert [together[each] for each in prompts] == alone
+
+
+def pieces_of(chunks, index):
+    """What a stream says of one answer."""
+    return [each for chunk in chunks for each in chunk.choices if each.index == index]
+
+
+def blank_ids(client):
+    """Ids of a space, a tabulator and the ends of lines."""
+    asked = {"model": "tiny", "prompt": " \t\n\r"}
+    return client.post("/tokenize", body=asked, cast_to=dict)["tokens"]
 
 
 def start_inference(settings, folder):

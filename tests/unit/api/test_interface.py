@@ -9,7 +9,7 @@ import pytest
 from api.routes.interface import Interface
 
 ROOT = Path(__file__).parents[3]
-PUBLIC = {"/healthz", "/readyz", "/metrics", "/problems/{code}"}
+PUBLIC = {"/health", "/healthz", "/readyz", "/metrics", "/problems/{code}"}
 HANDLER_LINES = 12
 DOCUMENT = Interface().openapi()
 OPERATIONS = [
