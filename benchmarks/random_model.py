@@ -12,13 +12,10 @@ import torch
 from torch import nn
 
 from benchmarks.shapes import SHAPES
-from engine.architecture import Architecture, check_config
-from engine.checkpoint.reader import LoadedModel
-from engine.models.loading import build_empty_model
-from engine.models.rotated import install_rotation
+from engine.architecture import check_config
+from engine.checkpoint.reader import LoadedModel, make_skeleton, tie_head
 from engine.modules.linear import QuantLinear
-from engine.modules.swap import swap_linears
-from engine.rotation import Rotation, name_in_layer, online_blocks
+from engine.rotation import Rotation
 from engine.spec import QuantSpec
 
 __all__ = ["make_random_model", "real_config"]
@@ -63,7 +60,7 @@ def make_random_model(
     config = real_config(shape)
     architecture = check_config(config)
     rotation = Rotation.of(spec, architecture)
-    model = _make_skeleton(config, spec, architecture, rotation)
+    model = make_skeleton(config, spec, architecture, rotation)
     grids = {name: each for name, each in model.named_modules() if isinstance(each, QuantLinear)}
     generator = torch.Generator(device).manual_seed(seed)
     tensors = dict(_draw_tensors(model, grids, dtype, generator))
@@ -71,29 +68,9 @@ def make_random_model(
         tensors[architecture.head_name] = tensors[architecture.embedding_name]
     model.load_state_dict(tensors, assign=True)
     if architecture.tied:
-        embedding = model.get_parameter(architecture.embedding_name)
-        model.get_submodule(architecture.family.head).register_parameter("weight", embedding)
+        tie_head(model, architecture)
     model.to(device).requires_grad_(requires_grad=False).eval()
     return LoadedModel(model=model, spec=spec, architecture=architecture, rotation=rotation)
-
-
-def _make_skeleton(
-    config: Mapping[str, Any], spec: QuantSpec, architecture: Architecture, rotation: Rotation
-) -> nn.Module:
-    model = build_empty_model(config)
-    install_rotation(model, architecture, rotation)
-    quantizable = {each.name for each in architecture.linears}
-    blocks = online_blocks(architecture, rotation)
-
-    def quantized(name: str, linear: nn.Linear) -> nn.Module | None:
-        grid = spec.weight_grid(name) if name in quantizable else None
-        if grid is None:
-            return None
-        block = blocks.get(name_in_layer(architecture, name), 0)
-        return QuantLinear.empty(linear, grid, spec.activation_bits(name), block)
-
-    swap_linears(model, quantized)
-    return model
 
 
 def _draw_tensors(

@@ -57,6 +57,23 @@ class KvPages:
             ValueError: if bits, page size, head size or dtype cannot be stored.
         """
         _check_geometry(head_dim, bits, page_size, dtype)
+        return cls.zeros(
+            pages, kv_heads, head_dim, bits=bits, page_size=page_size, dtype=dtype, device=device
+        )
+
+    @classmethod
+    def zeros(
+        cls,
+        pages: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        bits: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Allocate pages that plain torch can read, whatever the kernels of a GPU want."""
         rows = (pages, kv_heads, 2, page_size)
         raw = bits == RAW_BITS
         width = head_dim if raw else head_dim * field_bits(bits) // 8

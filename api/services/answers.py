@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from typing_extensions import override
+from typing import Any, ClassVar, Protocol
 
 from api.db.base import new_id
 from api.schemas.answers import (
@@ -77,6 +75,9 @@ def shape_of(request: GenerationRequest, created: int) -> AnswerShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shape:
+    kind: ClassVar[str]
+    """What a chunk calls itself."""
+
     id: str
     created: int
     request: GenerationRequest
@@ -88,7 +89,7 @@ class _Shape:
     def _chunk(self, choices: list[Chunk], tally: Tally, *, is_last: bool = False) -> Chunk:
         chunk: Chunk = {
             "id": self.id,
-            "object": self._kind(),
+            "object": self.kind,
             "created": self.created,
             "model": self.request.model,
             "choices": choices,
@@ -100,15 +101,10 @@ class _Shape:
             chunk["usage"] = None
         return chunk
 
-    def _kind(self) -> str:
-        raise NotImplementedError
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ChatShape(_Shape):
-    @override
-    def _kind(self) -> str:
-        return "chat.completion.chunk"
+    kind = "chat.completion.chunk"
 
     def whole(self, drafts: Sequence[Draft], usage: Usage) -> ChatCompletion:
         return ChatCompletion(
@@ -157,13 +153,11 @@ class _ChatShape(_Shape):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TextShape(_Shape):
+    kind = "text_completion"
+
     has_logprobs: bool
     offsets: dict[int, int] = field(default_factory=dict)
     """Characters of each choice's tokens that are out, where log-probabilities are."""
-
-    @override
-    def _kind(self) -> str:
-        return "text_completion"
 
     def whole(self, drafts: Sequence[Draft], usage: Usage) -> Completion:
         return Completion(

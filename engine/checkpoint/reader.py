@@ -26,7 +26,7 @@ from engine.modules.swap import prepare_model, quant_linears, swap_linears
 from engine.rotation import Rotation, name_in_layer, online_blocks
 from engine.spec import QuantSpec
 
-__all__ = ["LoadedModel", "load_checkpoint"]
+__all__ = ["LoadedModel", "load_checkpoint", "make_skeleton", "tie_head"]
 
 DTYPE_NAMES = {torch.int32: "I32", torch.float16: "F16", torch.uint8: "U8"}
 
@@ -73,7 +73,7 @@ def load_checkpoint(
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     architecture = check_config(plain)
     rotation = rotation_of_section(config, architecture)
-    model = _skeleton(plain, spec, architecture, rotation)
+    model = make_skeleton(plain, spec, architecture, rotation)
     expected = model.state_dict()
     if architecture.tied:
         del expected[architecture.head_name]
@@ -86,7 +86,7 @@ def load_checkpoint(
             {name: tensor.to(device) for name, tensor in found.items()}, strict=False, assign=True
         )
     if architecture.tied:
-        _tie_head(model, architecture)
+        tie_head(model, architecture)
     model.to(device).requires_grad_(requires_grad=False).eval()
     if prepares:
         prepare_model(model)
@@ -95,10 +95,14 @@ def load_checkpoint(
     return LoadedModel(model=model, spec=spec, architecture=architecture, rotation=rotation)
 
 
-def _skeleton(
+def make_skeleton(
     config: Mapping[str, Any], spec: QuantSpec, architecture: Architecture, rotation: Rotation
 ) -> nn.Module:
-    """The model on the meta device with quantized linears and rotations in their places."""
+    """Make a model on the meta device with quantized linears and rotations in their places.
+
+    Raises:
+        CheckpointInvalid: if groups do not divide the inputs of a linear.
+    """
     model = build_empty_model(config)
     install_rotation(model, architecture, rotation)
     quantizable = {each.name for each in architecture.linears}
@@ -157,7 +161,8 @@ def _check_header(name: str, header: Any, empty: torch.Tensor) -> None:
         raise CheckpointInvalid(f"{name} is {stored}, which is no weight's dtype")
 
 
-def _tie_head(model: nn.Module, architecture: Architecture) -> None:
+def tie_head(model: nn.Module, architecture: Architecture) -> None:
+    """Make the embedding the weight of the head."""
     embedding = model.get_parameter(architecture.embedding_name)
     head = model.get_submodule(architecture.family.head)
     head.register_parameter("weight", nn.Parameter(embedding, requires_grad=False))

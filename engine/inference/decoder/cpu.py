@@ -21,7 +21,7 @@ from engine.modules.operand import derive_operand
 from engine.modules.rotated import OnlineHadamard
 from kernels.attention import Scoring
 from kernels.kv_append import HeadNorms, HeadStates, Rotary, append_kv_reference
-from kernels.kv_pages import RAW_BITS, KvPages, field_bits
+from kernels.kv_pages import KvPages
 from kernels.layer_math import Norm, NormKind, apply_norm
 
 __all__ = ["CpuDevice", "CpuPasses"]
@@ -78,18 +78,8 @@ class CpuDevice:
         self, pages: int, kv_heads: int, head_dim: int, *, kv_bits: int, page_size: int
     ) -> KvPages:
         """Allocate the cache of one layer: any size of a head, and the dtype of the stream."""
-        # `KvPages.allocate` holds to what the kernels of a GPU can read
-        rows, is_raw = (pages, kv_heads, 2, page_size), kv_bits == RAW_BITS
-        width = head_dim if is_raw else head_dim * field_bits(kv_bits) // 8
-        codes = torch.zeros((*rows, width), dtype=self._dtype if is_raw else torch.uint8)
-        return KvPages(
-            codes=codes,
-            scale=torch.zeros((0,) if is_raw else rows),
-            zero_point=torch.zeros(
-                (0,) if is_raw else (pages, kv_heads, page_size, 2), dtype=torch.uint8
-            ),
-            bits=kv_bits,
-            head_dim=head_dim,
+        return KvPages.zeros(
+            pages, kv_heads, head_dim, bits=kv_bits, page_size=page_size, dtype=self._dtype
         )
 
     def append(

@@ -67,8 +67,8 @@ class Layer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SequentialLayer:
-    """Attention, then feed-forward, each behind its norm."""
+class _Halves:
+    """What layers of all arrangements hold."""
 
     norms: Norms
     attention: Attention
@@ -78,6 +78,11 @@ class SequentialLayer:
     def nbytes(self) -> int:
         """Bytes of its linears."""
         return self.attention.nbytes + self.feed_forward.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequentialLayer(_Halves):
+    """Attention, then feed-forward, each behind its norm."""
 
     def run(self, device: Device, stream: Stream, batch: TokenBatch, pages: KvPages) -> Stream:
         """Pass tokens through."""
@@ -93,17 +98,8 @@ class SequentialLayer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelLayer:
+class ParallelLayer(_Halves):
     """Both halves read what the layer was given."""
-
-    norms: Norms
-    attention: Attention
-    feed_forward: FeedForward
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its linears."""
-        return self.attention.nbytes + self.feed_forward.nbytes
 
     def run(self, device: Device, stream: Stream, batch: TokenBatch, pages: KvPages) -> Stream:
         """Pass tokens through."""
@@ -118,17 +114,8 @@ class ParallelLayer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NormedBehindLayer:
+class NormedBehindLayer(_Halves):
     """Each half reads the stream as it is, and its sum with it is normalized."""
-
-    norms: Norms
-    attention: Attention
-    feed_forward: FeedForward
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its linears."""
-        return self.attention.nbytes + self.feed_forward.nbytes
 
     def run(self, device: Device, stream: Stream, batch: TokenBatch, pages: KvPages) -> Stream:
         """Pass tokens through."""
