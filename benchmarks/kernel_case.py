@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kernels.tables import TableKey
 
-__all__ = ["GOALS", "LAYERS", "TOY", "KernelCase", "all_cases"]
+__all__ = ["GOALS", "LAYERS", "SERVED", "TOY", "KernelCase", "all_cases"]
 
 # one H100 SXM: measured memory rate, datasheet and measured (b1) rates of the tensor cores
 MEMORY_BYTES_PER_US = 3.0e6
@@ -26,6 +26,9 @@ LAYERS: dict[str, Sequence[tuple[int, int]]] = {
     "llama-70b": ((8192, 8192), (57344, 8192), (10240, 8192), (8192, 28672)),
 }
 """N and K of gate-up, output, qkv and down; the output of 8B is that of 7B."""
+
+HEADS = ((128256, 4), (32000, 8), (128256, 8))
+"""Vocabulary and stored bits of heads that are served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +105,26 @@ def _goals() -> Iterator[KernelCase]:
         yield from (KernelCase(n=4096, k=4096, m=m, w_bits=w, a_bits=HALF_BITS) for w in (2, 4))
 
 
+def _served() -> Iterator[KernelCase]:
+    """Layers and heads as the runtime multiplies them: one stream, batches, prompts."""
+    alone = [shape for name in ("llama-7b", "llama-3-8b") for shape in LAYERS[name]]
+    for n, k in alone:
+        yield from (KernelCase(n=n, k=k, m=1, w_bits=w_bits) for w_bits in (2, 4))
+    yield from (KernelCase(n=n, k=4096, m=1, w_bits=w) for n, w in HEADS)
+    batched = (*LAYERS["llama-3-8b"], (4096, 4096))
+    for m in (64, 16):
+        yield from (KernelCase(n=n, k=k, m=m, w_bits=4) for n, k in batched)
+    for n, k in LAYERS["llama-7b"]:
+        yield KernelCase(n=n, k=k, m=1, w_bits=4, a_bits=HALF_BITS)
+    for n, k in alone:
+        yield KernelCase(n=n, k=k, m=2048, w_bits=4)
+
+
 GOALS: Sequence[KernelCase] = tuple(_goals())
 """What the issue sets numbers for, in its order."""
+
+SERVED: Sequence[KernelCase] = tuple(_served())
+"""What `benchmarks.decode` runs."""
 
 TOY: Sequence[KernelCase] = (
     KernelCase(n=64, k=2048, m=1, w_bits=2),
@@ -115,7 +136,7 @@ TOY: Sequence[KernelCase] = (
 
 
 def all_cases(widths: Sequence[int] = (2, 4, 3, 8, 1, 5, 6, 7)) -> Sequence[KernelCase]:
-    """Goals first, then every layer: few tokens before many, widths in the given order."""
+    """Goals and what is served first, then every layer: few tokens before many, widths in the given order."""
     shapes = [shape for layers in LAYERS.values() for shape in layers]
     wide = (
         KernelCase(n=n, k=k, m=m, w_bits=w_bits)
@@ -129,4 +150,4 @@ def all_cases(widths: Sequence[int] = (2, 4, 3, 8, 1, 5, 6, 7)) -> Sequence[Kern
         for w_bits in widths
         for n, k in shapes
     )
-    return tuple(dict.fromkeys((*GOALS, *wide, *rest)))
+    return tuple(dict.fromkeys((*GOALS, *SERVED, *wide, *rest)))

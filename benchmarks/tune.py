@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.budget import Budget
 from benchmarks.kernel_candidates import candidate_plans
-from benchmarks.kernel_case import GOALS, TOY, KernelCase, all_cases
+from benchmarks.kernel_case import GOALS, SERVED, TOY, KernelCase, all_cases
 from benchmarks.kernel_operands import draw_operands
 from benchmarks.kernel_products import (
     PlanTask,
@@ -158,6 +158,7 @@ def _source() -> dict[str, str]:
 
 def _cases(options: argparse.Namespace) -> list[KernelCase]:
     cases = TOY if options.toy else GOALS if options.goals else all_cases()
+    cases = SERVED if options.served else cases
     return [
         case
         for case in cases
@@ -178,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--budget", type=float, default=480, help="seconds; ends in time")
     parser.add_argument("--goals", action="store_true", help="only what numbers are set for")
+    parser.add_argument("--served", action="store_true", help="only what the runtime multiplies")
     parser.add_argument("--toy", action="store_true", help="a few tiny products")
     parser.add_argument("--widths", type=int, nargs="*", help="weight bits")
     parser.add_argument("--tokens", type=int, nargs="*", help="M")

@@ -24,6 +24,8 @@ TERMS_BYTES = 4 * 1024
 """Scales and corrections of a small tile, and what the driver keeps for itself."""
 GROUP_SCRATCH_BYTES = 12 * 1024
 """Results of a piece, not of a tile, change their layout in shared memory."""
+WIDE_SCRATCH_BYTES = 4608
+"""Of a warp whose results are float32."""
 PROCESSORS = 132
 PRODUCTS_A_CLOCK = 4096
 LANES = 128
@@ -113,7 +115,14 @@ class PrefillConfig:
         """Slices of an order with groups of so many slices."""
         return max(8 // field_bits[-1], group_slices, self.turn)
 
-    def fitted(self, field_bits: tuple[int, ...], slice_bytes: int, group_slices: int = 0) -> Self:
+    def fitted(
+        self,
+        field_bits: tuple[int, ...],
+        slice_bytes: int,
+        group_slices: int = 0,
+        *,
+        wide: bool = False,
+    ) -> Self:
         """Hold products to a stored slice and stages to what shared memory has.
 
         A table may have the launch of a neighbour whose slices are wider or whose codes are
@@ -123,13 +132,16 @@ class PrefillConfig:
             field_bits: of the weight.
             slice_bytes: of the weight.
             group_slices: slices of a group, 0 with one scale a row.
+            wide: whether results are float32.
         """
         block_k = slice_bytes if group_slices else min(self.block_k, slice_bytes)
         turn = self.turn_slices(field_bits, group_slices) if group_slices else None
         share = SHARED_BYTES // max(1, self.programs // PROCESSORS)
-        one = replace(self, block_k=block_k, stages=1, staged=self.staged and not group_slices)
+        staged = self.staged and not group_slices and not wide
+        one = replace(self, block_k=block_k, stages=1, staged=staged)
         while True:
-            room = share - (GROUP_SCRATCH_BYTES if group_slices else one.result_bytes())
+            scratch = GROUP_SCRATCH_BYTES if group_slices else one.result_bytes()
+            room = share - (max(scratch, WIDE_SCRATCH_BYTES * one.num_warps) if wide else scratch)
             most = room // one.shared_bytes(field_bits, turn)
             if most > 1 or one.block_m <= SMALLEST_FITTED:
                 return replace(one, stages=max(1, min(self.stages, most)))

@@ -109,6 +109,8 @@ def _launch_rows(
 ) -> None:
     m, n = out.shape
     config = config or prefill_configs(weight.field_bits, weight.slice_bytes, max(1, m))[0]
+    if out.element_size() > STAGED_BYTES:
+        config = config.fitted(weight.field_bits, weight.slice_bytes, wide=True)
     turn = 8 // weight.field_bits[-1]
     staged = config.staged and out.element_size() == STAGED_BYTES and n % STAGED_STEP == 0
     descriptors = _descriptors(tokens, weight, config, turn)
@@ -148,6 +150,8 @@ def _launch_groups(
             group_slices=group_slices, m=m, n=weight.padded_rows,
         )  # fmt: skip
         config = group_configs(shape)[0]
+    if out.element_size() > STAGED_BYTES:
+        config = config.fitted(weight.field_bits, weight.slice_bytes, group_slices, wide=True)
     turn = config.turn_slices(weight.field_bits, group_slices)
     prefill_groups_kernel[(_programs(config, m, weight),)](
         *_descriptors(tokens, weight, config, turn),

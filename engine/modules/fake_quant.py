@@ -28,7 +28,6 @@ from engine.numerics.affine import (
     quantize_weight,
     weight_range,
 )
-from engine.numerics.hadamard import rotate_columns
 from engine.spec import FULL_BITS, WeightGrid
 from kernels.activation_rounding import round_activations
 
@@ -106,7 +105,8 @@ class FakeQuantLinear(nn.Module):
         for change in self.changes:
             weight, bias = change(weight, bias)
         if self.input_hadamard and not self._is_turned:
-            weight = rotate_columns(weight, self.input_hadamard)
+            # its factors are where the weight is: a captured step cannot wait for a copy
+            weight = self.transform(weight)
         return weight, bias
 
     @torch.no_grad()

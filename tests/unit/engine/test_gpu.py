@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from engine.checkpoint.reader import load_checkpoint
+from engine.grid import WeightGrid
 from engine.inference.engine import open_engine
 from engine.inference.kv_cache import make_cache
 from engine.inference.request import GenerationRequest
+from engine.modules.fake_quant import FakeQuantLinear
 from engine.modules.rotated import ResidualRotation
 from engine.modules.swap import quant_linears
 from tests.unit.engine.quantized_models import save_checkpoint
@@ -52,7 +54,7 @@ def test_logits_agree(tmp_path, notation):
 
 @pytest.mark.parametrize("notation", ["w4a8", "w4a16", "w4a8kv4"])
 def test_a_checkpoint_generates(tmp_path, notation):
-    engine = open_engine(save_checkpoint(tmp_path, notation)[1], "cuda")
+    engine = open_engine(save_checkpoint(tmp_path, notation, head_dim=64)[1], "cuda")
     request = GenerationRequest(prompt_ids=(65, 66), max_tokens=20, seed=3, ignore_eos=True)
 
     first, second = list(engine.generate(request)), list(engine.generate(request))
@@ -95,3 +97,21 @@ def test_a_rotation_is_recorded_in_a_graph():
     graph.replay()
 
     torch.testing.assert_close(out, rotation(x))
+
+
+def test_a_twin_behind_a_transform_is_recorded_while_changes_are_learned():
+    linear = torch.nn.Linear(256, 32, device="cuda")
+    twin = FakeQuantLinear(
+        linear,
+        WeightGrid(bits=4, group_size=-1, symmetric=False, bit_balance=False),
+        8,
+        input_hadamard=256,
+    )
+    expected = twin.changed()[0].clone()
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = twin.changed()[0]
+    graph.replay()
+
+    assert torch.equal(out, expected)
