@@ -136,7 +136,7 @@ TOY: Sequence[KernelCase] = (
 
 
 def all_cases(widths: Sequence[int] = (2, 4, 3, 8, 1, 5, 6, 7)) -> Sequence[KernelCase]:
-    """Goals and what is served first, then every layer: few tokens before many, widths in the given order."""
+    """Goals and what is served, then every layer: few tokens first, widths in the given order."""
     shapes = [shape for layers in LAYERS.values() for shape in layers]
     wide = (
         KernelCase(n=n, k=k, m=m, w_bits=w_bits)
