@@ -46,6 +46,7 @@ __all__ = [
     "quantize_normed_reference",
     "quantize_tokens",
     "quantize_tokens_reference",
+    "row_block",
     "select_config",
 ]
 

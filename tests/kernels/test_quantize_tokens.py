@@ -184,9 +184,7 @@ def slots(device):
     return make_slots(torch.device(device))
 
 
-@pytest.mark.parametrize(
-    ("k", "columns", "parts"), [(688, 704, 4), (40, 40, 16), (1000, 1003, 2), (344, 344, 32)]
-)
+@pytest.mark.parametrize(("k", "columns", "parts"), [(688, 704, 4), (40, 40, 8), (1000, 1003, 2)])
 def test_parts_of_a_gate_give_the_codes_of_one_program(ops, device, slots, k, columns, parts):
     form = ops.TokenForm(bits=8, columns=columns)
     config = ops.LaunchConfig(num_warps=4, parts=parts)
@@ -198,7 +196,7 @@ def test_parts_of_a_gate_give_the_codes_of_one_program(ops, device, slots, k, co
     assert_equal(tokens, ops.quantize_gated_reference(x, Gate.SILU, form))
 
 
-@pytest.mark.parametrize(("bits", "groups", "parts"), [(4, 8, 4), (3, 2, 4), (8, 64, 16)])
+@pytest.mark.parametrize(("bits", "groups", "parts"), [(4, 8, 4), (3, 2, 4), (8, 64, 8)])
 def test_parts_own_whole_groups(ops, device, slots, bits, groups, parts):
     form = ops.TokenForm(bits=bits, groups=groups, columns=1040)
     config = ops.LaunchConfig(num_warps=4, parts=parts)
@@ -210,6 +208,7 @@ def test_parts_own_whole_groups(ops, device, slots, bits, groups, parts):
     assert_equal(tokens, ops.quantize_gated_reference(x, Gate.GELU_TANH, form))
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 def test_parts_learn_of_a_value_that_is_not_finite(ops, device, slots):
     form = ops.TokenForm(bits=8)
     config = ops.LaunchConfig(num_warps=4, parts=4)
@@ -295,20 +294,19 @@ def test_parts_between_products_are_right_in_every_replay_of_a_graph(ops, device
     config = ops.LaunchConfig(num_warps=4, parts=parts, launch_pdl=True)
     entering = ops.quantize_tokens(torch.randn(2, 512, device=device).to(dtype), form)
 
-    def step(tokens):
+    def step():
         for _ in range(3):
-            wide = integer_linear(tokens, gate_up, out_dtype=dtype, counters=counters)
+            wide = integer_linear(entering, gate_up, out_dtype=dtype, counters=counters)
             gated = ops.quantize_gated(wide, Gate.SILU, form, config=config, slots=slots)
             out = integer_linear(gated, down, out_dtype=dtype, counters=counters)
-            tokens = ops.quantize_tokens(out, form)
         return wide, gated, out
 
-    wide, gated, out = step(entering)
+    wide, gated, out = step()
     right, last = ops.quantize_gated_reference(wide, Gate.SILU, form), out.clone()
     assert_equal(gated, right)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        _, gated, out = step(entering)
+        _, gated, out = step()
 
     for _ in range(replays):
         for each in (gated.codes, gated.scale, gated.zero_point, gated.sums):

@@ -108,6 +108,7 @@ def test_parts_give_the_codes_of_one_program(rotated, device, slots, k, block, p
         assert torch.equal(getattr(tokens, field), getattr(alone, field)), field
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize(("k", "block"), [(768, 256), (640, 640)])
 def test_parts_gate_what_they_transform(rotated, device, slots, k, block):
     form = rotated.TokenForm(bits=8)
@@ -123,6 +124,7 @@ def test_parts_gate_what_they_transform(rotated, device, slots, k, block):
 
 
 # parts of two blocks each; one block, which is not shared then
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize(("k", "block", "groups"), [(1536, 256, 12), (512, 512, 8)])
 def test_parts_own_whole_groups_or_one_program_takes_them(rotated, device, slots, k, block, groups):
     form = rotated.TokenForm(bits=4, groups=groups)
