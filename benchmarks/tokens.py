@@ -75,13 +75,14 @@ class GateCase:
         chosen, is_one = replace(self, m=1).chosen, self.block == self.k
         assert isinstance(chosen, rotated.LaunchConfig)
         alone = rotated.LaunchConfig(launch_pdl=True)
-        # a part of one block has 16 columns, or more
+        # a part of one block has 16 columns, or more; 16 warps would hold its channels twice
         most = chosen.parts if is_one else PARTS[-1]
+        sizes = [(8, 32), (8, 64), (8, 128)] if is_one else [(4, chosen.chunk), (8, chosen.chunk)]
         shared = [
-            replace(chosen, parts=parts, num_warps=warps)
+            replace(chosen, parts=parts, num_warps=warps, chunk=chunk)
             for parts in PARTS[1:]
             if parts <= most
-            for warps in ((8, 16) if is_one else (4, 8))
+            for warps, chunk in sizes
         ]
         return [alone, *shared]
 
@@ -110,7 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = TOY if options.toy else CASES
     if device.type == "cuda":
         _compile_all(cases, options.workers, console)
-    table = Table("gate", "programs x warps: us (of one program the bits?)", "best", "chosen")
+    table = Table(
+        "gate", "programs x warps, chunk: us; no: not the bits of one program", "best", "chosen"
+    )
     for case in cases:
         table.add_row(*_row(case, device, TOY_METHOD if options.toy else METHOD))
     console.print(table)
@@ -219,7 +222,8 @@ def _transform(block: int, device: torch.device) -> rotated.Transform:
 
 
 def _name(config: Config) -> str:
-    return f"{config.parts}x{config.num_warps}"
+    name = f"{config.parts}x{config.num_warps}"
+    return name if isinstance(config, tokens.LaunchConfig) else f"{name}c{config.chunk}"
 
 
 def _parser() -> argparse.ArgumentParser:

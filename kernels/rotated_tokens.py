@@ -67,8 +67,6 @@ MAX_PADDED = 1 << 15
 ALONE = 4096
 """Channels up to which one program is as fast as several that meet."""
 MOST_SHARES = 16
-STAGED = 1 << 14
-"""Channels that 8 warps gate at a time: 64 a thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,13 +111,11 @@ def select_config(
     early = m <= FEW_TOKENS
     if not shared or m > SHARED_TOKENS or features <= ALONE:
         return LaunchConfig(launch_pdl=early)
-    blocks, p, q = _padded(features, transform)
+    blocks, _, q = _padded(features, transform)
     if blocks > 1:
         return LaunchConfig(launch_pdl=early, num_warps=4, parts=MOST_SHARES)
     parts = min(MOST_SHARES, q // MIN_DOT)
-    # all at once, else little enough to leave room for the product that still runs
-    chunk = q if p * q <= STAGED else STAGED // p // 2
-    return LaunchConfig(launch_pdl=early, num_warps=8, parts=parts, chunk=chunk)
+    return LaunchConfig(launch_pdl=early, num_warps=8, parts=parts, chunk=64)
 
 
 def can_rotate(features: int, transform: Transform) -> bool:

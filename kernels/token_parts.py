@@ -37,7 +37,10 @@ MOST_REGISTERS = 255
 
 
 def make_slots(device: torch.device) -> torch.Tensor:
-    """Zeros where the parts of tokens meet, for the launches of one stream."""
+    """Zeros where the parts of tokens meet, for the launches of one stream.
+
+    Launches at the same time would take each other's ranges.
+    """
     shape = (MOST_PARTS.bit_length(), MOST_PROGRAMS)
     return torch.zeros(shape, dtype=torch.int64, device=device)
 
@@ -75,14 +78,15 @@ def runs_to_meet(parts: int, *, interpreted: bool) -> int:
 
 
 def register_options(parts: int, num_warps: int) -> dict[str, int]:
-    """Launch options of parts: a multiprocessor's registers are one program's.
+    """Launch options of parts: half of a multiprocessor's registers are one program's.
 
     By itself the assembler keeps to so few that a multiprocessor could hold its most threads, and
-    asks for memory late to need them for a shorter time.
+    asks for memory late to need them for a shorter time. The other half is for the product before,
+    beside which parts begin.
     """
     if parts == 1:
         return {}
-    return {"maxnreg": min(MOST_REGISTERS, REGISTERS // (32 * num_warps))}
+    return {"maxnreg": min(MOST_REGISTERS, REGISTERS // (2 * 32 * num_warps))}
 
 
 @lru_cache

@@ -123,7 +123,7 @@ def test_an_online_transform_uses_tensor_cores_without_spills(k, p, q):
 
 def test_parts_of_blocks_and_of_columns_use_tensor_cores_without_spills():
     blocks = rotated_kernel(11008, 16, 16, parts=16, num_warps=4, blocks=3)
-    columns = rotated_kernel(14336, 112, 128, parts=8, num_warps=8, chunk=128, columns=16)
+    columns = rotated_kernel(14336, 112, 128, parts=8, num_warps=8, chunk=64, columns=16)
 
     for code in (blocks, columns):
         # the instruction of one program, so the order of its sums

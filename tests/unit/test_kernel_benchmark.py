@@ -84,10 +84,7 @@ def test_a_gate_that_is_not_right_has_no_time(monkeypatch):
 
 
 def test_what_a_decoder_launches_for_a_gate_is_measured():
-    names = [[(each.parts, each.num_warps) for each in case.configs] for case in tokens.CASES]
-
-    for case, tried in zip(tokens.CASES, names, strict=True):
-        assert (case.chosen.parts, case.chosen.num_warps) in tried
+    assert all(case.chosen in case.configs for case in tokens.CASES)
 
 
 def test_a_rival_that_is_not_installed_has_no_time(tmp_path):
