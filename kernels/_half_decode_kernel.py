@@ -10,15 +10,14 @@ inline assembly: `pack=4` hands it the four words of a lane. Nothing here has an
 run it on NumPy and read the machine code.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels._half_assembly import product_assembly, sum_assembly
-
 __all__ = ["half_decode_kernel"]
 
-AHEAD = gl.constexpr(4)
-"""Turns whose weights are asked for at once."""
+AND_XOR = 0x6A
+"""Truth table of ``(a & b) ^ c``."""
 
 
 @gluon.jit
@@ -74,11 +73,6 @@ def half_decode_kernel(
         F0, F1, F2, GROUPS, BLOCK_ROWS, G, UNITS, WARPS, STEPS, EVEN,
     )  # fmt: skip
     rows = _load_rows(scale_ptrs, w_zero_ptr, bias_ptr, n, N, HAS_BIAS, GROUPS)
-    for turn in gl.static_range(1, TURNS if TURNS < AHEAD else AHEAD):
-        _prefetch_turn(
-            w_ptrs, in_block * (G // 4), run_words, unit + turn * (4 * SLOTS),
-            F0, F1, F2, BLOCK_ROWS, G, UNITS, WARPS, STEPS,
-        )  # fmt: skip
     _control("griddepcontrol.wait; // $0", PDL)
     # columns of the product beyond the last token repeat it and are not stored
     token = gl.minimum(lane // 4, M - 1)
@@ -147,46 +141,12 @@ def _load_turn(
                 if EVEN:
                     data += (gl.load(at, eviction_policy="evict_first"),)  # type: ignore[assignment]  # Triton's tuples grow
                 else:
-                    # whatever stands in for missing codes meets tokens of zero
                     data += (  # type: ignore[assignment]  # as above
-                        gl.load(at, mask=unit < UNITS, eviction_policy="evict_first"),
+                        gl.load(at, mask=unit < UNITS, other=0, eviction_policy="evict_first"),
                     )
     if GROUPS > 1:
         data += _load_groups(scale_ptrs, zero_ptrs, first_unit, G, UNITS, WARPS, STEPS)
     return data
-
-
-@gluon.jit
-def _prefetch_turn(
-    w_ptrs, row_offs, run_words, first_unit,
-    F0: gl.constexpr, F1: gl.constexpr, F2: gl.constexpr, BLOCK_ROWS: gl.constexpr,
-    G: gl.constexpr, UNITS: gl.constexpr, WARPS: gl.constexpr, STEPS: gl.constexpr,
-):  # fmt: skip
-    """Bring what `_load_turn` will load nearer: the compiler puts loads of a later turn last."""
-    RUN: gl.constexpr = BLOCK_ROWS * (G // 4)
-    for step in gl.static_range(STEPS):
-        # beyond the last unit there is nothing: the last one is brought again
-        unit = gl.minimum(first_unit + 4 * WARPS * step, UNITS - 1)
-        kb = unit // (G // 16)
-        within = row_offs + unit % (G // 16) * 4
-        for r in gl.static_range(F0 + F1 + F2):
-            if r < F0:
-                ptrs = w_ptrs[0] + (kb * (run_words * F0) + within + r * RUN)
-            elif r < F0 + F1:
-                ptrs = w_ptrs[1] + (kb * (run_words * F1) + within + (r - F0) * RUN)
-            else:
-                ptrs = w_ptrs[2] + (kb * (run_words * F2) + within + (r - F0 - F1) * RUN)
-            for half in gl.static_range(2):
-                prefetch(ptrs + half * (8 * (G // 4)))
-
-
-@gluon.jit
-def prefetch(ptrs):
-    """Bring lines into the second level of the cache."""
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(gl.int64)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -231,14 +191,12 @@ def _load_tokens(
 ):  # fmt: skip
     """Load 4 x 4 columns of slice S, even columns of a word before odd ones."""
     at = unit // (G // 16) * (2 * G) + unit % (G // 16) * 4 + S * (G // 4)
+    ptrs = x_ptrs + at
     if EVEN and EVEN_K:
-        x = gl.load(x_ptrs + at, eviction_policy="evict_last")
+        x = gl.load(ptrs, eviction_policy="evict_last")
     else:
-        # whole units are beyond K or none of their columns is; a load under a condition would not
-        # be asked for ahead of its use
-        valid = (unit < UNITS) & (at * 4 < K)
-        x = gl.load(x_ptrs + gl.where(valid, at, 0), eviction_policy="evict_last")
-        x = gl.where(valid, x, 0)
+        # whole units are beyond K or none of their columns is
+        x = gl.load(ptrs, mask=(unit < UNITS) & (at * 4 < K), other=0, eviction_policy="evict_last")
     return gl.inline_asm_elementwise(
         "{ .reg .b32 a, b, c, d; mov.b64 {a, b}, $1; prmt.b32 c, a, b, 0x5410; "
         "prmt.b32 d, a, b, 0x7632; mov.b64 $0, {c, d}; }",
@@ -274,11 +232,8 @@ def _add_slices(
 ):  # fmt: skip
     """Carry on the chains of tokens and of every field by COUNT slices."""
     chains0, chains1, chains2 = chains
-    tokens = ()
     for s in gl.static_range(FIRST, FIRST + COUNT):
-        tokens += (_load_tokens(x_ptrs, unit, K, s, G, UNITS, EVEN, EVEN_K),)  # type: ignore[assignment]  # Triton's tuples grow
-    for s in gl.static_range(FIRST, FIRST + COUNT):
-        x: gl.tensor = tokens[s - FIRST]
+        x = _load_tokens(x_ptrs, unit, K, s, G, UNITS, EVEN, EVEN_K)
         sums = _add_tokens(sums, x, s, IS_HALF)
         chains0 = _add_slice(chains0, words, x, s, 0, F0, IS_HALF)
         if F1 > 0:
@@ -371,6 +326,52 @@ def _product(
         [low >> DOWN, low >> (DOWN + 8), high >> DOWN, high >> (DOWN + 8), x, acc],
         dtype=gl.float32, is_pure=False, pack=4,
     )  # fmt: skip
+
+
+@triton.constexpr_function
+def product_assembly(at: int, bits: int, flip: int, is_half: bool) -> str:  # noqa: FBT001  known at compile time
+    """Write four products of 16 rows, 16 columns and 8 tokens, of one word of a lane each.
+
+    Registers: 4 low even, 8 low odd, 12 high even, 16 high odd, 20 tokens, 24 sums.
+    """
+    mask = (((1 << bits) - 1) << at) * 0x00010001
+    # masked bits are a subnormal float16, exact in the tensor core; for a bfloat16 they are put
+    # behind 128, which is taken off again
+    changed = (flip + (0 if is_half else 0x4300)) * 0x00010001
+    text = "{ .reg .b32 a0, a1, a2, a3, b0, b1; "
+    if not is_half:
+        text += ".reg .b32 one, less; mov.b32 one, 0x3f803f80; mov.b32 less, 0xc300c300; "
+    for v in range(4):
+        for i, word in enumerate((4, 12, 8, 16)):
+            if changed:
+                text += f"lop3.b32 a{i}, ${word + v}, {mask}, {changed}, {AND_XOR}; "
+            else:
+                text += f"and.b32 a{i}, ${word + v}, {mask}; "
+            if not is_half:
+                text += f"fma.rn.bf16x2 a{i}, a{i}, one, less; "
+        text += f"mov.b64 {{b0, b1}}, ${20 + v}; " + _multiply(is_half, 24 if v == 0 else 0)
+    return text + "}"
+
+
+@triton.constexpr_function
+def sum_assembly(is_half: bool) -> str:  # noqa: FBT001  known at compile time
+    """Write the same for weights of one. Registers: 4 tokens, 8 sums."""
+    text = "{ .reg .b32 a0, a1, a2, a3, b0, b1; "
+    for i in range(4):
+        text += f"mov.b32 a{i}, {0x3C003C00 if is_half else 0x3F803F80}; "
+    for v in range(4):
+        text += f"mov.b64 {{b0, b1}}, ${4 + v}; " + _multiply(is_half, 8 if v == 0 else 0)
+    return text + "}"
+
+
+@triton.constexpr_function
+def _multiply(is_half: bool, sums: int) -> str:  # noqa: FBT001  known at compile time
+    kind = "f16" if is_half else "bf16"
+    inputs = ",".join(f"${sums + i}" for i in range(4))
+    return (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        f"{{$0,$1,$2,$3}},{{a0,a1,a2,a3}},{{b0,b1}},{{{inputs}}}; "
+    )
 
 
 @gluon.jit
