@@ -94,7 +94,8 @@ def launch_attended_tokens(
     batch, heads, head_dim = query.shape
     config = config or select_config(heads * head_dim)
     longest = context.block_table.shape[1] * pages.page_size
-    chosen = attention_config or attention.select_config(pages, longest)
+    group = heads // pages.kv_heads
+    chosen = attention_config or attention.select_config(pages, longest, group=group)
     if chosen.splits == 1:
         out = attention.launch_paged_attention(query, pages, context, scoring, config=chosen)
         return _quantize(out.view(batch, -1), form, launch_pdl=config.launch_pdl)
@@ -181,31 +182,32 @@ def _combine_tokens_kernel(
     offs_s = tl.arange(0, BLOCK_S)
     mask_h = offs_h < HEADS
     mask = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
-    wait_for_predecessor(PDL)
-    length = tl.load(lengths_ptr + b)
+    # lengths are older than the kernel before
+    length = tl.load(lengths_ptr + b, cache_modifier=".cg")
     _, begin, chunk = chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
     filled = tl.cdiv(length - begin, chunk)
     row = (b * HEADS + offs_h) * SPLITS
+    part_ptrs = parts_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]
+    wait_for_predecessor(PDL)
     x = tl.load(
         sums_ptr + row[:, None] + offs_s[None, :],
         mask=mask_h[:, None] & (offs_s < filled)[None, :], other=float("-inf"),
     )  # fmt: skip
+    loaded = _load_chunks(part_ptrs, sums_ptr + row, mask, mask_h, 0, filled, HEAD_DIM, UNROLL)
     top = tl.max(x, axis=1)
     # padded heads, and sequences without tokens
     top = tl.where(top == float("-inf"), 0.0, top)
     acc = tl.full((BLOCK_H, BLOCK_D), 0.0, dtype=tl.float32)
     total = tl.full((BLOCK_H,), 0.0, dtype=tl.float32)
-    for first in range(0, filled, UNROLL):
-        for i in tl.static_range(UNROLL):
-            s = first + i
-            # a vector, as the interpreter makes no mask of a scalar
-            live = mask_h & (offs_h * 0 + s < filled)
-            own = tl.load(sums_ptr + row + s, mask=live, other=float("-inf"))
-            rows = parts_ptr + (row + s) * HEAD_DIM
-            part = tl.load(rows[:, None] + offs_d[None, :], mask=mask & live[:, None], other=0.0)
-            w = tl.exp2(own - top)
-            acc += part * w[:, None]
-            total += w
+    if SPLITS <= UNROLL:
+        acc, total = _weighed(acc, total, loaded, top, UNROLL)
+    else:
+        for start in range(0, filled, UNROLL):
+            ahead = _load_chunks(
+                part_ptrs, sums_ptr + row, mask, mask_h, start + UNROLL, filled, HEAD_DIM, UNROLL
+            )
+            acc, total = _weighed(acc, total, loaded, top, UNROLL)
+            loaded = ahead
     o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     y = rounded(o, like_ptr.dtype.element_ty, INTERP).to(tl.float32)
     scale, zero, codes = quantize_row(y, mask, BITS, not INTERP, INTERP)
@@ -226,3 +228,31 @@ def _combine_tokens_kernel(
         written = tl.load(out + slots, mask=slots < K, other=0)
         group_sums = tl.sum(written.to(tl.int32), 1)
         tl.store(code_sums_ptr + b * GROUPS + offs_g, group_sums, mask=offs_g < GROUPS)
+
+
+@triton.jit
+def _load_chunks(
+    part_ptrs, sum_ptrs, mask, mask_h, start, filled,
+    HEAD_DIM: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Load logarithms and parts of UNROLL chunks; what is not filled weighs nothing."""
+    loaded = ()
+    for i in tl.static_range(UNROLL):
+        s = start + i
+        # a vector, as the interpreter makes no mask of a scalar
+        live = mask_h & (mask_h.to(tl.int32) * 0 + s < filled)
+        log = tl.load(sum_ptrs + s, mask=live, other=float("-inf"))
+        part = tl.load(part_ptrs + s * HEAD_DIM, mask=mask & live[:, None], other=0.0)
+        loaded = loaded + (log, part)  # type: ignore[assignment]  # noqa: RUF005  no stars in Triton
+    return loaded
+
+
+@triton.jit
+def _weighed(acc, total, loaded, top, UNROLL: tl.constexpr):
+    """Add chunks in their order, each by its weight."""
+    for i in tl.static_range(UNROLL):
+        w = tl.exp2(loaded[2 * i] - top)
+        acc += loaded[2 * i + 1] * w[:, None]
+        total += w
+    return acc, total

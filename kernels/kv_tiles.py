@@ -20,6 +20,7 @@ __all__ = [
     "load_zeros",
     "log2",
     "power_below",
+    "prefetch",
     "reciprocal",
     "round_weights",
     "tile_dims",
@@ -174,6 +175,22 @@ def wait_for_predecessor(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(ptrs, mask):
+    """Ask for what lies at some addresses, up to the L2 cache; not in the interpreter."""
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred wanted;
+            setp.ne.b32 wanted, $2, 0;
+            @wanted prefetch.global.L2 [$1];
+            mov.b32 $0, 0;
+        }
+        """,
+        "=r,l,r", [ptrs.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -13,10 +13,15 @@ share its loads; words of packed codes go from shared memory into operand regist
 there, one product for each field (`kernels.kv_tiles`). Chunks depend on the length of the sequence
 alone: a result is the same in every batch. A second kernel combines the chunks in order.
 
+Before the kernel ahead has ended, which as a rule appends keys and values, a program knows its
+chunk and has asked for it: lengths, tables and all tokens but the newest are older than that
+kernel, which waited itself before it let this one start. What is asked for goes to the L2 cache,
+where the newest token will be up to date, and is read after the wait. Programs without a chunk
+leave at once, but for the first of a sequence: a launch in which nobody waited could end before the
+kernel ahead, and what waits for it would take that kernel to have ended too.
+
 Shape legend: B sequences, Q query heads, H key-value heads, G = Q / H, D dims of a head, S splits.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,6 +29,7 @@ import triton.language as tl
 
 from kernels.attention import PagedContext, Scoring, attention_reference, check_attention
 from kernels.attention_chunks import Chunks, chunking, combine_chunks
+from kernels.attention_config import LaunchConfig, select_config
 from kernels.kv_pages import RAW_BITS, KvPages, field_bits
 from kernels.kv_tiles import (
     cap,
@@ -35,6 +41,7 @@ from kernels.kv_tiles import (
     load_zeros,
     log2,
     power_below,
+    prefetch,
     reciprocal,
     round_weights,
     unpack_field,
@@ -47,55 +54,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # float16 holds twice that many powers of two below 1 than above
 HEADROOM = tl.constexpr(12.0)
 MIN_DOT = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchConfig:
-    """How a sequence is split, and the tile of a program."""
-
-    splits: int
-    """Chunks at most; 1 needs no second kernel."""
-    min_chunk: int
-    """Tokens of a chunk at least."""
-    block_t: int
-    num_warps: int
-    num_stages: int
-    combine_block_d: int = 32
-    pdl: bool = False
-    """Programmatic dependent launch: only where all kernels of the stream wait for each other."""
-
-
-def select_config(
-    pages: KvPages, max_context: int, table: dict[tuple[int, int, int], LaunchConfig] | None = None
-) -> LaunchConfig:
-    """Pick the launch; from the compiled code, where none of these spills, not measured.
-
-    The batch is no argument, so that a sequence gives the same bits in every batch.
-
-    Args:
-        pages: heads, dims and bits count.
-        max_context: tokens that the block table can hold.
-        table: measured configs by key-value heads, dims and bits.
-    """
-    key = (pages.kv_heads, pages.head_dim, pages.bits)
-    if table and key in table:
-        return table[key]
-    is_large = pages.head_dim > 128
-    block_t, num_warps = (64 if is_large or pages.bits == RAW_BITS else 128), 4
-    if pages.bits == 2:
-        # a field of two bits has too few dims for more warps to share
-        block_t, num_warps = 32, 2 if is_large else 1
-    # two programs of four warps for each of an H100's 132 processors, with one sequence
-    wanted = max(1, 1056 // num_warps // pages.kv_heads)
-    min_chunk = max(64, block_t)
-    longest = triton.next_power_of_2(triton.cdiv(max_context, min_chunk))
-    return LaunchConfig(
-        splits=min(64, wanted, longest),
-        min_chunk=min_chunk,
-        block_t=block_t,
-        num_warps=num_warps,
-        num_stages=3,
-    )
 
 
 def paged_attention(
@@ -140,7 +98,9 @@ def launch_paged_attention(
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Run the Triton kernels, on a GPU or in the interpreter; see `paged_attention`."""
-    config = config or select_config(pages, context.block_table.shape[1] * pages.page_size)
+    longest = context.block_table.shape[1] * pages.page_size
+    group = query.shape[1] // pages.kv_heads
+    config = config or select_config(pages, longest, group=group)
     out = query.new_empty(query.shape) if out is None else out
     if not len(query):
         return out
@@ -194,6 +154,7 @@ def attend_chunks(
         BLOCK_G=block_g,
         BLOCK_T=config.block_t,
         BLOCK_W=max(MIN_DOT, triton.next_power_of_2(width)),
+        AHEAD=config.ahead,
         PDL=config.pdl,
         INTERP=query.device.type == "cpu",
         num_warps=config.num_warps,
@@ -226,6 +187,7 @@ def _decode_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     INTERP: tl.constexpr,
 ):  # fmt: skip
@@ -240,14 +202,21 @@ def _decode_kernel(
     mask_g = offs_g < GROUP
     mask_w = offs_w < WIDTH
     heads = kv_head * GROUP + offs_g
-    wait_for_predecessor(PDL)
-    length = tl.load(lengths_ptr + b)
+    # past the L1 cache, which only the wait brings up to date
+    length = tl.load(lengths_ptr + b, cache_modifier=".cg")
     first, begin, chunk = chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
     begin += split * chunk
     end = tl.minimum(begin + chunk, length)
     if SPLITS > 1:  # noqa: SIM102  a constant cannot be joined to a comparison on the device
-        if begin >= length:
+        if (begin >= length) & (split > 0):
             return
+    table_row = table_ptr + b * stride_tb
+    page = _load_pages(table_row, begin + offs_t, end, PAGE)
+    _ask_ahead(
+        codes_ptr, scale_ptr, zero_ptr, table_row, page, kv_head, begin + offs_t, end,
+        KV_HEADS, PAGE, BITS, WIDTH, BLOCK_W, AHEAD, PDL,
+    )  # fmt: skip
+    wait_for_predecessor(PDL)
 
     q_rows = q_ptr + b * stride_qb + heads[:, None] * stride_qh
     mask_q = mask_g[:, None] & mask_w[None, :]
@@ -260,9 +229,9 @@ def _decode_kernel(
     for start in range(begin, end, BLOCK_T):
         t = start + offs_t
         inside = t < end
-        # tokens beyond the end read page 0 and weigh nothing
-        page = tl.load(table_ptr + b * stride_tb + t // PAGE, mask=inside, other=0).to(tl.int64)
         base = (page * KV_HEADS + kv_head) * PAGE
+        # a tile ahead: copies need not wait for it
+        page = _load_pages(table_row, t + BLOCK_T, end, PAGE)
         row = 2 * base + t % PAGE
         k_zero, v_zero = load_zeros(zero_ptr, base + t % PAGE, t, inside, BITS)
         words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
@@ -305,6 +274,46 @@ def _decode_kernel(
         dims = field_dims(offs_w, i, FIELD, WIDTH)
         o = (acc[i] - shift[:, None]) * share[:, None]
         tl.store(rows + dims[None, :], o.to(rows.dtype.element_ty), mask=mask_q)
+
+
+@triton.jit
+def _load_pages(table_row, t, end, PAGE: tl.constexpr):
+    """Load the pages of some tokens; those beyond the end read page 0 and weigh nothing."""
+    return tl.load(table_row + t // PAGE, mask=t < end, other=0, cache_modifier=".cg").to(tl.int64)
+
+
+@triton.jit
+def _ask_ahead(
+    codes_ptr, scale_ptr, zero_ptr, table_row, page, kv_head, t, end,
+    KV_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Ask for keys and values of the first tiles, up to the L2 cache."""
+    # words of 32 bytes, what memory gives at least
+    SECTOR: tl.constexpr = 16
+    SECTORS: tl.constexpr = (WIDTH + SECTOR - 1) // SECTOR
+    TILES: tl.constexpr = AHEAD if PDL else 0
+    offs_s = tl.minimum(tl.arange(0, BLOCK_W // SECTOR), SECTORS - 1) * SECTOR
+    pages = (page,)
+    for tile in tl.static_range(1, TILES):
+        pages += (_load_pages(table_row, t + tile * t.shape[0], end, PAGE),)  # type: ignore[assignment]
+    for tile in tl.static_range(TILES):
+        base = (pages[tile] * KV_HEADS + kv_head) * PAGE
+        row = 2 * base + t % PAGE
+        ptrs = codes_ptr + row[:, None] * WIDTH + offs_s[None, :]
+        inside = t < end
+        prefetch(ptrs, inside[:, None])
+        prefetch(ptrs + PAGE * WIDTH, inside[:, None])
+        if BITS < 16:
+            prefetch(scale_ptr + row, inside)
+            prefetch(scale_ptr + row + PAGE, inside)
+            prefetch(zero_ptr + (base + t % PAGE) // 2, inside)
+        t += t.shape[0]
 
 
 @triton.jit

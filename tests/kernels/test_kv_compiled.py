@@ -18,7 +18,7 @@ BYTES = {"codes_ptr": "*u8", "zero_ptr": "*u8"}
 SIZES = ("query_heads", "query_blocks", "kv_blocks", "window", "GROUP", "head_blocks", "batch")
 SHAPE = {"KV_HEADS": 8, "HEAD_DIM": 128, "PAGE": 16, "HAS_WINDOW": False, "HAS_CAP": False,
          "PDL": False, "INTERP": False}  # fmt: skip
-DECODE = SHAPE | {"SPLITS": 8, "MIN_CHUNK": 128, "BLOCK_G": 16}
+DECODE = SHAPE | {"SPLITS": 8, "MIN_CHUNK": 128, "BLOCK_G": 16, "AHEAD": 2, "PDL": True}
 PREFILL = SHAPE | {"GROUP": 4, "BLOCK_B": 8, "BLOCK_M": 128, "BLOCK_T": 64}
 APPEND = {"KV_HEADS": 8, "PAGE": 16, "BITS": 4, "FIELD": 4, "WIDTH": 64, "ROTATED": 128,
           "NORM": "none", "BLOCK_D": 128, "PDL": False, "MIN_SCALE": 1e-5,
@@ -90,6 +90,17 @@ def test_decode_unpacks_in_registers_between_wide_copies_and_tensor_cores(kernel
 @pytest.mark.parametrize(("kernel", "budget"), [("decode 4", 1900), ("decode 2", 2700)])
 def test_decode_stays_within_its_instructions(kernels, kernel, budget):
     assert len(kernels[kernel].instructions) <= budget
+
+
+@pytest.mark.parametrize("kernel", ["decode 4", "decode 2"])
+def test_decode_asks_for_its_chunk_before_the_kernel_ahead_has_ended(kernels, kernel):
+    opcodes = [opcode for opcode, _ in kernels[kernel].instructions]
+    asked = [at for at, opcode in enumerate(opcodes) if opcode.startswith("CCTL")]
+    wait = opcodes.index("ACQBULK")
+    read = [at for at, opcode in enumerate(opcodes) if opcode.startswith("LDGSTS")]
+
+    assert len(asked) >= 10
+    assert max(asked) < wait < min(read)
 
 
 def test_prefill_multiplies_on_warpgroups(kernels):

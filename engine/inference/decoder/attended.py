@@ -89,7 +89,9 @@ class AttendedSource:
     @property
     def _decode_config(self) -> decode.LaunchConfig:
         longest = self.batch.block_table.shape[1] * self.pages.page_size
-        return replace(decode.select_config(self.pages, longest), pdl=self.launch_pdl)
+        group = self.query.shape[1] // self.pages.kv_heads
+        chosen = decode.select_config(self.pages, longest, group=group)
+        return replace(chosen, pdl=self.launch_pdl)
 
 
 def _part(context: PagedContext, start: int, stop: int) -> PagedContext:
