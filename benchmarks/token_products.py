@@ -27,6 +27,7 @@ from kernels.quantize_tokens import (
     quantize_tokens,
     quantize_tokens_reference,
 )
+from kernels.token_parts import make_slots
 from kernels.tokens import TokenCodes
 
 __all__ = ["TOKEN_CASES", "TOY_TOKEN_CASES", "TokenCase", "TokenOp", "prepare_tokens"]
@@ -118,8 +119,9 @@ def _functions(case: TokenCase, device: torch.device) -> tuple[Function, Functio
                 ),
             )
         case TokenOp.GATED:
+            slots = make_slots(device)
             return (
-                lambda x, _: _parts(quantize_gated(x, Gate.SILU, form)),
+                lambda x, _: _parts(quantize_gated(x, Gate.SILU, form, slots=slots)),
                 lambda x, _: _parts(quantize_gated_reference(x, Gate.SILU, form)),
             )
         case TokenOp.PLAIN:

@@ -63,6 +63,7 @@ def gate_values(
     *,
     out: torch.Tensor | None = None,
     config: LaunchConfig | None = None,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gate the input of a down projection.
 
@@ -72,11 +73,13 @@ def gate_values(
         gate: the gate.
         out: ``[M, I]``, written to and returned; None allocates.
         config: None takes `kernels.quantize_tokens.select_config`.
+        slots: as of `kernels.quantize_tokens.quantize_gated`.
 
     Raises:
-        ValueError: if a layout does not fit I.
+        ValueError: if a layout or the parts do not fit I.
     """
     features = halves(gate_up)
     values = gate_up.new_empty((len(gate_up), features)) if out is None else out
-    launch_tokens(Launch(x=gate_up, features=features, step=gate, values=values), config)
+    launch = Launch(x=gate_up, features=features, step=gate, values=values, slots=slots)
+    launch_tokens(launch, config)
     return values

@@ -4,9 +4,10 @@
     normed    codes of norm(x), or of norm(residual + x), which also gives the sum
     gated     codes of gate(x[:, :I]) * x[:, I:]
 
-One launch, one program a token (`kernels._token_kernel`). Norms and gates are those of
-`kernels.layer_math`, rounded to the dtype of x, and codes those of `kernels.activation_quant` in
-the form of `kernels.tokens`; the references below compose them, and the kernel gives their bits.
+One launch, one program a token, or several where few tokens are gated (`kernels._token_kernel`).
+Norms and gates are those of `kernels.layer_math`, rounded to the dtype of x, and codes those of
+`kernels.activation_quant` in the form of `kernels.tokens`; the references below compose them, and
+the kernel gives their bits.
 
 Shape legend: M tokens, K features, S groups, L columns, I features of a gate.
 """
@@ -14,12 +15,18 @@ Shape legend: M tokens, K features, S groups, L columns, I features of a gate.
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from kernels._token_kernel import token_kernel
 from kernels.activation_quant import MAX_BITS, MIN_BITS, quantize_activations
 from kernels.layer_math import Gate, Norm, add_and_normalize, apply_gate, apply_norm
 from kernels.overlap import can_overlap
+from kernels.token_parts import (
+    parts_that_fit,
+    register_options,
+    runs_to_meet,
+    share_of,
+    slots_of,
+)
 from kernels.tokens import TokenCodes
 
 __all__ = [
@@ -39,6 +46,7 @@ __all__ = [
     "quantize_normed_reference",
     "quantize_tokens",
     "quantize_tokens_reference",
+    "row_block",
     "select_config",
 ]
 
@@ -46,6 +54,14 @@ MAX_FEATURES = 32768
 NARROW = 2048
 FEW_TOKENS = 32
 """Up to which starting early helps."""
+SHARED_TOKENS = 8
+"""Up to which a gated token is shared by several programs."""
+SHARE = 1024
+"""Columns of a share, at least."""
+WARP_VALUES = 256
+"""8 values a thread: 16 bytes."""
+MOST_SHARES = 16
+"""More would meet later and have little left to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +91,7 @@ class NormedTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchConfig:
-    """How one program a token is launched; every choice but `native_exp` gives the same bits."""
+    """How a token is launched; every choice but `native_exp` gives the same bits."""
 
     num_warps: int
     rapid_division: bool = True
@@ -84,20 +100,35 @@ class LaunchConfig:
     """Take the hardware's exponential for gates: faster, a few float32 units from the reference."""
     launch_pdl: bool = False
     """Start while the kernel before still runs (programmatic dependent launch)."""
+    parts: int = 1
+    """Programs that share a gated token, a power of two up to 32."""
 
 
 def select_config(
-    columns: int, table: dict[int, LaunchConfig] | None = None, *, m: int = 1
+    columns: int,
+    table: dict[int, LaunchConfig] | None = None,
+    *,
+    m: int = 1,
+    gated: bool = False,
 ) -> LaunchConfig:
-    """Pick the launch for M rows of `columns`, a power of two.
+    """Pick the launch for M rows of `columns`, a power of two; `gated` where parts may share one.
 
     Measured on an H100: eight warps are best or within 5 % of it from 4096 columns on, and starting
     early takes 0.4 us off few tokens; from 64 tokens on programs that wait are in the way of those
     that work. A table of measured choices, by columns, comes first.
+
+    Parts are not measured yet. One program takes 1.9 us and 0.26 us for every 1024 features of a
+    gate; meeting should take 0.9 us (a store and a load of the L2 cache, and who is late), so parts
+    pay from 4096 features on.
     """
     if table is not None and columns in table:
         return table[columns]
-    return LaunchConfig(num_warps=8 if columns > NARROW else 4, launch_pdl=m <= FEW_TOKENS)
+    early = m <= FEW_TOKENS
+    if gated and m <= SHARED_TOKENS and columns > 4 * SHARE:
+        parts = min(MOST_SHARES, columns // SHARE)
+        warps = min(8, columns // parts // WARP_VALUES)
+        return LaunchConfig(num_warps=warps, launch_pdl=early, parts=parts)
+    return LaunchConfig(num_warps=8 if columns > NARROW else 4, launch_pdl=early)
 
 
 def quantize_tokens(
@@ -185,6 +216,7 @@ def quantize_gated(
     *,
     out: TokenCodes | None = None,
     config: LaunchConfig | None = None,
+    slots: torch.Tensor | None = None,
 ) -> TokenCodes:
     """Gate and quantize the input of a down projection.
 
@@ -195,13 +227,16 @@ def quantize_gated(
         form: what to write, with K = I.
         out: written to and returned; None allocates.
         config: None takes `select_config`.
+        slots: from `kernels.token_parts.make_slots`, for every gate of one stream; without them
+            one program takes a token.
 
     Raises:
-        ValueError: if the form or a layout does not fit I.
+        ValueError: if the form, a layout or the parts do not fit I.
     """
     features = halves(gate_up)
     tokens = new_tokens(gate_up, features, form, out)
-    launch_tokens(Launch(x=gate_up, features=features, tokens=tokens, step=gate), config)
+    launch = Launch(x=gate_up, features=features, tokens=tokens, step=gate, slots=slots)
+    launch_tokens(launch, config)
     return tokens
 
 
@@ -221,6 +256,8 @@ class Launch:
     total: torch.Tensor | None = None
     tokens: TokenCodes | None = None
     values: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    """Where the parts of a gated token meet."""
 
     @property
     def prologue(self) -> str:
@@ -256,38 +293,54 @@ def launch_tokens(launch: Launch, config: LaunchConfig | None = None) -> None:
         return
     norm = step if isinstance(step, Norm) else None
     columns = out.shape[1]
-    block = max(16, triton.next_power_of_2(max(launch.features, columns)))
-    config = config or select_config(block, m=len(x))
+    block = row_block(max(launch.features, columns))
+    slots = launch.slots if isinstance(step, Gate) else None
+    config = config or select_config(block, m=len(x), gated=slots is not None)
+    parts = parts_that_fit(config.parts, len(x), slots)
+    groups = 1 if tokens is None else tokens.sums.shape[1]
+    group = launch.features // groups if groups > 1 else 1
+    share = block if parts == 1 else share_of(columns, parts, group)
     interpreted = not x.is_cuda
     pdl = config.launch_pdl and not interpreted and can_overlap(x.device.index)
     total = x if launch.total is None else launch.total
     residual = x if launch.residual is None else launch.residual
-    token_kernel[(len(x),)](
-        x, x.stride(0),
-        residual, residual.stride(0),
-        x if norm is None else norm.weight, x if norm is None or norm.bias is None else norm.bias,
-        out, out.stride(0),
-        total, total.stride(0),
-        x if tokens is None else tokens.scale,
-        x if tokens is None else tokens.zero_point,
-        x if tokens is None else tokens.sums,
-        0.0 if norm is None else norm.eps,
-        K=launch.features,
-        L=columns,
-        GROUPS=1 if tokens is None else tokens.sums.shape[1],
-        BITS=0 if tokens is None else tokens.bits,
-        PROLOGUE=launch.prologue,
-        NORM=norm is not None,
-        HAS_RESIDUAL=launch.residual is not None,
-        BLOCK=block,
-        RAPID=config.rapid_division and not interpreted,
-        NATIVE_EXP=config.native_exp,
-        PDL=pdl,
-        INTERP=interpreted,
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,
-        **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
+    for _ in range(runs_to_meet(parts, interpreted=interpreted)):
+        token_kernel[(len(x), parts)](
+            x, x.stride(0),
+            residual, residual.stride(0),
+            x if norm is None else norm.weight,
+            x if norm is None or norm.bias is None else norm.bias,
+            out, out.stride(0),
+            total, total.stride(0),
+            x if tokens is None else tokens.scale,
+            x if tokens is None else tokens.zero_point,
+            x if tokens is None else tokens.sums,
+            x if slots is None else slots_of(slots, parts),
+            0.0 if norm is None else norm.eps,
+            K=launch.features,
+            L=columns,
+            GROUPS=groups,
+            BITS=0 if tokens is None else tokens.bits,
+            PROLOGUE=launch.prologue,
+            NORM=norm is not None,
+            HAS_RESIDUAL=launch.residual is not None,
+            BLOCK=row_block(share),
+            PARTS=parts,
+            SHARE=share,
+            RAPID=config.rapid_division and not interpreted,
+            NATIVE_EXP=config.native_exp,
+            PDL=pdl,
+            INTERP=interpreted,
+            num_warps=config.num_warps,
+            enable_fp_fusion=False,
+            **({"launch_pdl": True} if pdl else {}),
+            **({} if interpreted else register_options(parts, config.num_warps)),
+        )  # fmt: skip
+
+
+def row_block(columns: int) -> int:
+    """The power of two that holds the columns of a program."""
+    return max(16, 1 << (columns - 1).bit_length())
 
 
 def new_tokens(

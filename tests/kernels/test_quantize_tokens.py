@@ -1,8 +1,13 @@
+import sys
+
 import pytest
 import torch
 
-from kernels.layer_math import Gate, Norm, NormKind
+from kernels.layer_math import Gate, Norm, NormKind, apply_gate
+from kernels.linear import integer_linear, make_counters
+from kernels.token_parts import make_slots, parts_that_fit, slots_of
 from tests.kernels.small_ops import load_small_op
+from tests.kernels.tile_cases import random_codes, sliced_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -166,3 +171,147 @@ def test_the_launch_is_chosen_by_columns_and_only_few_tokens_start_early(ops):
     assert ops.select_config(4096, m=16).launch_pdl
     assert not ops.select_config(4096, m=64).launch_pdl
     assert ops.select_config(4096, {4096: tuned}) is tuned
+
+
+@pytest.fixture
+def layer_ops(ops, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kernels.quantize_tokens", ops)
+    return load_small_op("layer_ops", None, monkeypatch)
+
+
+@pytest.fixture
+def slots(device):
+    return make_slots(torch.device(device))
+
+
+@pytest.mark.parametrize(("k", "columns", "parts"), [(688, 704, 4), (40, 40, 8), (1000, 1003, 2)])
+def test_parts_of_a_gate_give_the_codes_of_one_program(ops, device, slots, k, columns, parts):
+    form = ops.TokenForm(bits=8, columns=columns)
+    config = ops.LaunchConfig(num_warps=4, parts=parts)
+    x = torch.randn(2, 2 * k, device=device).to(torch.float16)
+    out = poisoned(ops, 2, k, form, device)
+
+    tokens = ops.quantize_gated(x, Gate.SILU, form, out=out, config=config, slots=slots)
+
+    assert_equal(tokens, ops.quantize_gated_reference(x, Gate.SILU, form))
+
+
+@pytest.mark.parametrize(("bits", "groups", "parts"), [(4, 8, 4), (3, 2, 4), (8, 64, 8)])
+def test_parts_own_whole_groups(ops, device, slots, bits, groups, parts):
+    form = ops.TokenForm(bits=bits, groups=groups, columns=1040)
+    config = ops.LaunchConfig(num_warps=4, parts=parts)
+    x = torch.randn(2, 2048, device=device)
+    out = poisoned(ops, 2, 1024, form, device)
+
+    tokens = ops.quantize_gated(x, Gate.GELU_TANH, form, out=out, config=config, slots=slots)
+
+    assert_equal(tokens, ops.quantize_gated_reference(x, Gate.GELU_TANH, form))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_parts_learn_of_a_value_that_is_not_finite(ops, device, slots):
+    form = ops.TokenForm(bits=8)
+    config = ops.LaunchConfig(num_warps=4, parts=4)
+    x = torch.randn(3, 256, device=device)
+    x[1, 200] = float("nan")
+    x[2] = 0.0
+
+    tokens = ops.quantize_gated(x, Gate.SILU, form, config=config, slots=slots)
+
+    assert bool(tokens.scale[1].isnan())
+    expected = ops.quantize_gated_reference(x[[0, 2]], Gate.SILU, form)
+    assert torch.equal(tokens.scale[[0, 2]], expected.scale)
+    assert torch.equal(tokens.codes[[0, 2]], expected.codes)
+    assert torch.equal(tokens.sums[[0, 2]], expected.sums)
+
+
+def test_only_few_wide_gated_tokens_are_shared_and_only_where_parts_can_meet(ops, slots):
+    assert ops.select_config(16384, gated=True).parts == 16
+    assert ops.select_config(32768, m=8, gated=True).parts == 16
+    for alone in (
+        ops.select_config(16384),
+        ops.select_config(16384, m=9, gated=True),
+        ops.select_config(4096, gated=True),
+    ):
+        assert alone.parts == 1
+    assert parts_that_fit(16, 8, slots) == 16
+    assert parts_that_fit(16, 32, slots) == 4
+    assert parts_that_fit(16, 1, None) == 1
+    with pytest.raises(ValueError, match="12 parts"):
+        parts_that_fit(12, 1, slots)
+
+
+def test_parts_share_values_too(ops, layer_ops, device, slots):
+    x = torch.randn(2, 200, device=device).to(torch.float16)
+    config = ops.LaunchConfig(num_warps=4, parts=4)
+    out = x.new_full((2, 100), 77)
+
+    values = layer_ops.gate_values(x, Gate.SILU, out=out, config=config, slots=slots)
+
+    assert torch.equal(values, apply_gate(x, Gate.SILU))
+
+
+@pytest.mark.gpu
+def test_a_launch_marks_the_slots_of_its_tokens_and_no_others(ops, device, slots):
+    form, config = ops.TokenForm(bits=8), ops.LaunchConfig(num_warps=4, parts=4)
+    x = torch.randn(3, 256, device=device)
+
+    ops.quantize_gated(x, Gate.SILU, form, config=config, slots=slots)
+
+    marks = slots < 0
+    assert bool(slots_of(marks, 4)[:12].all())
+    assert int(marks.sum()) == 12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("k", "groups"), [(11008, 1), (28672, 1), (14336, 112)])
+def test_parts_of_wide_gates_are_right_launch_after_launch(ops, device, slots, k, groups):
+    form = ops.TokenForm(bits=8, groups=groups, columns=k + 256)
+    inputs = [torch.randn(m, 2 * k, device=device).bfloat16() for m in (1, 8, 3)]
+    expected = [ops.quantize_gated_reference(x, Gate.SILU, form) for x in inputs]
+
+    # who is late differs from launch to launch, and so does what slots hold
+    found = [
+        ops.quantize_gated(inputs[i % 3], Gate.SILU, form, slots=slots, config=config)
+        for i in range(120)
+        for config in [ops.LaunchConfig(num_warps=4, parts=1 << i % 6, launch_pdl=i % 2 == 0)]
+    ]
+
+    for i, tokens in enumerate(found):
+        assert_equal(tokens, expected[i % 3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [2, 16, 32])
+def test_parts_between_products_are_right_in_every_replay_of_a_graph(ops, device, slots, parts):
+    k, replays = 11008, 200
+    form, dtype = ops.TokenForm(bits=8), torch.bfloat16
+    gate_up, down = (
+        sliced_weight(random_codes(n, columns, 4), 4, device=device)[0]
+        for n, columns in ((2 * k, 512), (512, k))
+    )
+    counters = make_counters(torch.device(device))
+    config = ops.LaunchConfig(num_warps=4, parts=parts, launch_pdl=True)
+    entering = ops.quantize_tokens(torch.randn(2, 512, device=device).to(dtype), form)
+
+    def step():
+        for _ in range(3):
+            wide = integer_linear(entering, gate_up, out_dtype=dtype, counters=counters)
+            gated = ops.quantize_gated(wide, Gate.SILU, form, config=config, slots=slots)
+            out = integer_linear(gated, down, out_dtype=dtype, counters=counters)
+        return wide, gated, out
+
+    wide, gated, out = step()
+    right, last = ops.quantize_gated_reference(wide, Gate.SILU, form), out.clone()
+    assert_equal(gated, right)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, gated, out = step()
+
+    for _ in range(replays):
+        for each in (gated.codes, gated.scale, gated.zero_point, gated.sums):
+            each.fill_(77)
+        graph.replay()
+
+        assert_equal(gated, right)
+        assert torch.equal(out, last)

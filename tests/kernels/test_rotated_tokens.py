@@ -1,10 +1,12 @@
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from engine.numerics.hadamard import factors_of, hadamard
 from kernels.layer_math import Gate
+from kernels.token_parts import make_slots
 from tests.kernels.conftest import load_kernel_module
 from tests.kernels.small_ops import load_small_op
 
@@ -72,3 +74,99 @@ def test_a_block_that_does_not_fit_is_refused(rotated):
 
     with pytest.raises(ValueError, match="16 x 16 on 300 features"):
         rotated.quantize_rotated(torch.zeros(1, 300), transform, rotated.TokenForm(bits=8))
+
+
+@pytest.fixture
+def slots(device):
+    return make_slots(torch.device(device))
+
+
+def shared(rotated, parts):
+    return rotated.LaunchConfig(parts=parts, num_warps=4)
+
+
+# whole blocks, some of them nobody's; columns of one block, of factors that are no power of two
+@pytest.mark.parametrize(
+    ("k", "block", "parts"),
+    [(768, 256, 2), (1280, 256, 4), (256, 256, 2), (640, 640, 2), (28 * 40, 28 * 40, 4)],
+)
+def test_parts_give_the_codes_of_one_program(rotated, device, slots, k, block, parts):
+    form = rotated.TokenForm(bits=8, columns=k + 16)
+    transform = transform_of(rotated, block, device)
+    # integers, whose sums have no order
+    x = torch.randint(-99, 100, (2, k), device=device).float()
+    out = rotated.new_tokens(x, k, form, None)
+    for each in (out.codes, out.scale, out.zero_point, out.sums):
+        each.fill_(77)
+
+    tokens = rotated.quantize_rotated(
+        x, transform, form, out=out, config=shared(rotated, parts), slots=slots
+    )
+
+    alone = rotated.quantize_rotated(x, transform, form)
+    for field in ("codes", "scale", "zero_point", "sums"):
+        assert torch.equal(getattr(tokens, field), getattr(alone, field)), field
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("k", "block"), [(768, 256), (640, 640)])
+def test_parts_gate_what_they_transform(rotated, device, slots, k, block):
+    form = rotated.TokenForm(bits=8)
+    x, transform = torch.randn(3, 2 * k, device=device), transform_of(rotated, block, device)
+
+    tokens = rotated.quantize_rotated(
+        x, transform, form, step=Gate.SILU, config=shared(rotated, 4), slots=slots
+    )
+
+    expected = rotated.quantize_rotated_reference(x, transform, form, step=Gate.SILU)
+    assert_close(tokens, expected)
+    assert torch.equal(tokens.sums, tokens.codes.sum(1, keepdim=True, dtype=torch.int32))
+
+
+# parts of two blocks each; one block, which is not shared then
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("k", "block", "groups"), [(1536, 256, 12), (512, 512, 8)])
+def test_parts_own_whole_groups_or_one_program_takes_them(rotated, device, slots, k, block, groups):
+    form = rotated.TokenForm(bits=4, groups=groups)
+    x, transform = torch.randn(2, k, device=device), transform_of(rotated, block, device)
+
+    tokens = rotated.quantize_rotated(x, transform, form, config=shared(rotated, 4), slots=slots)
+
+    sums = tokens.codes.view(2, groups, -1).sum(-1, dtype=torch.int32)
+    assert torch.equal(tokens.sums, sums)
+    assert_close(tokens, rotated.quantize_rotated_reference(x, transform, form))
+
+
+def test_few_wide_tokens_are_shared_by_blocks_or_columns(rotated):
+    blocks = transform_of(rotated, 256, "cpu")
+    one = transform_of(rotated, 14336, "cpu")
+
+    assert rotated.select_config(11008, blocks, shared=True).parts == 16
+    assert rotated.select_config(14336, one, m=8, shared=True).parts == 8
+    for alone in (
+        rotated.select_config(11008, blocks),
+        rotated.select_config(14336, one, m=9, shared=True),
+        rotated.select_config(4096, blocks, shared=True),
+    ):
+        assert alone.parts == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("k", "block", "p"), [(11008, 256, 16), (14336, 14336, 8), (28672, 28672, 16)]
+)
+def test_parts_of_wide_tokens_have_the_bits_of_one_program(rotated, device, slots, k, block, p):
+    form = rotated.TokenForm(bits=8, columns=k + 256)
+    transform = transform_of(rotated, block, device)
+    for m in (1, 8, 1, 5):
+        x = torch.randn(m, 2 * k, device=device).bfloat16()
+        alone = rotated.quantize_rotated(x, transform, form, step=Gate.SILU)
+        chosen = rotated.select_config(k, transform, m=m, shared=True)
+
+        for config in (chosen, replace(chosen, parts=p // 4, chunk=32)):
+            tokens = rotated.quantize_rotated(
+                x, transform, form, step=Gate.SILU, config=config, slots=slots
+            )
+
+            for field in ("codes", "scale", "zero_point", "sums"):
+                assert torch.equal(getattr(tokens, field), getattr(alone, field)), (field, config)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import kernel_products, kernels, tune
+from benchmarks import kernel_products, kernels, tokens, tune
 from benchmarks.budget import Budget
 from benchmarks.kernel_candidates import candidate_plans
 from benchmarks.kernel_case import GOALS, LAYERS, TOY, KernelCase, all_cases
@@ -67,6 +67,24 @@ def test_the_toy_run_measures_every_case_exactly(tmp_path, capsys):
     assert all(row["cublas_bf16_us"] > 0 for row in record["rows"][: len(TOY)])
     assert [row["op"] for row in record["rows"][len(TOY) :]] == list(TokenOp)
     assert f"{CASES} of {CASES} products" in capsys.readouterr().out
+
+
+def test_the_toy_run_of_gates_has_a_time_for_each(capsys):
+    tokens.main(["--toy", "--device", "cpu"])
+
+    printed = capsys.readouterr().out
+    assert all(case.label in printed for case in tokens.TOY)
+
+
+def test_a_gate_that_is_not_right_has_no_time(monkeypatch):
+    monkeypatch.setattr(tokens, "_is_equal", lambda *_: False)
+
+    with pytest.raises(WrongResultError, match="96 m1"):
+        tokens.main(["--toy", "--device", "cpu"])
+
+
+def test_what_a_decoder_launches_for_a_gate_is_measured():
+    assert all(case.chosen in case.configs for case in tokens.CASES)
 
 
 def test_a_rival_that_is_not_installed_has_no_time(tmp_path):

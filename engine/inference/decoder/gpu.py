@@ -52,6 +52,7 @@ from kernels.layer_math import Norm
 from kernels.layer_ops import gate_values, normalize_values
 from kernels.linear import can_multiply, make_counters
 from kernels.sliced import slice_weight
+from kernels.token_parts import make_slots
 
 __all__ = ["GpuDevice", "GpuPasses"]
 
@@ -59,8 +60,9 @@ __all__ = ["GpuDevice", "GpuPasses"]
 class GpuPasses:
     """Operands by one launch each, where a kernel knows the step."""
 
-    def __init__(self, *, launch_pdl: bool) -> None:
+    def __init__(self, device: torch.device, *, launch_pdl: bool) -> None:
         self._launch_pdl = launch_pdl
+        self._slots = make_slots(device)
         self._transforms: dict[int, OnlineHadamard] = {}
 
     def add_transform(self, block: int, device: torch.device) -> None:
@@ -100,10 +102,11 @@ class GpuPasses:
             return self.plain(activation.apply(x), reading)
         if reading.hadamard:
             return self._transformed(x, reading, activation)
-        config = self._row_config(max(x.shape[1] // 2, reading.columns or 0), len(x))
+        columns = max(x.shape[1] // 2, reading.columns or 0)
+        config = self._row_config(columns, len(x), gated=True)
         if reading.is_values:
-            return gate_values(x, gate, config=config)
-        return tokens.quantize_gated(x, gate, reading.form, config=config)
+            return gate_values(x, gate, config=config, slots=self._slots)
+        return tokens.quantize_gated(x, gate, reading.form, config=config, slots=self._slots)
 
     def _transformed(
         self, x: torch.Tensor, reading: Reading, activation: Activation | None
@@ -113,18 +116,19 @@ class GpuPasses:
         features = x.shape[1] // (1 if gate is None else 2)
         parts = rotated.Transform(left=module.left, right=module.right)
         if not reading.is_values and rotated.can_rotate(features, parts):
-            # as for rows that are only quantized: many programs that wait are in the way
-            early = self._launch_pdl and len(x) <= tokens.FEW_TOKENS
-            config = rotated.LaunchConfig(launch_pdl=early)
-            return rotated.quantize_rotated(x, parts, reading.form, step=gate, config=config)
+            chosen = rotated.select_config(features, parts, m=len(x), shared=True)
+            config = replace(chosen, launch_pdl=chosen.launch_pdl and self._launch_pdl)
+            return rotated.quantize_rotated(
+                x, parts, reading.form, step=gate, config=config, slots=self._slots
+            )
         if gate is not None:
-            x = gate_values(x, gate, config=self._row_config(features, len(x)))
+            config_of_gate = self._row_config(features, len(x), gated=True)
+            x = gate_values(x, gate, config=config_of_gate, slots=self._slots)
         mixed: torch.Tensor = module(x)
         return self.plain(mixed, replace(reading, hadamard=0))
 
-    def _row_config(self, columns: int, m: int) -> tokens.LaunchConfig:
-        block = max(16, 1 << (columns - 1).bit_length())
-        chosen = tokens.select_config(block, m=m)
+    def _row_config(self, columns: int, m: int, *, gated: bool = False) -> tokens.LaunchConfig:
+        chosen = tokens.select_config(tokens.row_block(columns), m=m, gated=gated)
         return replace(chosen, launch_pdl=chosen.launch_pdl and self._launch_pdl)
 
 
@@ -136,7 +140,7 @@ class GpuDevice:
     ) -> None:
         self._device, self._dtype, self._launch_pdl = device, dtype, launch_pdl
         self._counters = make_counters(device)
-        self._passes = GpuPasses(launch_pdl=launch_pdl)
+        self._passes = GpuPasses(device, launch_pdl=launch_pdl)
 
     @property
     def passes(self) -> InputPasses:
