@@ -21,14 +21,14 @@ SPREAD = 1 / 9
 """Of the contexts of a batch, to either side."""
 PROGRAMS = 128
 TILES = {
-    RAW_BITS: ((32, 4, 3), (64, 4, 3), (64, 4, 2), (128, 8, 2)),
+    RAW_BITS: ((64, 4, 3), (64, 4, 2), (32, 4, 3), (64, 8, 3)),
     8: ((128, 4, 2), (128, 4, 3), (64, 4, 3), (64, 2, 3)),
     4: ((128, 4, 3), (128, 4, 2), (64, 2, 3), (256, 4, 2)),
     2: ((32, 1, 3), (64, 2, 3), (64, 2, 2), (128, 4, 2)),
 }
 """Tokens, warps and stages by bits of a field. Compiled for sm_90 with 128 dims, none of 4 bits and
 more spills, and two programs at least are resident."""
-CHUNKS = ((1.0, 1), (1.0, 2), (0.5, 2), (0.5, 4), (2.0, 1))
+CHUNKS = ((1.0, 1), (1.0, 2), (0.5, 2), (0.5, 3), (0.5, 4), (2.0, 1))
 """Splits for each program that fills the GPU with one sequence, and tiles of the least chunk."""
 
 

@@ -136,7 +136,7 @@ def load_zeros(zero_ptr, pair, t, mask, BITS: tl.constexpr):
         key = tl.full(pair.shape, 0.0, dtype=tl.float32)
         value = key
     else:
-        words = tl.load(zero_ptr + pair // 2, mask=mask, other=0) >> (t % 2 * 16)
+        words = tl.load(zero_ptr + (pair >> 1), mask=mask, other=0) >> ((t & 1) * 16)
         key = ((words & 255) - (1 << (BITS - 1))).to(tl.float32)
         value = (((words >> 8) & 255) - (1 << (BITS - 1))).to(tl.float32)
     return key, value

@@ -232,29 +232,28 @@ def _decode_kernel(
         base = (page * KV_HEADS + kv_head) * PAGE
         # a tile ahead: copies need not wait for it
         page = _load_pages(table_row, t + BLOCK_T, end, PAGE)
-        row = 2 * base + t % PAGE
-        k_zero, v_zero = load_zeros(zero_ptr, base + t % PAGE, t, inside, BITS)
+        row = 2 * base + (t & (PAGE - 1))
+        k_zero, v_zero = load_zeros(zero_ptr, base + (t & (PAGE - 1)), t, inside, BITS)
         words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
         scale = load_scale(scale_ptr, row, inside, BITS)
         x = tl.full((BLOCK_G, BLOCK_T), 0.0, dtype=tl.float32)
         for i in tl.static_range(FIELDS):
             k = unpack_field(words, i, FIELD, BITS, INTERP)
             x = dot(q_fields[i], tl.trans(k), x, INTERP)
-        x = (x - k_zero[None, :] * q_sum[:, None]) * scale[None, :]
+        x = _corrected_scores(x, k_zero, q_sum, scale, FIELD)
 
         row += PAGE
         words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
         scale = load_scale(scale_ptr, row, inside, BITS)
         # infinity goes to tokens once, not to every head
-        lift = tl.where(inside & (t >= first), log2(scale, INTERP), float("-inf"))
+        lift = _lift(scale, inside & (t >= first), FIELD, INTERP)
         x = cap(x * q_scale[:, None], soft_cap, HAS_CAP, INTERP) + lift[None, :]
         above = top
         top = tl.maximum(top, tl.max(x, axis=1) - HEADROOM)
         fade = exp2(above - top, INTERP)
         w_half = round_weights(exp2(x - top[:, None], INTERP), words, FIELD)
         w = w_half.to(tl.float32)
-        shift = shift * fade + tl.sum(w * v_zero[None, :], axis=1)
-        total = total * fade + tl.sum(w * reciprocal(scale, INTERP)[None, :], axis=1)
+        total, shift = _sum_weights(total, shift, fade, w, v_zero, scale, FIELD, INTERP)
         faded = ()
         for i in tl.static_range(FIELDS):
             v = unpack_field(words, i, FIELD, BITS, INTERP)
@@ -279,7 +278,9 @@ def _decode_kernel(
 @triton.jit
 def _load_pages(table_row, t, end, PAGE: tl.constexpr):
     """Load the pages of some tokens; those beyond the end read page 0 and weigh nothing."""
-    return tl.load(table_row + t // PAGE, mask=t < end, other=0, cache_modifier=".cg").to(tl.int64)
+    # without a sign, pages are a shift away
+    page_ptrs = table_row + t.to(tl.uint32) // PAGE
+    return tl.load(page_ptrs, mask=t < end, other=0, cache_modifier=".cg").to(tl.int64)
 
 
 @triton.jit
@@ -304,7 +305,7 @@ def _ask_ahead(
         pages += (_load_pages(table_row, t + tile * t.shape[0], end, PAGE),)  # type: ignore[assignment]
     for tile in tl.static_range(TILES):
         base = (pages[tile] * KV_HEADS + kv_head) * PAGE
-        row = 2 * base + t % PAGE
+        row = 2 * base + (t & (PAGE - 1))
         ptrs = codes_ptr + row[:, None] * WIDTH + offs_s[None, :]
         inside = t < end
         prefetch(ptrs, inside[:, None])
@@ -312,8 +313,46 @@ def _ask_ahead(
         if BITS < 16:
             prefetch(scale_ptr + row, inside)
             prefetch(scale_ptr + row + PAGE, inside)
-            prefetch(zero_ptr + (base + t % PAGE) // 2, inside)
+            prefetch(zero_ptr + ((base + (t & (PAGE - 1))) >> 1), inside)
         t += t.shape[0]
+
+
+@triton.jit
+def _corrected_scores(x, k_zero, q_sum, scale, FIELD: tl.constexpr):
+    """Scores of codes with their zero-points and scales; keys as they are have neither."""
+    if FIELD < 16:
+        x = (x - k_zero[None, :] * q_sum[:, None]) * scale[None, :]
+    return x
+
+
+@triton.jit
+def _lift(scale, seen, FIELD: tl.constexpr, INTERP: tl.constexpr):
+    """What the scale of a value adds to its score: minus infinity where a token is not seen."""
+    lift = scale * 0.0 if FIELD == 16 else log2(scale, INTERP)
+    return tl.where(seen, lift, float("-inf"))
+
+
+@triton.jit
+def _sum_weights(
+    total, shift, fade, w, v_zero, scale, FIELD: tl.constexpr, INTERP: tl.constexpr
+):  # fmt: skip
+    """Add the weights of a tile, and what zero-points take from its values."""
+    if FIELD == 16:
+        return total * fade + tl.sum(w, axis=1), shift
+    else:
+        totals = w * reciprocal(scale, INTERP)[None, :]
+        shifts = w * v_zero[None, :]
+        if INTERP:
+            added, shifted = tl.sum(totals, axis=1), tl.sum(shifts, axis=1)
+        else:
+            # together, as threads of several warps meet for a sum
+            added, shifted = tl.reduce((totals, shifts), 1, _added_pairs)
+        return total * fade + added, shift * fade + shifted
+
+
+@triton.jit
+def _added_pairs(total_a, shift_a, total_b, shift_b):
+    return total_a + total_b, shift_a + shift_b
 
 
 @triton.jit
@@ -322,6 +361,7 @@ def _load_query(q_rows, mask, offs_w, FIELD: tl.constexpr, WIDTH: tl.constexpr):
     FIELDS: tl.constexpr = 16 // FIELD
     unit = tl.full((mask.shape[0],), 1.0, dtype=tl.float32)
     inverse = unit
+    q_sum = unit
     # whole tiles, so that only one of each is reduced
     total = tl.full(mask.shape, 0.0, dtype=tl.float32)
     if FIELD < 16:
@@ -339,4 +379,6 @@ def _load_query(q_rows, mask, offs_w, FIELD: tl.constexpr, WIDTH: tl.constexpr):
             q = (q.to(tl.float32) * inverse[:, None]).to(tl.float16)
             total += q.to(tl.float32)
         fields += (q,)  # type: ignore[assignment]
-    return fields, tl.sum(total, axis=1), unit
+    if FIELD < 16:
+        q_sum = tl.sum(total, axis=1)
+    return fields, q_sum, unit
