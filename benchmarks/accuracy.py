@@ -6,7 +6,7 @@ python -m benchmarks.accuracy --model DIR --eval-text wikitext2-test.txt \
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def common_case(options: argparse.Namespace, config: str, method: Method) -> Cas
 
 
 def earlier_rows(options: argparse.Namespace, settings: Row) -> list[Row]:
-    """Rows of the file, with their commit; none unless the run is told to append.
+    """Rows of the file, with their commit and GPU; none unless the run is told to append.
 
     Raises:
         SystemExit: if the file was measured with other settings.
@@ -95,8 +95,13 @@ def earlier_rows(options: argparse.Namespace, settings: Row) -> list[Row]:
     record = json.loads(path.read_bytes())
     if record.get("settings") != settings:
         raise SystemExit(f"{path} was measured with {record.get('settings')}, not {settings}")
-    # the file will name the commit of this run; what is kept says where it came from
-    return [{**row, "commit": row.get("commit", record["commit"])} for row in record["rows"]]
+    # the file will name commit and machine of this run; what is kept says where it came from
+    origin = {"commit": record["commit"], "gpu": record["hardware"].get("gpu")}
+    return [{**row, **origin, **_named(row, origin)} for row in record["rows"]]
+
+
+def _named(row: Row, names: Collection[str]) -> Row:
+    return {name: value for name, value in row.items() if name in names}
 
 
 def with_row(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kernels.tables import TableKey
 
-__all__ = ["GOALS", "LAYERS", "SERVED", "TOY", "KernelCase", "all_cases"]
+__all__ = ["GOALS", "HEADS", "LAYERS", "SERVED", "TOY", "KernelCase", "all_cases"]
 
 # one H100 SXM: measured memory rate, datasheet and measured (b1) rates of the tensor cores
 MEMORY_BYTES_PER_US = 3.0e6

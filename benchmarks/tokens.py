@@ -1,6 +1,7 @@
 """Microseconds of gates at few tokens, by the programs that share a token and their warps.
 
 python -m benchmarks.tokens                       gates, plain and in front of a transform
+python -m benchmarks.tokens --tokens 16 32        of so many tokens, instead of 1, 4 and 8
 python -m benchmarks.tokens --toy --device cpu    whether it runs at all
 
 A launch follows its like in a CUDA graph and starts early, as at decode. Gates have every bit of
@@ -32,6 +33,7 @@ MOST_APART = 0.01
 """Codes of a transformed token that may be one off."""
 COPIES = 2
 PARTS = (1, 2, 4, 8, 16)
+FEW = (1, 4, 8)
 METHOD = Method(rotate_bytes=0, replays=20, graph_us=400.0)
 TOY_METHOD = Method(rotate_bytes=0, replays=2)
 COMPILE_S = 120.0
@@ -98,7 +100,7 @@ class CompileTask:
 CASES = tuple(
     GateCase(k=k, block=block, m=m)
     for k, block in ((11008, None), (14336, None), (28672, None), (11008, 256), (14336, 14336))
-    for m in (1, 4, 8)
+    for m in FEW
 )
 TOY = (GateCase(k=96), GateCase(k=256, block=256))
 
@@ -108,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     device, console = torch.device(options.device), Console(width=132)
     torch.manual_seed(options.seed)
-    cases = TOY if options.toy else CASES
+    wanted = [replace(case, m=m) for case in CASES if case.m == FEW[0] for m in options.tokens]
+    cases = TOY if options.toy else wanted
     if device.type == "cuda":
         _compile_all(cases, options.workers, console)
     table = Table(
@@ -135,8 +138,8 @@ def compile_launches(task: CompileTask) -> str | None:
 def _compile_all(cases: Sequence[GateCase], workers: int, console: Console) -> None:
     tasks = [
         CompileTask(case=case, configs=case.configs[first : first + TASK_CONFIGS])
-        for case in cases
-        if case.m == 1
+        # any number of tokens has the same kernels
+        for case in dict.fromkeys(replace(case, m=1) for case in cases)
         for first in range(0, len(case.configs), TASK_CONFIGS)
     ]
     for answer in run_ahead(compile_launches, tasks, workers=workers, seconds=COMPILE_S):
@@ -230,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--toy", action="store_true", help="tiny gates, to see that it runs")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(FEW), metavar="M")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12, help="processes that compile ahead")
     return parser

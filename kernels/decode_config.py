@@ -8,6 +8,7 @@ one token took there with dependent launches: 22016x4096 at 6, 7 and 8 bits 22.7
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 __all__ = ["MAX_TOKENS", "DecodeShape", "LaunchConfig", "decode_configs", "select_config"]
@@ -80,6 +81,7 @@ class DecodeShape:
         return self.columns // (SLICES * self.slice_bytes)
 
 
+@lru_cache(maxsize=1024)
 def select_config(
     *, bits: int, n: int, columns: int, slice_bytes: int, m: int, grouped: bool = False
 ) -> LaunchConfig:

@@ -16,6 +16,7 @@ a slice.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -103,11 +104,14 @@ def half_linear(
     out = x.new_empty((m, weight.out_features))
     if m:
         ordered, sums = order_columns(x, weight)
-        config = config or half_configs(
-            bits=weight.bits, m=m, n=weight.padded_rows, columns=weight.columns
-        )[0]  # fmt: skip
+        config = config or _first(weight.bits, m, weight.padded_rows, weight.columns)
         _launch(ordered, sums, weight, bias, out, config)
     return out
+
+
+@lru_cache(maxsize=1024)
+def _first(bits: int, m: int, n: int, columns: int) -> HalfConfig:
+    return half_configs(bits=bits, m=m, n=n, columns=columns)[0]
 
 
 def order_columns(x: torch.Tensor, weight: SlicedWeight) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,9 +14,16 @@ model has 57. Those that may do better are listed last until they are timed.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import lru_cache
 
-__all__ = ["GroupShape", "PrefillConfig", "group_configs", "prefill_configs"]
+__all__ = [
+    "GroupShape",
+    "PrefillConfig",
+    "group_configs",
+    "prefill_configs",
+    "select_group_config",
+    "select_prefill_config",
+]
 
 SHARED_BYTES = 227 * 1024
 SCRATCH_BYTES = 24 * 1024
@@ -122,7 +129,7 @@ class PrefillConfig:
         group_slices: int = 0,
         *,
         wide: bool = False,
-    ) -> Self:
+    ) -> "PrefillConfig":
         """Hold products to a stored slice and stages to what shared memory has.
 
         A table may have the launch of a neighbour whose slices are wider or whose codes are
@@ -134,20 +141,45 @@ class PrefillConfig:
             group_slices: slices of a group, 0 with one scale a row.
             wide: whether results are float32.
         """
-        block_k = slice_bytes if group_slices else min(self.block_k, slice_bytes)
-        turn = self.turn_slices(field_bits, group_slices) if group_slices else None
-        share = SHARED_BYTES // max(1, self.programs // PROCESSORS)
-        staged = self.staged and not group_slices and not wide
-        one = replace(self, block_k=block_k, stages=1, staged=staged)
-        while True:
-            scratch = GROUP_SCRATCH_BYTES if group_slices else one.result_bytes()
-            room = share - (max(scratch, WIDE_SCRATCH_BYTES * one.num_warps) if wide else scratch)
-            most = room // one.shared_bytes(field_bits, turn)
-            if most > 1 or one.block_m <= SMALLEST_FITTED:
-                return replace(one, stages=max(1, min(self.stages, most)))
-            one = (
-                replace(one, staged=False) if one.staged else replace(one, block_m=one.block_m // 2)
-            )
+        return _fit(self, field_bits, slice_bytes, group_slices, wide)
+
+
+@lru_cache(maxsize=1024)
+def _fit(
+    config: PrefillConfig,
+    field_bits: tuple[int, ...],
+    slice_bytes: int,
+    group_slices: int,
+    wide: bool,  # noqa: FBT001  a cache keys on places
+) -> PrefillConfig:
+    block_k = slice_bytes if group_slices else min(config.block_k, slice_bytes)
+    turn = config.turn_slices(field_bits, group_slices) if group_slices else None
+    share = SHARED_BYTES // max(1, config.programs // PROCESSORS)
+    staged = config.staged and not group_slices and not wide
+    one = replace(config, block_k=block_k, stages=1, staged=staged)
+    while True:
+        scratch = GROUP_SCRATCH_BYTES if group_slices else one.result_bytes()
+        room = share - (max(scratch, WIDE_SCRATCH_BYTES * one.num_warps) if wide else scratch)
+        most = room // one.shared_bytes(field_bits, turn)
+        if most > 1 or one.block_m <= SMALLEST_FITTED:
+            return replace(one, stages=max(1, min(config.stages, most)))
+        one = replace(one, staged=False) if one.staged else replace(one, block_m=one.block_m // 2)
+
+
+def select_prefill_config(field_bits: tuple[int, ...], slice_bytes: int, m: int) -> PrefillConfig:
+    """Pick the first of `prefill_configs`; a launch has no time to make them all."""
+    return _first(field_bits, slice_bytes, min(max(1, m), MOST_SMALL + 1))
+
+
+@lru_cache(maxsize=256)
+def _first(field_bits: tuple[int, ...], slice_bytes: int, m: int) -> PrefillConfig:
+    return prefill_configs(field_bits, slice_bytes, m)[0]
+
+
+@lru_cache(maxsize=256)
+def select_group_config(shape: GroupShape) -> PrefillConfig:
+    """Pick the first of `group_configs`, likewise."""
+    return group_configs(shape)[0]
 
 
 def prefill_configs(

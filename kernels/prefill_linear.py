@@ -19,7 +19,10 @@ have a kernel of their own, `kernels._prefill_groups_kernel`.
 Shape legend: M tokens, N outputs (NP with padding), K inputs (L with padding).
 """
 
+from functools import lru_cache
+
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -51,8 +54,8 @@ from kernels.field_codes import join_assembly
 from kernels.prefill_config import (
     GroupShape,
     PrefillConfig,
-    group_configs,
-    prefill_configs,
+    select_group_config,
+    select_prefill_config,
 )
 from kernels.sliced import SlicedWeight
 from kernels.tokens import TokenCodes
@@ -108,7 +111,7 @@ def _launch_rows(
     config: PrefillConfig | None,
 ) -> None:
     m, n = out.shape
-    config = config or prefill_configs(weight.field_bits, weight.slice_bytes, max(1, m))[0]
+    config = config or select_prefill_config(weight.field_bits, weight.slice_bytes, m)
     if out.element_size() > STAGED_BYTES:
         config = config.fitted(weight.field_bits, weight.slice_bytes, wide=True)
     turn = 8 // weight.field_bits[-1]
@@ -147,9 +150,9 @@ def _launch_groups(
     if config is None:
         shape = GroupShape(
             field_bits=weight.field_bits, slice_bytes=weight.slice_bytes,
-            group_slices=group_slices, m=m, n=weight.padded_rows,
+            group_slices=group_slices, m=triton.next_power_of_2(m), n=weight.padded_rows,
         )  # fmt: skip
-        config = group_configs(shape)[0]
+        config = select_group_config(shape)
     if out.element_size() > STAGED_BYTES:
         config = config.fitted(weight.field_bits, weight.slice_bytes, group_slices, wide=True)
     turn = config.turn_slices(weight.field_bits, group_slices)
@@ -233,7 +236,12 @@ def _result_descriptor(out: torch.Tensor, config: PrefillConfig) -> TensorDescri
 
 
 def _box_layout(config: PrefillConfig, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=config.block_k, element_bitwidth=8, rank=rank)
+    return _layout_of(config.block_k, rank)
+
+
+@lru_cache(maxsize=16)
+def _layout_of(width: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8, rank=rank)
 
 
 def _check_operands(tokens: TokenCodes, weight: SlicedWeight) -> None:

@@ -36,6 +36,8 @@ BYTE_SHIFT = 128
 MAX_ACTIVATION_CODE = 255
 INT32_END = 1 << 31
 SLICE_BYTES = (128, 64, 32)
+LITTLE_PADDING = 0.03
+"""Of K: what wide slices may cost in bytes."""
 BLOCK_ROWS = (64, 128)
 CHUNK_CODES = 1 << 24
 """Codes unpacked at a time: the transient tensors of a conversion stay near 100 MB."""
@@ -126,10 +128,10 @@ def field_widths(bits: int) -> tuple[int, ...]:
 
 
 def choose_slice_bytes(in_features: int, groups: int = 1) -> int:
-    """Choose G: the least padding of K, then the widest slice.
+    """Choose G: the widest slice that pads K little, else the one that pads it least.
 
-    Wide slices cost fewer instructions. A scale group is whole slices, at least two where that
-    can be: every lane that shares a slice repeats the work on its scale.
+    Wide slices cost fewer instructions and are read in longer runs. A scale group is whole slices,
+    at least two where that can be: every lane that shares a slice repeats the work on its scale.
 
     Raises:
         ValueError: if a group is no multiple of 32 columns.
@@ -140,7 +142,9 @@ def choose_slice_bytes(in_features: int, groups: int = 1) -> int:
         if in_features % groups or group % SLICE_BYTES[-1]:
             raise ValueError(f"{groups} groups do not cut K = {in_features} into slices of 32")
         fitting = [g for g in SLICE_BYTES if g == SLICE_BYTES[-1] or group % (2 * g) == 0]
-    return min(fitting, key=lambda g: (_padded(in_features, BYTE_BITS * g), -g))
+    little = in_features * (1 + LITTLE_PADDING)
+    padded = {g: _padded(in_features, BYTE_BITS * g) for g in fitting}
+    return min(fitting, key=lambda g: (max(little, padded[g]), -g))
 
 
 def slice_weight(

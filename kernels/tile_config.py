@@ -13,6 +13,7 @@ over that of the busiest.
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 __all__ = ["LaunchConfig", "TileShape", "select_config", "tile_configs"]
@@ -88,7 +89,12 @@ def select_config(
         table: measured launches by `TileShape.bucket`.
     """
     found = (table or {}).get(shape.bucket())
-    return tile_configs(shape)[0] if found is None else found
+    return _first(shape) if found is None else found
+
+
+@lru_cache(maxsize=1024)
+def _first(shape: TileShape) -> LaunchConfig:
+    return tile_configs(shape)[0]
 
 
 def tile_configs(shape: TileShape) -> list[LaunchConfig]:

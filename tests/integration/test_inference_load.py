@@ -1,6 +1,10 @@
-"""Hundreds of requests of every kind at once, on a model whose cache is too small for them."""
+"""Hundreds of requests of every kind at once, on a model whose cache is too small for them.
+
+`ABQ_MIXED_REQUESTS=10000` asks for more of them.
+"""
 
 import json
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +20,7 @@ from tests.integration.test_inference import (
     samples,
 )
 
-REQUESTS = 300
+REQUESTS = int(os.environ.get("ABQ_MIXED_REQUESTS", "300"))
 CALLERS = 16
 CACHE_TOKENS = 320
 PAGE_TOKENS = 16

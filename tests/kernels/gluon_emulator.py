@@ -40,6 +40,9 @@ class Pointer:
     def __add__(self, offsets):
         return Pointer(self.array, self.offsets + offsets)
 
+    def to(self, dtype):
+        return self
+
     def places(self, mask):
         offsets, mask = np.broadcast_arrays(self.offsets, True if mask is None else mask)
         reached = offsets[mask]
@@ -88,8 +91,10 @@ class Copies:
             shared.array[...] = load(pointer, mask, 0)
 
 
-def load(pointer, mask=None, other=0, eviction_policy=None):
+def load(pointer, mask=None, other=None, eviction_policy=None):
     places, mask = pointer.places(mask)
+    # what is not asked for may be anything
+    other = np.frombuffer(b"\x5a" * 8, pointer.array.dtype)[0] if other is None else other
     loaded = np.where(mask, pointer.array.ravel()[places], pointer.array.dtype.type(other))
     return loaded.view(Tensor)
 
@@ -102,7 +107,9 @@ def store(pointer, value, mask=None):
 
 
 def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
-    if asm.startswith("griddepcontrol"):
+    if asm.startswith(("griddepcontrol", "prefetch")):
+        # lines that are brought must exist
+        _ = [each.places(None) for each in args]
         return None
     words = [*np.broadcast_arrays(*args)]
     if "l" in constraints:
@@ -193,7 +200,8 @@ def _language(program):
         return np.full(shape, value, dtype).view(Tensor)
 
     return SimpleNamespace(
-        constexpr=object, int16=np.int16, int32=np.int32, int64=np.int64, uint32=np.uint32,
+        constexpr=lambda value: value,
+        int16=np.int16, int32=np.int32, int64=np.int64, uint32=np.uint32,
         float16=np.float16, float32=np.float32, minimum=np.minimum,
         BlockedLayout=lambda *parts: None, SliceLayout=lambda *parts: None,
         SwizzledSharedLayout=lambda *parts: None, static_range=range, load=load, store=store,
@@ -201,6 +209,7 @@ def _language(program):
         arange=lambda start, end, layout: np.arange(start, end, dtype=np.int32).view(Tensor),
         expand_dims=np.expand_dims, reshape=np.reshape, permute=np.transpose,
         convert_layout=lambda x, layout: x, join=lambda a, b: np.stack([a, b], -1),
+        where=lambda *args: np.where(*args).view(Tensor),
         sum=lambda x, axis: np.sum(x, axis, dtype=x.dtype),
         program_id=lambda axis: np.array(program[axis], np.int32).view(Tensor),
         inline_asm_elementwise=inline_asm_elementwise,

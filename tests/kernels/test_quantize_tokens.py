@@ -285,14 +285,18 @@ def test_parts_of_wide_gates_are_right_launch_after_launch(ops, device, slots, k
 @pytest.mark.parametrize("parts", [2, 16, 32])
 def test_parts_between_products_are_right_in_every_replay_of_a_graph(ops, device, slots, parts):
     k, replays = 11008, 200
-    form, dtype = ops.TokenForm(bits=8), torch.bfloat16
+    dtype = torch.bfloat16
     gate_up, down = (
         sliced_weight(random_codes(n, columns, 4), 4, device=device)[0]
         for n, columns in ((2 * k, 512), (512, k))
     )
     counters = make_counters(torch.device(device))
     config = ops.LaunchConfig(num_warps=4, parts=parts, launch_pdl=True)
-    entering = ops.quantize_tokens(torch.randn(2, 512, device=device).to(dtype), form)
+    form = ops.TokenForm(bits=8, columns=down.columns)
+    entering = ops.quantize_tokens(
+        torch.randn(2, 512, device=device).to(dtype),
+        ops.TokenForm(bits=8, columns=gate_up.columns),
+    )
 
     def step():
         for _ in range(3):

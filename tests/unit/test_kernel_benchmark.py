@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks import kernel_products, kernels, tokens, tune
 from benchmarks.budget import Budget
 from benchmarks.kernel_candidates import candidate_plans
-from benchmarks.kernel_case import GOALS, LAYERS, TOY, KernelCase, all_cases
+from benchmarks.kernel_case import GOALS, HEADS, LAYERS, TOY, KernelCase, all_cases
 from benchmarks.kernel_operands import copy_tensors, draw_operands, make_check, tensor_bytes
 from benchmarks.kernel_rivals import RIVALS
 from benchmarks.timing import Method, WrongResultError, copies_to_rotate, time_launches
@@ -164,7 +164,8 @@ def test_goals_come_first_and_no_case_twice():
 
     assert cases[: len(GOALS)] == GOALS
     assert len(set(cases)) == len(cases)
-    assert {(case.n, case.k) for case in cases} == {s for each in LAYERS.values() for s in each}
+    shapes = {s for each in LAYERS.values() for s in each} | {(n, 4096) for n, _ in HEADS}
+    assert {(case.n, case.k) for case in cases} == shapes
 
 
 @pytest.mark.parametrize(

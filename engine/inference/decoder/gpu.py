@@ -10,7 +10,7 @@ Launches of a layer at decode, as Llama has them:
     6  integer_linear       output
     7  quantize_normed      residual sum, norm, codes
     8  integer_linear       gate and up in one
-    9  quantize_gated       gate, codes; `quantize_rotated` with a transform
+    9  quantize_gated       gate, codes, few tokens in parts; `quantize_rotated` with a transform
     10 integer_linear       down
 
 Ten. More are: norms behind attention and feed-forward (two), an activation without a gate (one),
