@@ -15,6 +15,7 @@ __all__ = [
     "dot",
     "exp2",
     "field_dims",
+    "load_pages",
     "load_scale",
     "load_words",
     "load_zeros",
@@ -106,6 +107,14 @@ def dot(a, b, acc, INTERP: tl.constexpr):
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(a, b, acc)
+
+
+@triton.jit
+def load_pages(table_row, t, end, PAGE: tl.constexpr):
+    """Load the pages of some tokens; those beyond the end read page 0 and weigh nothing."""
+    # without a sign, pages are a shift away
+    page_ptrs = table_row + t.to(tl.uint32) // PAGE
+    return tl.load(page_ptrs, mask=t < end, other=0, cache_modifier=".cg").to(tl.int64)
 
 
 @triton.jit

@@ -36,6 +36,7 @@ from kernels.kv_tiles import (
     dot,
     exp2,
     field_dims,
+    load_pages,
     load_scale,
     load_words,
     load_zeros,
@@ -211,7 +212,7 @@ def _decode_kernel(
         if (begin >= length) & (split > 0):
             return
     table_row = table_ptr + b * stride_tb
-    page = _load_pages(table_row, begin + offs_t, end, PAGE)
+    page = load_pages(table_row, begin + offs_t, end, PAGE)
     _ask_ahead(
         codes_ptr, scale_ptr, zero_ptr, table_row, page, kv_head, begin + offs_t, end,
         KV_HEADS, PAGE, BITS, WIDTH, BLOCK_W, AHEAD, PDL,
@@ -231,7 +232,7 @@ def _decode_kernel(
         inside = t < end
         base = (page * KV_HEADS + kv_head) * PAGE
         # a tile ahead: copies need not wait for it
-        page = _load_pages(table_row, t + BLOCK_T, end, PAGE)
+        page = load_pages(table_row, t + BLOCK_T, end, PAGE)
         row = 2 * base + (t & (PAGE - 1))
         k_zero, v_zero = load_zeros(zero_ptr, base + (t & (PAGE - 1)), t, inside, BITS)
         words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
@@ -269,18 +270,29 @@ def _decode_kernel(
         rows = parts_ptr + offs_p[:, None] * HEAD_DIM
     else:
         rows = out_ptr + b * stride_ob + heads[:, None] * stride_oh
-    for i in tl.static_range(FIELDS):
-        dims = field_dims(offs_w, i, FIELD, WIDTH)
-        o = (acc[i] - shift[:, None]) * share[:, None]
-        tl.store(rows + dims[None, :], o.to(rows.dtype.element_ty), mask=mask_q)
+    _store_fields(rows, acc, shift, share, mask_q, mask_g, FIELD, WIDTH)
 
 
 @triton.jit
-def _load_pages(table_row, t, end, PAGE: tl.constexpr):
-    """Load the pages of some tokens; those beyond the end read page 0 and weigh nothing."""
-    # without a sign, pages are a shift away
-    page_ptrs = table_row + t.to(tl.uint32) // PAGE
-    return tl.load(page_ptrs, mask=t < end, other=0, cache_modifier=".cg").to(tl.int64)
+def _store_fields(
+    rows, acc, shift, share, mask_q, mask_g, FIELD: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Store the dims of heads; those of the two bytes of a word are neighbours."""
+    BLOCK_W: tl.constexpr = mask_q.shape[1]
+    PER_BYTE: tl.constexpr = 1 if FIELD == 16 else 8 // FIELD
+    for part in tl.static_range(PER_BYTE):
+        o = (acc[part] - shift[:, None]) * share[:, None]
+        if FIELD == 16:
+            tl.store(
+                rows + tl.arange(0, BLOCK_W)[None, :], o.to(rows.dtype.element_ty), mask=mask_q
+            )
+        else:
+            upper = (acc[PER_BYTE + part] - shift[:, None]) * share[:, None]
+            o = tl.join(o, upper).reshape(mask_q.shape[0], 2 * BLOCK_W)
+            dims = tl.arange(0, 2 * BLOCK_W)[None, :]
+            mask = mask_g[:, None] & (dims < 2 * WIDTH)
+            row_dims = rows + (part * 2 * WIDTH + dims)
+            tl.store(row_dims, o.to(rows.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -302,7 +314,7 @@ def _ask_ahead(
     offs_s = tl.minimum(tl.arange(0, BLOCK_W // SECTOR), SECTORS - 1) * SECTOR
     pages = (page,)
     for tile in tl.static_range(1, TILES):
-        pages += (_load_pages(table_row, t + tile * t.shape[0], end, PAGE),)  # type: ignore[assignment]
+        pages += (load_pages(table_row, t + tile * t.shape[0], end, PAGE),)  # type: ignore[assignment]
     for tile in tl.static_range(TILES):
         base = (pages[tile] * KV_HEADS + kv_head) * PAGE
         row = 2 * base + (t & (PAGE - 1))
