@@ -45,7 +45,7 @@ __all__ = ["CompileTask", "compile_launches", "main"]
 
 METHOD = Method(replays=20, graph_us=600.0)
 TOY_METHOD = Method(rotate_bytes=0, replays=2)
-TASK_CONFIGS = 8
+TASK_CONFIGS = 9
 """Launches that one process compiles."""
 COMPILE_SHARE = 0.6
 """Of the budget, at most."""

@@ -30,6 +30,8 @@ TILES = {
 more spills, and two programs at least are resident."""
 CHUNKS = ((1.0, 1), (1.0, 2), (0.5, 2), (0.5, 3), (0.5, 4), (2.0, 1))
 """Splits for each program that fills the GPU with one sequence, and tiles of the least chunk."""
+UNASKED = ((1.0, 1), (0.5, 3))
+"""Of these, the first tile is also tried without asking ahead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,8 @@ class AttentionCase:
         """Launches to compare, none twice."""
         field = RAW_BITS if self.bits == RAW_BITS else field_bits(self.bits)
         fills = max(1, PROGRAMS // self.kv_heads)
+        tried = [(chunk, tile, 2) for chunk in CHUNKS for tile in TILES[field]]
+        tried += [(chunk, TILES[field][0], 0) for chunk in UNASKED]
         configs = [
             LaunchConfig(
                 splits=max(2, min(int(share * fills), -(-self.tokens // (tiles * block_t)))),
@@ -96,9 +100,9 @@ class AttentionCase:
                 block_t=block_t,
                 num_warps=num_warps,
                 num_stages=num_stages,
+                ahead=ahead,
             )
-            for share, tiles in CHUNKS
-            for block_t, num_warps, num_stages in TILES[field]
+            for (share, tiles), (block_t, num_warps, num_stages), ahead in tried
         ]
         return list(dict.fromkeys(configs))
 

@@ -53,7 +53,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     ahead: int = 2
-    """Tiles of a chunk that are asked for before the kernel ahead has ended."""
+    """Tiles of a chunk that are asked for before the kernel ahead has ended; changes no bit."""
     combine_block_d: int = 32
     pdl: bool = False
     """Programmatic dependent launch: only where all kernels of the stream wait for each other, and
@@ -227,6 +227,9 @@ def _read_config(text: str, record: object) -> LaunchConfig:
     expected = set(LaunchConfig.__dataclass_fields__) - {"pdl"}
     if not isinstance(record, dict) or set(record) != expected:
         raise InvalidTableError(f"{text}: need {sorted(expected)}")
-    if not all(type(value) is int and value > 0 for value in record.values()):
+    least = {"ahead": 0}
+    if not all(
+        type(value) is int and value >= least.get(name, 1) for name, value in record.items()
+    ):
         raise InvalidTableError(f"{text}: {record} is no set of positive integers")
     return LaunchConfig(**record)

@@ -14,11 +14,12 @@ there, one product for each field (`kernels.kv_tiles`). Chunks depend on the len
 alone: a result is the same in every batch. A second kernel combines the chunks in order.
 
 Before the kernel ahead has ended, which as a rule appends keys and values, a program knows its
-chunk and has asked for it: lengths, tables and all tokens but the newest are older than that
-kernel, which waited itself before it let this one start. What is asked for goes to the L2 cache,
-where the newest token will be up to date, and is read after the wait. Programs without a chunk
-leave at once, but for the first of a sequence: a launch in which nobody waited could end before the
-kernel ahead, and what waits for it would take that kernel to have ended too.
+chunk and, if it is one of the first, has asked for it: lengths, tables and all tokens but the
+newest are older than that kernel, which waited itself before it let this one start. What is asked
+for goes to the L2 cache, where the newest token will be up to date, and is read after the wait.
+Programs without a chunk leave at once, but for the first of a sequence: a launch in which nobody
+waited could end before the kernel ahead, and what waits for it would take that kernel to have ended
+too.
 
 Shape legend: B sequences, Q query heads, H key-value heads, G = Q / H, D dims of a head, S splits.
 """
@@ -32,6 +33,7 @@ from kernels.attention_chunks import Chunks, chunking, combine_chunks
 from kernels.attention_config import LaunchConfig, select_config
 from kernels.kv_pages import RAW_BITS, KvPages, field_bits
 from kernels.kv_tiles import (
+    ask_ahead,
     cap,
     dot,
     exp2,
@@ -42,7 +44,6 @@ from kernels.kv_tiles import (
     load_zeros,
     log2,
     power_below,
-    prefetch,
     reciprocal,
     round_weights,
     unpack_field,
@@ -213,10 +214,11 @@ def _decode_kernel(
             return
     table_row = table_ptr + b * stride_tb
     page = load_pages(table_row, begin + offs_t, end, PAGE)
-    _ask_ahead(
-        codes_ptr, scale_ptr, zero_ptr, table_row, page, kv_head, begin + offs_t, end,
-        KV_HEADS, PAGE, BITS, WIDTH, BLOCK_W, AHEAD, PDL,
-    )  # fmt: skip
+    if PDL:
+        ask_ahead(
+            codes_ptr, scale_ptr, zero_ptr, table_row, page, kv_head, begin + offs_t, end,
+            KV_HEADS, PAGE, BITS, WIDTH, BLOCK_W, AHEAD,
+        )  # fmt: skip
     wait_for_predecessor(PDL)
 
     q_rows = q_ptr + b * stride_qb + heads[:, None] * stride_qh
@@ -293,40 +295,6 @@ def _store_fields(
             mask = mask_g[:, None] & (dims < 2 * WIDTH)
             row_dims = rows + (part * 2 * WIDTH + dims)
             tl.store(row_dims, o.to(rows.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _ask_ahead(
-    codes_ptr, scale_ptr, zero_ptr, table_row, page, kv_head, t, end,
-    KV_HEADS: tl.constexpr,
-    PAGE: tl.constexpr,
-    BITS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Ask for keys and values of the first tiles, up to the L2 cache."""
-    # words of 32 bytes, what memory gives at least
-    SECTOR: tl.constexpr = 16
-    SECTORS: tl.constexpr = (WIDTH + SECTOR - 1) // SECTOR
-    TILES: tl.constexpr = AHEAD if PDL else 0
-    offs_s = tl.minimum(tl.arange(0, BLOCK_W // SECTOR), SECTORS - 1) * SECTOR
-    pages = (page,)
-    for tile in tl.static_range(1, TILES):
-        pages += (load_pages(table_row, t + tile * t.shape[0], end, PAGE),)  # type: ignore[assignment]
-    for tile in tl.static_range(TILES):
-        base = (pages[tile] * KV_HEADS + kv_head) * PAGE
-        row = 2 * base + (t & (PAGE - 1))
-        ptrs = codes_ptr + row[:, None] * WIDTH + offs_s[None, :]
-        inside = t < end
-        prefetch(ptrs, inside[:, None])
-        prefetch(ptrs + PAGE * WIDTH, inside[:, None])
-        if BITS < 16:
-            prefetch(scale_ptr + row, inside)
-            prefetch(scale_ptr + row + PAGE, inside)
-            prefetch(zero_ptr + ((base + (t & (PAGE - 1))) >> 1), inside)
-        t += t.shape[0]
 
 
 @triton.jit
