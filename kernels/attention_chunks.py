@@ -108,11 +108,12 @@ def _combine_kernel(
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     offs_s = tl.arange(0, BLOCK_S)
-    wait_for_predecessor(PDL)
-    length = tl.load(lengths_ptr + b)
+    # lengths are older than the kernel before
+    length = tl.load(lengths_ptr + b, cache_modifier=".cg")
     _, begin, chunk = chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
     filled = offs_s < tl.cdiv(length - begin, chunk)
     row = (b * heads + head) * SPLITS + offs_s
+    wait_for_predecessor(PDL)
     x = tl.load(sums_ptr + row, mask=filled, other=float("-inf"))
     mask = filled[:, None] & (offs_d < HEAD_DIM)[None, :]
     parts = tl.load(parts_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)

@@ -1,5 +1,7 @@
 """Packed keys and values in registers: fields of 16-bit words to float16, and what weighs them.
 
+Beside it stand the loads that bring them there.
+
 A word holds two bytes of a row of `kernels.kv_pages`, hence 16 / F codes. In float16, 1024 and a
 field in place are one bitwise operation, and one fused product and sum moves the field down and
 takes away 1024 and the middle code, exactly: two instructions for two codes.
@@ -11,10 +13,12 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "ask_ahead",
     "cap",
     "dot",
     "exp2",
     "field_dims",
+    "load_pages",
     "load_scale",
     "load_words",
     "load_zeros",
@@ -27,6 +31,9 @@ __all__ = [
     "unpack_tile",
     "wait_for_predecessor",
 ]
+
+# as many as an H100 holds at once, about: those behind have nothing to wait for
+FIRST_PROGRAMS = tl.constexpr(512)
 
 
 @triton.jit
@@ -108,6 +115,47 @@ def dot(a, b, acc, INTERP: tl.constexpr):
 
 
 @triton.jit
+def load_pages(table_row, t, end, PAGE: tl.constexpr):
+    """Load the pages of some tokens; those beyond the end read page 0 and weigh nothing."""
+    # without a sign, pages are a shift away
+    page_ptrs = table_row + t.to(tl.uint32) // PAGE
+    return tl.load(page_ptrs, mask=t < end, other=0, cache_modifier=".cg").to(tl.int64)
+
+
+@triton.jit
+def ask_ahead(
+    codes_ptr, scale_ptr, zero_ptr, table_row, page, kv_head, t, end,
+    KV_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Ask for keys and values of the first tiles, up to the L2 cache."""
+    # words of 32 bytes, what memory gives at least
+    SECTOR: tl.constexpr = 16
+    SECTORS: tl.constexpr = (WIDTH + SECTOR - 1) // SECTOR
+    offs_s = tl.minimum(tl.arange(0, BLOCK_W // SECTOR), SECTORS - 1) * SECTOR
+    if AHEAD > 0 and _program_number() < FIRST_PROGRAMS:
+        pages = (page,)
+        for tile in tl.static_range(1, AHEAD):
+            pages += (load_pages(table_row, t + tile * t.shape[0], end, PAGE),)  # type: ignore[assignment]
+        for tile in tl.static_range(AHEAD):
+            tokens = t + tile * t.shape[0]
+            inside = tokens < end
+            pair = (pages[tile] * KV_HEADS + kv_head) * PAGE
+            row = 2 * pair + (tokens & (PAGE - 1))
+            ptrs = codes_ptr + row[:, None] * WIDTH + offs_s[None, :]
+            _prefetch(ptrs, inside[:, None])
+            _prefetch(ptrs + PAGE * WIDTH, inside[:, None])
+            if BITS < 16:
+                _prefetch(scale_ptr + row, inside)
+                _prefetch(scale_ptr + row + PAGE, inside)
+                _prefetch(zero_ptr + ((pair + (tokens & (PAGE - 1))) >> 1), inside)
+
+
+@triton.jit
 def load_words(codes_ptr, row, inside, offs_w, WIDTH: tl.constexpr, FIELD: tl.constexpr):
     """Load rows of words; what lies in no token's place must be finite, and packed codes are."""
     word_ptrs = codes_ptr + row[:, None] * WIDTH + offs_w[None, :]
@@ -135,7 +183,7 @@ def load_zeros(zero_ptr, pair, t, mask, BITS: tl.constexpr):
         key = tl.full(pair.shape, 0.0, dtype=tl.float32)
         value = key
     else:
-        words = tl.load(zero_ptr + pair // 2, mask=mask, other=0) >> (t % 2 * 16)
+        words = tl.load(zero_ptr + (pair >> 1), mask=mask, other=0) >> ((t & 1) * 16)
         key = ((words & 255) - (1 << (BITS - 1))).to(tl.float32)
         value = (((words >> 8) & 255) - (1 << (BITS - 1))).to(tl.float32)
     return key, value
@@ -192,6 +240,29 @@ def log2(x, INTERP: tl.constexpr):
 def reciprocal(x, INTERP: tl.constexpr):
     """Take ``1 / x`` in one instruction."""
     return 1.0 / x if INTERP else _approximate("rcp.approx.ftz.f32 $0, $1;", x)
+
+
+@triton.jit
+def _program_number():
+    """Programs start in this order."""
+    row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    return row * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def _prefetch(ptrs, mask):
+    """Ask for what lies at some addresses, up to the L2 cache; not in the interpreter."""
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred wanted;
+            setp.ne.b32 wanted, $2, 0;
+            @wanted prefetch.global.L2 [$1];
+            mov.b32 $0, 0;
+        }
+        """,
+        "=r,l,r", [ptrs.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

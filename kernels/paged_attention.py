@@ -13,10 +13,16 @@ share its loads; words of packed codes go from shared memory into operand regist
 there, one product for each field (`kernels.kv_tiles`). Chunks depend on the length of the sequence
 alone: a result is the same in every batch. A second kernel combines the chunks in order.
 
+Before the kernel ahead has ended, which as a rule appends keys and values, a program knows its
+chunk and, if it is one of the first, has asked for it: lengths, tables and all tokens but the
+newest are older than that kernel, which waited itself before it let this one start. What is asked
+for goes to the L2 cache, where the newest token will be up to date, and is read after the wait.
+Programs without a chunk leave at once, but for the first of a sequence: a launch in which nobody
+waited could end before the kernel ahead, and what waits for it would take that kernel to have ended
+too.
+
 Shape legend: B sequences, Q query heads, H key-value heads, G = Q / H, D dims of a head, S splits.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,12 +30,15 @@ import triton.language as tl
 
 from kernels.attention import PagedContext, Scoring, attention_reference, check_attention
 from kernels.attention_chunks import Chunks, chunking, combine_chunks
+from kernels.attention_config import LaunchConfig, select_config
 from kernels.kv_pages import RAW_BITS, KvPages, field_bits
 from kernels.kv_tiles import (
+    ask_ahead,
     cap,
     dot,
     exp2,
     field_dims,
+    load_pages,
     load_scale,
     load_words,
     load_zeros,
@@ -47,55 +56,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # float16 holds twice that many powers of two below 1 than above
 HEADROOM = tl.constexpr(12.0)
 MIN_DOT = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchConfig:
-    """How a sequence is split, and the tile of a program."""
-
-    splits: int
-    """Chunks at most; 1 needs no second kernel."""
-    min_chunk: int
-    """Tokens of a chunk at least."""
-    block_t: int
-    num_warps: int
-    num_stages: int
-    combine_block_d: int = 32
-    pdl: bool = False
-    """Programmatic dependent launch: only where all kernels of the stream wait for each other."""
-
-
-def select_config(
-    pages: KvPages, max_context: int, table: dict[tuple[int, int, int], LaunchConfig] | None = None
-) -> LaunchConfig:
-    """Pick the launch; from the compiled code, where none of these spills, not measured.
-
-    The batch is no argument, so that a sequence gives the same bits in every batch.
-
-    Args:
-        pages: heads, dims and bits count.
-        max_context: tokens that the block table can hold.
-        table: measured configs by key-value heads, dims and bits.
-    """
-    key = (pages.kv_heads, pages.head_dim, pages.bits)
-    if table and key in table:
-        return table[key]
-    is_large = pages.head_dim > 128
-    block_t, num_warps = (64 if is_large or pages.bits == RAW_BITS else 128), 4
-    if pages.bits == 2:
-        # a field of two bits has too few dims for more warps to share
-        block_t, num_warps = 32, 2 if is_large else 1
-    # two programs of four warps for each of an H100's 132 processors, with one sequence
-    wanted = max(1, 1056 // num_warps // pages.kv_heads)
-    min_chunk = max(64, block_t)
-    longest = triton.next_power_of_2(triton.cdiv(max_context, min_chunk))
-    return LaunchConfig(
-        splits=min(64, wanted, longest),
-        min_chunk=min_chunk,
-        block_t=block_t,
-        num_warps=num_warps,
-        num_stages=3,
-    )
 
 
 def paged_attention(
@@ -140,7 +100,9 @@ def launch_paged_attention(
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Run the Triton kernels, on a GPU or in the interpreter; see `paged_attention`."""
-    config = config or select_config(pages, context.block_table.shape[1] * pages.page_size)
+    longest = context.block_table.shape[1] * pages.page_size
+    group = query.shape[1] // pages.kv_heads
+    config = config or select_config(pages, longest, group=group)
     out = query.new_empty(query.shape) if out is None else out
     if not len(query):
         return out
@@ -194,6 +156,7 @@ def attend_chunks(
         BLOCK_G=block_g,
         BLOCK_T=config.block_t,
         BLOCK_W=max(MIN_DOT, triton.next_power_of_2(width)),
+        AHEAD=config.ahead,
         PDL=config.pdl,
         INTERP=query.device.type == "cpu",
         num_warps=config.num_warps,
@@ -226,6 +189,7 @@ def _decode_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     INTERP: tl.constexpr,
 ):  # fmt: skip
@@ -240,14 +204,22 @@ def _decode_kernel(
     mask_g = offs_g < GROUP
     mask_w = offs_w < WIDTH
     heads = kv_head * GROUP + offs_g
-    wait_for_predecessor(PDL)
-    length = tl.load(lengths_ptr + b)
+    # past the L1 cache, which only the wait brings up to date
+    length = tl.load(lengths_ptr + b, cache_modifier=".cg")
     first, begin, chunk = chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
     begin += split * chunk
     end = tl.minimum(begin + chunk, length)
     if SPLITS > 1:  # noqa: SIM102  a constant cannot be joined to a comparison on the device
-        if begin >= length:
+        if (begin >= length) & (split > 0):
             return
+    table_row = table_ptr + b * stride_tb
+    page = load_pages(table_row, begin + offs_t, end, PAGE)
+    if PDL:
+        ask_ahead(
+            codes_ptr, scale_ptr, zero_ptr, table_row, page, kv_head, begin + offs_t, end,
+            KV_HEADS, PAGE, BITS, WIDTH, BLOCK_W, AHEAD,
+        )  # fmt: skip
+    wait_for_predecessor(PDL)
 
     q_rows = q_ptr + b * stride_qb + heads[:, None] * stride_qh
     mask_q = mask_g[:, None] & mask_w[None, :]
@@ -260,32 +232,31 @@ def _decode_kernel(
     for start in range(begin, end, BLOCK_T):
         t = start + offs_t
         inside = t < end
-        # tokens beyond the end read page 0 and weigh nothing
-        page = tl.load(table_ptr + b * stride_tb + t // PAGE, mask=inside, other=0).to(tl.int64)
         base = (page * KV_HEADS + kv_head) * PAGE
-        row = 2 * base + t % PAGE
-        k_zero, v_zero = load_zeros(zero_ptr, base + t % PAGE, t, inside, BITS)
+        # a tile ahead: copies need not wait for it
+        page = load_pages(table_row, t + BLOCK_T, end, PAGE)
+        row = 2 * base + (t & (PAGE - 1))
+        k_zero, v_zero = load_zeros(zero_ptr, base + (t & (PAGE - 1)), t, inside, BITS)
         words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
         scale = load_scale(scale_ptr, row, inside, BITS)
         x = tl.full((BLOCK_G, BLOCK_T), 0.0, dtype=tl.float32)
         for i in tl.static_range(FIELDS):
             k = unpack_field(words, i, FIELD, BITS, INTERP)
             x = dot(q_fields[i], tl.trans(k), x, INTERP)
-        x = (x - k_zero[None, :] * q_sum[:, None]) * scale[None, :]
+        x = _corrected_scores(x, k_zero, q_sum, scale, FIELD)
 
         row += PAGE
         words = load_words(codes_ptr, row, inside, offs_w, WIDTH, FIELD)
         scale = load_scale(scale_ptr, row, inside, BITS)
         # infinity goes to tokens once, not to every head
-        lift = tl.where(inside & (t >= first), log2(scale, INTERP), float("-inf"))
+        lift = _lift(scale, inside & (t >= first), FIELD, INTERP)
         x = cap(x * q_scale[:, None], soft_cap, HAS_CAP, INTERP) + lift[None, :]
         above = top
         top = tl.maximum(top, tl.max(x, axis=1) - HEADROOM)
         fade = exp2(above - top, INTERP)
         w_half = round_weights(exp2(x - top[:, None], INTERP), words, FIELD)
         w = w_half.to(tl.float32)
-        shift = shift * fade + tl.sum(w * v_zero[None, :], axis=1)
-        total = total * fade + tl.sum(w * reciprocal(scale, INTERP)[None, :], axis=1)
+        total, shift = _sum_weights(total, shift, fade, w, v_zero, scale, FIELD, INTERP)
         faded = ()
         for i in tl.static_range(FIELDS):
             v = unpack_field(words, i, FIELD, BITS, INTERP)
@@ -301,10 +272,67 @@ def _decode_kernel(
         rows = parts_ptr + offs_p[:, None] * HEAD_DIM
     else:
         rows = out_ptr + b * stride_ob + heads[:, None] * stride_oh
-    for i in tl.static_range(FIELDS):
-        dims = field_dims(offs_w, i, FIELD, WIDTH)
-        o = (acc[i] - shift[:, None]) * share[:, None]
-        tl.store(rows + dims[None, :], o.to(rows.dtype.element_ty), mask=mask_q)
+    _store_fields(rows, acc, shift, share, mask_q, mask_g, FIELD, WIDTH)
+
+
+@triton.jit
+def _store_fields(
+    rows, acc, shift, share, mask_q, mask_g, FIELD: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Store the dims of heads; those of the two bytes of a word are neighbours."""
+    BLOCK_W: tl.constexpr = mask_q.shape[1]
+    PER_BYTE: tl.constexpr = 1 if FIELD == 16 else 8 // FIELD
+    for part in tl.static_range(PER_BYTE):
+        o = (acc[part] - shift[:, None]) * share[:, None]
+        if FIELD == 16:
+            tl.store(
+                rows + tl.arange(0, BLOCK_W)[None, :], o.to(rows.dtype.element_ty), mask=mask_q
+            )
+        else:
+            upper = (acc[PER_BYTE + part] - shift[:, None]) * share[:, None]
+            o = tl.join(o, upper).reshape(mask_q.shape[0], 2 * BLOCK_W)
+            dims = tl.arange(0, 2 * BLOCK_W)[None, :]
+            mask = mask_g[:, None] & (dims < 2 * WIDTH)
+            row_dims = rows + (part * 2 * WIDTH + dims)
+            tl.store(row_dims, o.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _corrected_scores(x, k_zero, q_sum, scale, FIELD: tl.constexpr):
+    """Scores of codes with their zero-points and scales; keys as they are have neither."""
+    if FIELD < 16:
+        x = (x - k_zero[None, :] * q_sum[:, None]) * scale[None, :]
+    return x
+
+
+@triton.jit
+def _lift(scale, seen, FIELD: tl.constexpr, INTERP: tl.constexpr):
+    """What the scale of a value adds to its score: minus infinity where a token is not seen."""
+    lift = scale * 0.0 if FIELD == 16 else log2(scale, INTERP)
+    return tl.where(seen, lift, float("-inf"))
+
+
+@triton.jit
+def _sum_weights(
+    total, shift, fade, w, v_zero, scale, FIELD: tl.constexpr, INTERP: tl.constexpr
+):  # fmt: skip
+    """Add the weights of a tile, and what zero-points take from its values."""
+    if FIELD == 16:
+        return total * fade + tl.sum(w, axis=1), shift
+    else:
+        totals = w * reciprocal(scale, INTERP)[None, :]
+        shifts = w * v_zero[None, :]
+        if INTERP:
+            added, shifted = tl.sum(totals, axis=1), tl.sum(shifts, axis=1)
+        else:
+            # together, as threads of several warps meet for a sum
+            added, shifted = tl.reduce((totals, shifts), 1, _added_pairs)
+        return total * fade + added, shift * fade + shifted
+
+
+@triton.jit
+def _added_pairs(total_a, shift_a, total_b, shift_b):
+    return total_a + total_b, shift_a + shift_b
 
 
 @triton.jit
@@ -313,6 +341,7 @@ def _load_query(q_rows, mask, offs_w, FIELD: tl.constexpr, WIDTH: tl.constexpr):
     FIELDS: tl.constexpr = 16 // FIELD
     unit = tl.full((mask.shape[0],), 1.0, dtype=tl.float32)
     inverse = unit
+    q_sum = unit
     # whole tiles, so that only one of each is reduced
     total = tl.full(mask.shape, 0.0, dtype=tl.float32)
     if FIELD < 16:
@@ -330,4 +359,6 @@ def _load_query(q_rows, mask, offs_w, FIELD: tl.constexpr, WIDTH: tl.constexpr):
             q = (q.to(tl.float32) * inverse[:, None]).to(tl.float16)
             total += q.to(tl.float32)
         fields += (q,)  # type: ignore[assignment]
-    return fields, tl.sum(total, axis=1), unit
+    if FIELD < 16:
+        q_sum = tl.sum(total, axis=1)
+    return fields, q_sum, unit

@@ -4,6 +4,7 @@ import torch
 from kernels.attended_tokens import attended_tokens
 from kernels.attention import PagedContext, Scoring
 from kernels.quantize_tokens import TokenForm
+from kernels.token_parts import make_slots
 from tests.kernels.kv_cases import INNER, filled_pages, fresh_module
 from tests.kernels.small_ops import interpret_reductions
 
@@ -73,6 +74,52 @@ def test_sums_of_groups_are_those_of_the_codes(kernel, device, bits, groups):
 
     sums = tokens.codes.int().view(3, groups, -1).sum(-1, dtype=torch.int32)
     assert torch.equal(tokens.sums, sums)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "groups", "parts"),
+    [(4, 64, 8, 2), (3, 80, 1, 2), (6, 96, 9, 4)],
+)
+def test_parts_that_share_a_sequence_give_the_bits_of_one_program(
+    kernel, device, heads, head_dim, groups, parts
+):
+    query, pages, context = case(device, heads=heads, head_dim=head_dim, lengths=(37, 0))
+    form = TokenForm(bits=8, groups=groups, columns=heads * head_dim + 16 * (groups == 1))
+    slots = make_slots(torch.device(device))
+
+    def launch(parts, slots):
+        return kernel.launch_attended_tokens(
+            query, pages, context, Scoring(softmax_scale=0.1), form,
+            attention_config=chunks_of(kernel, 3), config=kernel.LaunchConfig(parts=parts),
+            slots=slots,
+        )  # fmt: skip
+
+    alone = launch(1, None)
+    # twice, as marks of slots differ from launch to launch
+    for _ in range(2):
+        shared = launch(parts, slots)
+
+        assert torch.equal(shared.codes, alone.codes)
+        assert torch.equal(shared.scale, alone.scale)
+        assert torch.equal(shared.zero_point, alone.zero_point)
+        assert torch.equal(shared.sums, alone.sums)
+
+
+def test_more_chunks_than_registers_hold_are_added_in_the_same_order(kernel, device, monkeypatch):
+    query, pages, context = case(device, heads=4, head_dim=64)
+
+    def launch():
+        return kernel.launch_attended_tokens(
+            query, pages, context, Scoring(softmax_scale=0.1), TokenForm(bits=8),
+            attention_config=chunks_of(kernel, 3),
+        )  # fmt: skip
+
+    together = launch()
+    monkeypatch.setattr(kernel, "LOADED", 8)
+    in_turns = launch()
+
+    assert torch.equal(in_turns.codes, together.codes)
+    assert torch.equal(in_turns.scale, together.scale)
 
 
 def test_a_sequence_without_tokens_gives_the_codes_of_zeros(kernel, device):

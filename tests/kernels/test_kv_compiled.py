@@ -2,6 +2,7 @@
 
 import pytest
 
+from kernels.token_parts import register_options
 from tests.kernels.machine_code import compile_kernel
 
 POINTERS = {
@@ -15,17 +16,21 @@ POINTERS = {
 }  # fmt: skip
 PACKED = {"codes_ptr": "*i16", "zero_ptr": "*i32"}
 BYTES = {"codes_ptr": "*u8", "zero_ptr": "*u8"}
+CODES = {"codes_ptr": "*i8", "zero_ptr": "*i32", "code_sums_ptr": "*i32", "slots_ptr": "*i64"}
 SIZES = ("query_heads", "query_blocks", "kv_blocks", "window", "GROUP", "head_blocks", "batch")
 SHAPE = {"KV_HEADS": 8, "HEAD_DIM": 128, "PAGE": 16, "HAS_WINDOW": False, "HAS_CAP": False,
          "PDL": False, "INTERP": False}  # fmt: skip
-DECODE = SHAPE | {"SPLITS": 8, "MIN_CHUNK": 128, "BLOCK_G": 16}
+DECODE = SHAPE | {"SPLITS": 8, "MIN_CHUNK": 128, "BLOCK_G": 16, "AHEAD": 2, "PDL": True}
 PREFILL = SHAPE | {"GROUP": 4, "BLOCK_B": 8, "BLOCK_M": 128, "BLOCK_T": 64}
 APPEND = {"KV_HEADS": 8, "PAGE": 16, "BITS": 4, "FIELD": 4, "WIDTH": 64, "ROTATED": 128,
           "NORM": "none", "BLOCK_D": 128, "PDL": False, "MIN_SCALE": 1e-5,
           "BLOCK_H": 2, "BLOCK_C": 64, "INTERP": False}  # fmt: skip
 COMBINE = {"HEADS": 32, "HEAD_DIM": 128, "L": 4096, "GROUPS": 1, "BITS": 8, "HAS_WINDOW": False,
-           "SPLITS": 8, "MIN_CHUNK": 128, "BLOCK_S": 8, "BLOCK_T": 128, "BLOCK_H": 32,
-           "BLOCK_D": 128, "BLOCK": 4096, "UNROLL": 4, "PDL": True, "INTERP": False}  # fmt: skip
+           "MIN_CHUNK": 128, "BLOCK_T": 128, "BLOCK_D": 128, "BLOCK_G": 1, "BLOCK_PAD": 1,
+           "PDL": True, "INTERP": False}  # fmt: skip
+ALONE = COMBINE | {"PARTS": 1, "SHARE": 32, "BLOCK_H": 32, "SPLITS": 8, "BLOCK_S": 8, "UNROLL": 4}
+SHARED = COMBINE | {"PARTS": 32, "SHARE": 1, "BLOCK_H": 1, "SPLITS": 16, "BLOCK_S": 16,
+                    "UNROLL": 16}  # fmt: skip
 
 
 def packed(bits, width):
@@ -62,15 +67,22 @@ def kernels():
             num_warps=1,
         ),
         "combine 8": compiled(
-            "attended_tokens", "_combine_tokens_kernel", COMBINE,
-            {"codes_ptr": "*i8", "zero_ptr": "*i32", "code_sums_ptr": "*i32"}, num_warps=8,
+            "attended_tokens", "_combine_tokens_kernel", ALONE, CODES, num_warps=8,
+        ),
+        "combine shared": compiled(
+            "attended_tokens", "_combine_tokens_kernel", SHARED, CODES, num_warps=1,
+            **register_options(32, 1),
         ),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "kernel", ["decode 4", "decode 2", "prefill 4", "append 4", "append 4 normed", "combine 8"]
-)
+    "kernel",
+    [
+        "decode 4", "decode 2", "prefill 4", "append 4", "append 4 normed", "combine 8",
+        "combine shared",
+    ],
+)  # fmt: skip
 def test_no_register_is_spilled(kernels, kernel):
     assert not kernels[kernel].spills
 
@@ -92,6 +104,17 @@ def test_decode_stays_within_its_instructions(kernels, kernel, budget):
     assert len(kernels[kernel].instructions) <= budget
 
 
+@pytest.mark.parametrize("kernel", ["decode 4", "decode 2"])
+def test_decode_asks_for_its_chunk_before_the_kernel_ahead_has_ended(kernels, kernel):
+    opcodes = [opcode for opcode, _ in kernels[kernel].instructions]
+    asked = [at for at, opcode in enumerate(opcodes) if opcode.startswith("CCTL")]
+    wait = opcodes.index("ACQBULK")
+    read = [at for at, opcode in enumerate(opcodes) if opcode.startswith("LDGSTS")]
+
+    assert len(asked) >= 10
+    assert max(asked) < wait < min(read)
+
+
 def test_prefill_multiplies_on_warpgroups(kernels):
     assert kernels["prefill 4"].count("HGMMA") >= 12
     assert kernels["prefill 4"].count("LDGSTS") >= 4
@@ -104,3 +127,11 @@ def test_appending_reads_sixteen_bytes_at_a_time(kernels):
 def test_combining_has_the_loads_of_four_chunks_under_way(kernels):
     # four chunks of sixteen values a thread, four values a load
     assert kernels["combine 8"].count("LDG.E.128") >= 16
+
+
+def test_a_part_that_combines_asks_for_every_chunk_before_it_weighs_one(kernels):
+    opcodes = [opcode for opcode, _ in kernels["combine shared"].instructions]
+    weighs = next(at for at, opcode in enumerate(opcodes) if opcode.startswith("MUFU.EX2"))
+
+    assert opcodes[:weighs].count("LDG.E.128") == 16
+    assert not kernels["combine shared"].count("BAR.SYNC")

@@ -29,6 +29,8 @@ class AttendedSource:
     batch: TokenBatch
     scoring: Scoring
     launch_pdl: bool
+    slots: torch.Tensor
+    """Where programs that share a token meet."""
     _made: dict[Reading, Operand] = field(default_factory=dict)
 
     def read(self, reading: Reading) -> Operand:
@@ -41,7 +43,7 @@ class AttendedSource:
 
     def _codes(self, reading: Reading) -> Operand:
         query = self.query
-        chosen = attended.select_config(query.shape[1] * query.shape[2])
+        chosen = attended.select_config(query.shape[1])
         return attended.attended_tokens(
             query,
             self.pages,
@@ -50,6 +52,7 @@ class AttendedSource:
             reading.form,
             attention_config=self._decode_config,
             config=replace(chosen, launch_pdl=self.launch_pdl),
+            slots=self.slots,
         )
 
     def _values(self) -> torch.Tensor:
@@ -89,7 +92,9 @@ class AttendedSource:
     @property
     def _decode_config(self) -> decode.LaunchConfig:
         longest = self.batch.block_table.shape[1] * self.pages.page_size
-        return replace(decode.select_config(self.pages, longest), pdl=self.launch_pdl)
+        group = self.query.shape[1] // self.pages.kv_heads
+        chosen = decode.select_config(self.pages, longest, group=group)
+        return replace(chosen, pdl=self.launch_pdl)
 
 
 def _part(context: PagedContext, start: int, stop: int) -> PagedContext:

@@ -65,6 +65,11 @@ class GpuPasses:
         self._slots = make_slots(device)
         self._transforms: dict[int, OnlineHadamard] = {}
 
+    @property
+    def slots(self) -> torch.Tensor:
+        """Where programs that share a token meet, in any launch of the stream."""
+        return self._slots
+
     def add_transform(self, block: int, device: torch.device) -> None:
         """Make the factors of a transform before anything is recorded."""
         if block not in self._transforms:
@@ -225,6 +230,7 @@ class GpuDevice:
             batch=batch,
             scoring=scoring,
             launch_pdl=self._launch_pdl,
+            slots=self._passes.slots,
         )
 
     def _packed(self, linear: StoredLinear) -> Matrix:
