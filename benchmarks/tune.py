@@ -166,6 +166,7 @@ def _cases(options: argparse.Namespace) -> list[KernelCase]:
         if not case.cut
         and (not options.widths or case.w_bits in options.widths)
         and (not options.tokens or case.m in options.tokens)
+        and (not options.inputs or case.a_bits in options.inputs)
         and (not options.groups or case.group_size in options.groups)
         and (not options.shapes or f"{case.n}x{case.k}" in options.shapes)
     ]
@@ -182,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--served", action="store_true", help="only what the runtime multiplies")
     parser.add_argument("--toy", action="store_true", help="a few tiny products")
     parser.add_argument("--widths", type=int, nargs="*", help="weight bits")
+    parser.add_argument("--inputs", type=int, nargs="*", help="bits of activations")
     parser.add_argument("--tokens", type=int, nargs="*", help="M")
     parser.add_argument("--shapes", nargs="*", help="N x K: 4096x4096")
     parser.add_argument("--groups", type=int, nargs="*", help="columns a scale; -1 is a row")
