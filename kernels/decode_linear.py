@@ -21,6 +21,7 @@ import torch
 import triton
 
 from kernels._decode_kernel import decode_linear_kernel
+from kernels.ahead import NOTHING, pieces_of
 from kernels.decode_config import MAX_TOKENS, LaunchConfig, decode_configs, select_config
 from kernels.overlap import can_overlap
 from kernels.sliced import SlicedWeight
@@ -43,6 +44,7 @@ def decode_linear(
     out_dtype: torch.dtype = torch.bfloat16,
     config: LaunchConfig | None = None,
     counters: torch.Tensor | None = None,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply 1 to 8 tokens by a sliced weight, on a GPU or in the interpreter.
 
@@ -55,6 +57,8 @@ def decode_linear(
         counters: for launches that split K, int32 zeros, one for every tile of rows; they are left
             zero, so one tensor serves every launch of a stream. None allocates and clears them,
             which is a launch more.
+        ahead: contiguous memory that the next product of the stream reads, brought nearer where
+            this launch starts early (`kernels.ahead`).
 
     Returns:
         ``[M, N]`` of ``out_dtype``: bit-equal to the reference per channel, within float32
@@ -90,6 +94,7 @@ def decode_linear(
     zero_codes = _as_words(weight.zero_codes, word_groups)
     interpreted = not isinstance(decode_linear_kernel, triton.JITFunction)
     pdl = config.launch_pdl and not interpreted and can_overlap(out.device.index)
+    pieces = pieces_of(ahead, tiles * config.split_k) if pdl else NOTHING
     decode_linear_kernel[(tiles, config.split_k)](
         x, x.stride(0),
         tokens.scale, tokens.zero_point, tokens.sums,
@@ -99,6 +104,7 @@ def decode_linear(
         out, out.stride(0),
         partials, weight.padded_rows,
         out if counters is None else counters,
+        fields[0] if ahead is None else ahead, *pieces,
         m, n,
         F0=field_bits[0],
         F1=field_bits[1],
@@ -116,6 +122,7 @@ def decode_linear(
         RL=config.lane_rows,
         KB=config.turn_blocks,
         SPLIT_K=config.split_k,
+        AHEAD=pieces != NOTHING,
         PDL=pdl,
         INTERP=interpreted,
         num_warps=config.num_warps,

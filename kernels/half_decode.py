@@ -32,6 +32,7 @@ import torch
 import triton
 
 from kernels._half_decode_kernel import half_decode_kernel
+from kernels.ahead import NOTHING, pieces_of
 from kernels.overlap import can_overlap
 from kernels.sliced import SlicedWeight, field_widths
 
@@ -140,6 +141,7 @@ def half_decode(
     bias: torch.Tensor | None = None,
     *,
     config: HalfDecodeConfig | None = None,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply up to 8 tokens by a sliced weight on a GPU from Ampere on.
 
@@ -148,6 +150,7 @@ def half_decode(
         weight: N outputs of K codes.
         bias: float ``[N]`` or None.
         config: the launch; None takes the first of `half_decode_configs`.
+        ahead: contiguous memory that the next product of the stream reads (`kernels.ahead`).
 
     Returns:
         ``[M, N]`` in the dtype of ``x``, the same in every run.
@@ -166,7 +169,7 @@ def half_decode(
     _check(x, weight, config)
     out = x.new_empty((x.shape[0], weight.out_features))
     if len(x):
-        _launch(x, weight, bias, out, config)
+        _launch(x, weight, bias, out, config, ahead)
     return out
 
 
@@ -176,6 +179,7 @@ def _launch(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     config: HalfDecodeConfig,
+    ahead: torch.Tensor | None,
 ) -> None:
     (m, n), g = out.shape, weight.slice_bytes
     grouped = weight.groups > 1
@@ -183,7 +187,9 @@ def _launch(
     fields += fields[:1] * (3 - len(fields))
     field_bits = (*weight.field_bits, 0, 0)
     pdl = config.launch_pdl and x.is_cuda and can_overlap(x.device.index)
-    half_decode_kernel[(triton.cdiv(n, TILE_ROWS * config.row_tiles),)](
+    programs = triton.cdiv(n, TILE_ROWS * config.row_tiles)
+    pieces = pieces_of(ahead, programs) if pdl else NOTHING
+    half_decode_kernel[(programs,)](
         x.view(torch.int64), x.stride(0) // 4,
         *fields, weight.padded_rows * (g // 4),
         weight.scale.view(torch.int64) if grouped else weight.scale,
@@ -191,6 +197,7 @@ def _launch(
         weight.zero_codes.view(torch.int32) if grouped else weight.zero_codes,
         bias if bias is not None else out,
         out, out.stride(0),
+        fields[0] if ahead is None else ahead, *pieces,
         m, n, weight.in_features,
         F0=field_bits[0],
         F1=field_bits[1],
@@ -206,6 +213,7 @@ def _launch(
         ROW_TILES=config.row_tiles,
         WARPS=config.warps,
         STEPS=config.steps,
+        AHEAD=pieces != NOTHING,
         PDL=pdl,
         num_warps=config.warps,
         maxnreg=config.max_registers,

@@ -5,8 +5,9 @@ import torch
 
 from kernels import sampling
 from kernels.attention import PagedContext, Scoring
+from kernels.binary_linear import ProductShape, select_config
 from kernels.decode_linear import LaunchConfig as DecodeConfig
-from kernels.fragments import FragmentWeight
+from kernels.fragments import ColumnOrder, FragmentWeight
 from kernels.half_linear import HalfConfig
 from kernels.layer_math import Gate
 from kernels.layouts import pack_codes
@@ -97,7 +98,12 @@ def test_binary_products_repeat_themselves():
     )
     tokens = token_codes(130, weight, 2, device="cuda")
 
-    assert_repeats(lambda: (launch_binary(Plan(route=Route.BINARY), tokens, fragments),))
+    shape = ProductShape(
+        order=ColumnOrder.TOKENS, m=130, n=320, k=2048, weight_bits=2, token_bits=2
+    )
+    plan = Plan(route=Route.BINARY, config=select_config(shape))
+
+    assert_repeats(lambda: (launch_binary(plan, tokens, fragments),))
 
 
 @pytest.mark.parametrize("bits", [16, 4])
