@@ -104,6 +104,7 @@ class _Load:
             page_size=PAGE_SIZE,
             pages=max(context_pages, case.batch * own),
             buckets=(case.batch,),
+            chunk_graphs=case.phase is Phase.PREFILL,
         )
         sampler = SamplerState(case.batch, decoder.vocabulary, decoder.device)
         plan = plan_memory(decoder, options)

@@ -153,8 +153,8 @@ def launch_append_kv(
     source, target, query_blocks = key, key, 0
     if query is not None and (rotary is not None or norms is not None):
         source, target = query, query.new_empty(query.shape) if out is None else out
-        query_blocks = triton.cdiv(query.shape[1], config.block_heads)
-    kv_blocks = triton.cdiv(pages.kv_heads, config.block_heads)
+        query_blocks = -(-query.shape[1] // config.block_heads)
+    kv_blocks = -(-pages.kv_heads // config.block_heads)
     field = RAW_BITS if pages.bits == RAW_BITS else field_bits(pages.bits)
     width = pages.codes.shape[-1]
     interpreted = key.device.type == "cpu"

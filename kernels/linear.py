@@ -208,14 +208,14 @@ def make_counters(device: torch.device) -> torch.Tensor:
 
 def key_of(weight: SlicedWeight, *, m: int, a_bits: int) -> TableKey:
     """Where a table has the product of M tokens and a weight."""
-    return TableKey.of(
-        a_bits=a_bits,
-        w_bits=weight.bits,
-        group=WHOLE_ROW if weight.groups == 1 else weight.group_size,
-        n=weight.out_features,
-        k=weight.in_features,
-        m=m,
-    )
+    group = WHOLE_ROW if weight.groups == 1 else weight.group_size
+    return _key_of(a_bits, weight.bits, group, weight.out_features, weight.in_features, m)
+
+
+@lru_cache(maxsize=1 << 14)
+def _key_of(a_bits: int, w_bits: int, group: int, n: int, k: int, m: int) -> TableKey:
+    """The same of numbers: what is looked up at every product is checked once."""
+    return TableKey.of(a_bits=a_bits, w_bits=w_bits, group=group, n=n, k=k, m=m)
 
 
 @lru_cache(maxsize=4096)

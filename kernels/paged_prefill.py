@@ -147,7 +147,7 @@ def launch_paged_prefill(
     field = RAW_BITS if raw else field_bits(pages.bits)
     width = head_dim if raw else pages.codes.shape[-1] // 2
     # every sequence may end in a tile of its own
-    tiles = triton.cdiv(tokens * group, config.block_m) + batch
+    tiles = -(-tokens * group // config.block_m) + batch
     _prefill_kernel[(tiles, pages.kv_heads)](
         query, query.stride(0), query.stride(1),
         pages.codes if raw else pages.codes.view(torch.int16),

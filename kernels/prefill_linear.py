@@ -231,8 +231,8 @@ def _field_descriptor(
 def _result_descriptor(out: torch.Tensor, config: PrefillConfig) -> TensorDescriptor:
     """View results as ``[M, N]``: one box is a tile."""
     box = [config.block_m, config.block_n]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(out, list(out.shape), [out.stride(0), 1], box, layout)
+    shape, strides = list(out.shape), [out.stride(0), 1]
+    return TensorDescriptor(out, shape, strides, box, _layout_of(128, 2, 8 * STAGED_BYTES))
 
 
 def _box_layout(config: PrefillConfig, rank: int) -> gl.NVMMASharedLayout:
@@ -240,8 +240,8 @@ def _box_layout(config: PrefillConfig, rank: int) -> gl.NVMMASharedLayout:
 
 
 @lru_cache(maxsize=16)
-def _layout_of(width: int, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8, rank=rank)
+def _layout_of(width: int, rank: int, bits: int = 8) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
 
 
 def _check_operands(tokens: TokenCodes, weight: SlicedWeight) -> None:

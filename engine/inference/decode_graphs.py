@@ -2,20 +2,18 @@
 
 A graph has its batch size for good, so a batch is filled up to the next one with rows of the
 scratch slot, whose keys and values go to the scratch page. Drawing is a graph of its own on the
-logits of the first, so that a batch pays only for what its sequences ask for. All graphs share one
-memory pool: a smaller batch fits into what the largest left, for only one runs at a time and none
-reads what another wrote there.
+logits of the first, so that a batch pays only for what its sequences ask for.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from engine.inference.decode_step import DecodeStep
 from engine.inference.draw_kind import DrawKind
+from engine.inference.graph_pool import GraphPool
 
 __all__ = ["DecodeGraphs"]
 
@@ -40,7 +38,6 @@ class DecodeGraphs:
         self._buckets = tuple(buckets)
         self._captured: dict[int, _Captured] = {}
         self._logits: torch.Tensor | None = None
-        self.graph_bytes = 0
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -68,45 +65,24 @@ class DecodeGraphs:
             self._step.draw(self._logits, kind)
             self._logits = None
 
-    def capture(self, device: torch.device) -> None:
+    def capture(self, pool: GraphPool) -> None:
         """Run every batch size once, then capture it; the present batch must be all scratch rows.
 
         Args:
-            device: a GPU.
+            pool: on a GPU.
         """
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        free_before, _ = torch.cuda.mem_get_info(device)
-        pool = torch.cuda.graph_pool_handle()
         for rows in reversed(self._buckets):
             for kind in DrawKind:
                 # compiles, and makes the workspaces that a capture must not make
                 self._step.draw(self._step.forward(rows), kind)
-            torch.cuda.synchronize(device)
             self._captured[rows] = self._capture(rows, pool)
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        self.graph_bytes = max(0, free_before - torch.cuda.mem_get_info(device)[0])
 
-    def _capture(self, rows: int, pool: Any) -> _Captured:
-        forward = torch.cuda.CUDAGraph()
-        with _recorded(forward, pool):
+    def _capture(self, rows: int, pool: GraphPool) -> _Captured:
+        with pool.recorded() as forward:
             logits = self._step.forward(rows)
         draws = {}
         for kind in DrawKind:
-            draws[kind] = torch.cuda.CUDAGraph()
-            with _recorded(draws[kind], pool):
+            with pool.recorded() as draws[kind]:
                 self._step.draw(logits, kind)
         # the logits are released here: their memory is read by these graphs alone, in this order
         return _Captured(forward=forward, draws=draws)
-
-
-def _recorded(graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
-    return torch.cuda.graph(
-        graph,
-        pool=pool,
-        # its libraries have their workspaces already; in another they would be made of the pool
-        stream=torch.cuda.current_stream(),
-        # another model of the process may allocate meanwhile
-        capture_error_mode="thread_local",
-    )

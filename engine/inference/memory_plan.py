@@ -12,6 +12,7 @@ from engine.spec import FULL_BITS
 __all__ = [
     "MemoryPlan",
     "OutOfMemory",
+    "chunk_buckets",
     "count_pages",
     "decode_buckets",
     "token_bytes",
@@ -21,6 +22,10 @@ __all__ = [
 DENSE_BUCKETS = (1, 2, 4, 8, 16, 24, 32)
 FINE_STEP, FINE_END = 16, 128
 COARSE_STEP = 32
+LEAST_CHUNK = 64
+CHUNK_STEPS = 4
+"""Between a number of tokens and its double: a step computes a fifth for nothing at most, from 256
+tokens on."""
 LEAST_TOKENS = 256
 """A cache for fewer serves nobody."""
 CODE_FIELDS = (2, 4, 8)
@@ -43,7 +48,7 @@ class MemoryPlan:
     workspace_bytes: int
     """What a step of the most tokens takes beside weights and pages."""
     graph_bytes: int
-    """What the captured decode steps hold; before they are captured, what they may."""
+    """What captured steps hold; before they are captured, what they may."""
     page_bytes: int
     """One page of all layers."""
     pages: int
@@ -108,3 +113,20 @@ def decode_buckets(max_sequences: int) -> tuple[int, ...]:
     coarse = range(FINE_END + COARSE_STEP, max_sequences + 1, COARSE_STEP)
     below = {each for each in (*DENSE_BUCKETS, *fine, *coarse) if each < max_sequences}
     return (*sorted(below), max_sequences)
+
+
+def chunk_buckets(max_step_tokens: int) -> tuple[int, ...]:
+    """List the numbers of tokens that steps of chunks are captured for, in rising order.
+
+    Every power of two from 64 on is among them: what `kernels.tables` chooses for a batch is what
+    it chooses for the batch filled up.
+
+    Args:
+        max_step_tokens: the last of them.
+    """
+    buckets, tokens = [], LEAST_CHUNK
+    while tokens < max_step_tokens:
+        buckets.append(tokens)
+        power = 1 << (tokens.bit_length() - 1)
+        tokens += max(LEAST_CHUNK, power // CHUNK_STEPS)
+    return (*buckets, max_step_tokens)

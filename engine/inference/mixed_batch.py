@@ -4,7 +4,7 @@ Shape legend: M tokens, B sequences, C of them chunks, R rows of logits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ __all__ = ["ON_DEVICE", "MixedBatch"]
 
 ON_DEVICE = -1
 """In place of a token that only the device knows."""
+NOWHERE = -1
+"""The cache slot of a token whose key and value are not kept."""
 Ints = npt.NDArray[np.int32]
 
 
@@ -89,6 +91,44 @@ class MixedBatch:
             scoring=scoring,
         )
 
+    @classmethod
+    def empty(cls) -> "MixedBatch":
+        """Of no tokens, to be filled."""
+        nothing = np.zeros(0, dtype=np.int32)
+        return cls(
+            token_ids=nothing,
+            positions=nothing,
+            kv_slots=nothing,
+            slots=nothing,
+            lengths=nothing,
+            decodes=0,
+            cu_seqlens=np.zeros(1, dtype=np.int32),
+            logit_rows=nothing,
+            drawing=(),
+            drafting=(),
+            scoring=(),
+        )
+
+    def filled(self, tokens: int, sequences: int, slot: int) -> "MixedBatch":
+        """Fill up by tokens of no sequence, which store nothing, and by sequences of no tokens.
+
+        Args:
+            tokens: M.
+            sequences: B, and R: rows are filled up by the first token's.
+            slot: of the sequences that fill up.
+        """
+        assert not self.decodes, "tokens behind the last chunk are no sequence's"
+        return replace(
+            self,
+            token_ids=_fill(self.token_ids, tokens, 0),
+            positions=_fill(self.positions, tokens, 0),
+            kv_slots=_fill(self.kv_slots, tokens, NOWHERE),
+            slots=_fill(self.slots, sequences, slot),
+            lengths=_fill(self.lengths, sequences, 0),
+            cu_seqlens=_fill(self.cu_seqlens, sequences + 1, self.cu_seqlens[-1]),
+            logit_rows=_fill(self.logit_rows, sequences, 0),
+        )
+
 
 def _count_decodes(steps: Sequence[SequenceStep]) -> int:
     """Leading sequences of one token."""
@@ -97,6 +137,10 @@ def _count_decodes(steps: Sequence[SequenceStep]) -> int:
 
 def _flatten(parts: Sequence[Sequence[int] | npt.NDArray[np.int64]]) -> Ints:
     return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+
+
+def _fill(values: Ints, size: int, filling: int) -> Ints:
+    return np.concatenate([values, np.full(size - len(values), filling, dtype=np.int32)])
 
 
 def _kv_slots(

@@ -1,26 +1,26 @@
-"""Steps with chunks of prompts, scored ones too, or with drafts, launch by launch.
+"""Steps with chunks of prompts, scored ones too, or with drafts.
 
-Shape legend: M tokens, B sequences, D of them decoding, R rows of logits, N sequences with drafts,
-K drafts at most.
+Chunks alone are replayed where there is a graph for them (`chunk_graphs`); everything else runs
+launch by launch.
+
+Shape legend: R rows of logits, V vocabulary, N sequences with drafts, K drafts at most.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from engine.inference.decoder.batch import TokenBatch
+from engine.inference.chunk_graphs import ChunkGraphs
 from engine.inference.draft_check import DraftRows, last_accepted, likeliest_tokens
 from engine.inference.draw_kind import DrawKind
 from engine.inference.mixed_batch import MixedBatch
-from engine.inference.ports import TokenDecoder, TokenSampler
+from engine.inference.mixed_forward import MixedForward, add_parts
+from engine.inference.ports import TokenSampler
 from engine.inference.scored_rows import ScoredRows
 from engine.inference.step_buffers import HostArena, StepBuffers
-from kernels.kv_pages import KvPages
 from kernels.step_state import record_tokens
 
 __all__ = ["MixedLogits", "MixedStep"]
-
-PARTS = ("token_ids", "positions", "kv_slots", "slots", "lengths", "cu_seqlens", "logit_rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,8 @@ class MixedLogits:
     """What a mixed step computed, and for whom."""
 
     logits: torch.Tensor
-    """``[R, V]``: one row for each drawing sequence, then those of drafts, then scored ones."""
+    """``[R, V]``: one row for each drawing sequence, then those of drafts, then scored ones; those
+    of nobody follow where the batch was filled up."""
     slots: torch.Tensor
     """int64: of the drawing sequences."""
     drafting: _Drafting | None
@@ -53,21 +54,22 @@ class MixedStep:
 
     def __init__(
         self,
-        decoder: TokenDecoder,
+        forward: MixedForward,
+        chunks: ChunkGraphs,
         sampler: TokenSampler,
-        pages: tuple[KvPages, ...],
         buffers: StepBuffers,
         drawn: torch.Tensor,
         scored: ScoredRows,
     ) -> None:
         """Keep what all steps share; `drawn` is int32, for the tokens of a step."""
-        self._decoder, self._sampler, self._pages = decoder, sampler, pages
+        self._forward, self._chunks, self._sampler = forward, chunks, sampler
         self._buffers, self._drawn, self._scored = buffers, drawn, scored
 
     def forward(self, batch: MixedBatch, arena: HostArena) -> MixedLogits:
-        """Send what a batch needs in one copy, then compute its logits."""
+        """Send what a batch needs in one copy, then compute its logits; the arena is empty."""
+        filled = self._chunks.fill(batch)
+        places = add_parts(filled or batch, arena)
         placed = self._buffers.pack(arena)
-        at = {name: arena.add(getattr(batch, name)) for name in PARTS}
         drawing = arena.add([step.slot for step in batch.drawing])
         table = DraftRows.of([step.token_ids[-step.drafts :] for step in batch.drafting])
         drafting = [
@@ -78,10 +80,13 @@ class MixedStep:
         score_ids = arena.add([each for step in batch.scoring for each in step.score_ids])
         sent = arena.send()
         self._buffers.apply(sent, placed)
-        parts = {name: sent[place] for name, place in at.items()}
+        if filled is None:
+            logits = self._forward.compute(sent, places, decodes=batch.decodes)
+        else:
+            logits = self._chunks.forward(sent, places)
         slots, rows, drafts = (sent[place] for place in drafting)
         return MixedLogits(
-            logits=self._decoder.forward(self._lay_out(batch, parts), self._pages),
+            logits=logits,
             slots=sent[drawing].long(),
             drafting=_Drafting(
                 slots=slots.long(),
@@ -111,20 +116,3 @@ class MixedStep:
             state.last_tokens[computed.drafting.slots] = last.clamp(min=0)
         if scored:
             self._scored.measure(computed.logits[-scored:], computed.score_ids)
-
-    def _lay_out(self, batch: MixedBatch, parts: dict[str, torch.Tensor]) -> TokenBatch:
-        state, slots = self._buffers.state, parts["slots"].long()
-        token_ids, decodes = parts["token_ids"], batch.decodes
-        if decodes:
-            given, drawn = token_ids[:decodes], state.last_tokens[slots[:decodes]]
-            token_ids = torch.cat([torch.where(given < 0, drawn, given), token_ids[decodes:]])
-        return TokenBatch(
-            token_ids=token_ids,
-            positions=parts["positions"],
-            kv_slots=parts["kv_slots"].long(),
-            block_table=state.block_table[slots],
-            lengths=parts["lengths"],
-            cu_seqlens=parts["cu_seqlens"] if decodes < len(slots) else None,
-            decodes=decodes,
-            logit_rows=parts["logit_rows"].long(),
-        )

@@ -2,31 +2,36 @@
 
 A step in which every sequence decodes is a replay of CUDA graphs over buffers that live on the
 device (`decode_graphs`, `kernels.step_state`): lengths advance there and tokens stay there, so
-nothing is sent while the same sequences go on, but for a page now and then. Steps with chunks of
-prompts, or with drafts to verify, run launch by launch. A launch returns before the device is done;
-tokens come back by a copy beside the steps (`step_results`).
+nothing is sent while the same sequences go on, but for a page now and then. Chunks of prompts alone
+are filled up and replayed too (`chunk_graphs`); beside decoding sequences, scored or with drafts to
+verify, they run launch by launch. A launch returns before the device is done; tokens come back by a
+copy beside the steps (`step_results`).
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import torch
 
+from engine.inference.chunk_graphs import ChunkGraphs, chunk_sizes
 from engine.inference.decode_graphs import DecodeGraphs
 from engine.inference.decode_step import DecodeStep
 from engine.inference.draw_kind import DrawKind
+from engine.inference.graph_pool import capture_graphs
 from engine.inference.memory_plan import MemoryPlan
 from engine.inference.mixed_batch import MixedBatch
+from engine.inference.mixed_forward import MixedForward
 from engine.inference.mixed_step import MixedStep
 from engine.inference.open_slots import OpenSlots
 from engine.inference.ports import TokenDecoder, TokenSampler
 from engine.inference.runner_options import RunnerOptions
 from engine.inference.sampling_params import SamplingParams
 from engine.inference.scored_rows import ScoredRows
-from engine.inference.step_buffers import HostArena, StepBuffers
+from engine.inference.step_buffers import HostArena, StepBuffers, make_arenas
 from engine.inference.step_results import LaunchedStep, Reading, StepResults
 from engine.inference.steps import MAX_SCORED_TOKENS, SequenceStep, StepPlan
 from kernels.step_state import SequenceState
@@ -78,12 +83,8 @@ class PagedRunner:
         self._open = OpenSlots()
         with self._in_stream():
             self._allocate(plan)
-        if on_gpu and options.use_graphs:
-            with self._in_stream(), torch.inference_mode():
-                self._graphs.capture(self._device)
-        self.memory = replace(
-            plan, graph_bytes=self._graphs.graph_bytes, sampler_bytes=sampler.memory_bytes
-        )
+        graph_bytes = self._capture() if on_gpu and options.use_graphs else 0
+        self.memory = replace(plan, graph_bytes=graph_bytes, sampler_bytes=sampler.memory_bytes)
         self.memory_bytes = self.memory.total_bytes
 
     @property
@@ -167,13 +168,21 @@ class PagedRunner:
         self._buffers = StepBuffers(state, options.page_size)
         ints = 2 * len(state.words) + INTS_PER_SEQUENCE * slots + INTS_PER_TOKEN * tokens
         ints += MAX_SCORED_TOKENS
-        self._arenas = cycle([HostArena(ints, device) for _ in range(ARENAS)])
+        self._arenas = cycle(make_arenas(ARENAS, ints, device))
         scored = ScoredRows(device)
         self._results = StepResults(drawn, sampler.logprobs, scored.logprobs, sampler.accept)
         # neither knows the runner: without a cycle its memory is free as soon as it is dropped
         step = DecodeStep(decoder, sampler, self.kv_pages, state, drawn)
         self._graphs = DecodeGraphs(step, options.buckets_on(device.type))
-        self._mixed = MixedStep(decoder, sampler, self.kv_pages, self._buffers, drawn, scored)
+        forward = MixedForward(decoder, self.kv_pages, state)
+        self._chunks = ChunkGraphs(forward, chunk_sizes(decoder, options))
+        self._mixed = MixedStep(forward, self._chunks, sampler, self._buffers, drawn, scored)
+
+    def _capture(self) -> int:
+        """Capture all steps; returns bytes that the graphs hold."""
+        with self._in_stream(), torch.inference_mode():
+            chunks = partial(self._chunks.capture, next(self._arenas))
+            return capture_graphs(self._device, chunks, self._graphs.capture)
 
     def _prepare_draw(self, steps: tuple[SequenceStep, ...]) -> DrawKind:
         guided = self._open.guided(steps)

@@ -32,11 +32,18 @@ class TokenDecoder(Protocol):
     def weight_bytes(self) -> int:
         """What it holds there."""
 
+    @property
+    def chunks_wait(self) -> bool:
+        """Whether chunks of prompts wait for the host, so that no graph can hold them."""
+
     def new_pages(self, pages: int, *, kv_bits: int, page_size: int = 16) -> tuple[KvPages, ...]:
         """Allocate the cache, one entry a layer."""
 
     def forward(self, batch: TokenBatch, pages: tuple[KvPages, ...]) -> torch.Tensor:
-        """Compute logits ``[R, V]``; where all sequences decode a CUDA graph can capture it."""
+        """Compute logits ``[R, V]``; a CUDA graph can capture decodes, and chunks that do not wait.
+
+        Tokens behind the last chunk are no sequence's: what they hold reaches no other.
+        """
 
 
 class TokenSampler(Protocol):

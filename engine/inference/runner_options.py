@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.inference.memory_plan import decode_buckets
+from engine.inference.memory_plan import chunk_buckets, decode_buckets
 
 __all__ = ["RunnerOptions"]
 
@@ -28,10 +28,15 @@ class RunnerOptions:
     pages: int | None = None
     """Overrides both; on a CPU 1024 where neither it nor `kv_bytes` is given."""
     use_graphs: bool = True
-    """Whether a GPU replays decode steps."""
+    """Whether a GPU replays steps; without, it runs the same launch by launch."""
     buckets: tuple[int, ...] | None = None
     """Batch sizes that decode steps are filled up to; None for the usual ones on a GPU, for none on
     a CPU."""
+    chunk_graphs: bool = True
+    """Whether steps that are chunks of prompts alone are filled up and replayed too."""
+    chunk_buckets: tuple[int, ...] | None = None
+    """Numbers of tokens that they are filled up to, larger ones not at all; None as for
+    `buckets`."""
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_step_tokens"):
@@ -42,6 +47,14 @@ class RunnerOptions:
             raise ValueError(
                 f"memory_fraction = {self.memory_fraction} is not possible: use more than 0 and at"
                 " most 1"
+            )
+        if self.chunk_buckets and (
+            list(self.chunk_buckets) != sorted(set(self.chunk_buckets))
+            or not 1 <= self.chunk_buckets[0] <= self.chunk_buckets[-1] <= self.max_step_tokens
+        ):
+            raise ValueError(
+                f"chunk_buckets = {self.chunk_buckets} are not possible: use rising numbers up to"
+                f" max_step_tokens = {self.max_step_tokens}"
             )
         if self.buckets and (
             list(self.buckets) != sorted(set(self.buckets))
@@ -57,3 +70,11 @@ class RunnerOptions:
         if self.buckets is not None:
             return self.buckets
         return decode_buckets(self.max_sequences) if device_type == "cuda" else ()
+
+    def chunk_buckets_on(self, device_type: str) -> tuple[int, ...]:
+        """Numbers of tokens of steps that are chunks alone, on a `cuda` or `cpu` device."""
+        if not self.chunk_graphs:
+            return ()
+        if self.chunk_buckets is not None:
+            return self.chunk_buckets
+        return chunk_buckets(self.max_step_tokens) if device_type == "cuda" else ()

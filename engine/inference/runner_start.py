@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from engine.inference.chunk_graphs import chunk_sizes
 from engine.inference.decoder.batch import TokenBatch
 from engine.inference.memory_plan import MemoryPlan, count_pages, useful_tokens
 from engine.inference.paged_runner import PagedRunner
@@ -21,7 +22,7 @@ from kernels.kv_pages import KvPages
 __all__ = ["plan_memory", "start_runner", "warm_up"]
 
 BYTES_PER_GRAPH = 12 << 20
-"""Of the nodes of one batch size, three graphs; estimated, the pool comes on top."""
+"""Of the nodes of one size and its draws; estimated, the pool comes on top."""
 LEAST_CHUNK = 16
 
 
@@ -96,9 +97,9 @@ def warm_up(runner: PagedRunner, max_step_tokens: int) -> None:
         pages = tuple(range(-(-tokens // runner.page_size)))
         step = SequenceStep(slot=0, start=0, token_ids=(0,) * tokens, page_ids=pages, draws=True)
         _run_alone(runner, step)
-        if tokens <= MAX_SCORED_TOKENS:
-            # the head has as many rows then
-            _run_alone(runner, replace(step, draws=False, score_ids=step.token_ids))
+        # never replayed; up to 128 tokens the head has as many rows
+        scored = step.token_ids[-MAX_SCORED_TOKENS:]
+        _run_alone(runner, replace(step, draws=False, score_ids=scored))
     if runner.max_sequences > 1 and runner.pages > 1:
         _run_beside(runner, min(LEAST_CHUNK, longest))
 
@@ -136,12 +137,13 @@ def _measure_steps(decoder: TokenDecoder, options: RunnerOptions) -> tuple[int, 
     """Bytes that the largest step takes, and an estimate of what graphs will hold."""
     device, page_size = decoder.device, options.page_size
     limit = min(options.context_length or decoder.context_length, decoder.context_length)
-    tokens = min(options.max_step_tokens, limit)
-    pages = -(-tokens // page_size)
-    kv = decoder.new_pages(pages, kv_bits=options.kv_bits, page_size=page_size)
+    tokens = options.max_step_tokens
+    longest = min(tokens, limit)
     # beside a token of every other sequence some of a prompt are scored
     rows = min(options.max_sequences + MAX_SCORED_TOKENS, tokens)
-    chunk = _chunk_batch(tokens, rows, page_size, device)
+    chunk = _chunk_batch(tokens, longest, rows, page_size, device)
+    prompts, pages = chunk.block_table.shape
+    kv = decoder.new_pages(prompts * pages, kv_bits=options.kv_bits, page_size=page_size)
     decode = _decode_batch(options.max_sequences, pages, device)
     workspace_bytes = _peak_bytes(decoder, chunk, kv)
     pool_bytes = _peak_bytes(decoder, decode, kv)
@@ -149,9 +151,12 @@ def _measure_steps(decoder: TokenDecoder, options: RunnerOptions) -> tuple[int, 
     torch.cuda.empty_cache()
     if not options.use_graphs:
         return workspace_bytes, 0
+    chunks = chunk_sizes(decoder, options)
+    if chunks:
+        pool_bytes = max(pool_bytes, workspace_bytes)
     # a pool keeps whole segments, of which a part stays empty
-    graphs = len(options.buckets_on(device.type)) * BYTES_PER_GRAPH + 2 * pool_bytes
-    return workspace_bytes, graphs
+    sizes = len(options.buckets_on(device.type)) + len(chunks)
+    return workspace_bytes, sizes * BYTES_PER_GRAPH + 2 * pool_bytes
 
 
 def _peak_bytes(decoder: TokenDecoder, batch: TokenBatch, kv: tuple[KvPages, ...]) -> int:
@@ -165,19 +170,23 @@ def _peak_bytes(decoder: TokenDecoder, batch: TokenBatch, kv: tuple[KvPages, ...
     return peak_bytes - before
 
 
-def _chunk_batch(tokens: int, rows: int, page_size: int, device: torch.device) -> TokenBatch:
-    """One prompt, as if the last of its tokens were wanted by so many sequences."""
-    positions = torch.arange(tokens, device=device)
-    pages = -(-tokens // page_size)
+def _chunk_batch(
+    tokens: int, longest: int, rows: int, page_size: int, device: torch.device
+) -> TokenBatch:
+    """Prompts as few as hold the tokens, as if the last were wanted by so many sequences."""
+    number = torch.arange(tokens, device=device)
+    pages, prompts = -(-longest // page_size), -(-tokens // longest)
+    ends = torch.tensor([*range(0, tokens, longest), tokens], dtype=torch.int32, device=device)
+    table = torch.arange(prompts * pages, dtype=torch.int32, device=device)
     return TokenBatch(
-        token_ids=torch.zeros_like(positions, dtype=torch.int32),
-        positions=positions.int(),
-        kv_slots=positions,
-        block_table=torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0),
-        lengths=torch.tensor([tokens], dtype=torch.int32, device=device),
-        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+        token_ids=torch.zeros_like(number, dtype=torch.int32),
+        positions=(number % longest).int(),
+        kv_slots=number // longest * pages * page_size + number % longest,
+        block_table=table.view(prompts, pages),
+        lengths=ends.diff(),
+        cu_seqlens=ends,
         decodes=0,
-        logit_rows=positions[-rows:],
+        logit_rows=number[-rows:],
     )
 
 

@@ -3,8 +3,9 @@
 The host mirrors the words that a device keeps of its sequences (`kernels.step_state`). A step that
 goes on where the last one ended finds nothing to send: lengths advance on the device, the token is
 there already, and pages are compared with those sent before. Everything else goes into an arena of
-int32: offsets of changed words, their values, then what a chunk of a prompt computes. Several
-arenas take turns, so that one is filled while another is still being copied.
+int32: what a chunk of a prompt computes, then offsets of changed words and their values. Several
+arenas take turns, so that one is filled while another is still being copied; on the device all go
+to one place, for a stream copies nothing before what it was given earlier has ended.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from engine.inference.steps import SequenceStep
 from kernels.step_state import SequenceState, write_words
 
-__all__ = ["HostArena", "StepBuffers"]
+__all__ = ["HostArena", "StepBuffers", "make_arenas"]
 
 ALIGNMENT = 4
 """Integers: kernels are compiled apart for addresses that 16 bytes do not divide."""
@@ -25,16 +26,32 @@ UNKNOWN = -1
 """A length that only the device knows."""
 
 
+def make_arenas(count: int, size: int, device: torch.device) -> list["HostArena"]:
+    """Allocate arenas that take turns in one stream; see `HostArena`."""
+    first = HostArena(size, device)
+    return [first, *(HostArena(size, device, first.target) for _ in range(count - 1))]
+
+
 class HostArena:
     """Pinned int32 memory that one step is written to, and its copy on the device."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        """Allocate; `size` integers of one step and the room to align them."""
+    def __init__(self, size: int, device: torch.device, target: torch.Tensor | None = None) -> None:
+        """Allocate `size` integers of one step and the room to align them.
+
+        Args:
+            size: at most.
+            device: where they go.
+            target: of another arena of this size and stream, to copy to as well; None allocates.
+        """
         on_gpu, size = device.type == "cuda", size + SLACK
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu)
         self._view = self._host.numpy()
-        # on a CPU the host's memory is the device's
-        self._device = torch.zeros(size, dtype=torch.int32, device=device) if on_gpu else self._host
+        if not on_gpu:
+            # on a CPU the host's memory is the device's
+            target = self._host
+        elif target is None:
+            target = torch.zeros(size, dtype=torch.int32, device=device)
+        self.target = target
         self._sent = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self._used = 0
 
@@ -55,9 +72,9 @@ class HostArena:
     def send(self) -> torch.Tensor:
         """Copy what was added, behind what the stream does; int32 on the device."""
         if self._sent is not None and self._used:
-            self._device[: self._used].copy_(self._host[: self._used], non_blocking=True)
+            self.target[: self._used].copy_(self._host[: self._used], non_blocking=True)
             self._sent.record()
-        return self._device
+        return self.target
 
 
 class StepBuffers:

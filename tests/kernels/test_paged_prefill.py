@@ -51,6 +51,28 @@ def test_a_chunk_attends_to_earlier_chunks(kernel, device, bits):
     check(kernel, *args, Scoring(softmax_scale=0.125), block_t=32)
 
 
+@pytest.mark.parametrize("bits", [4, 16])
+def test_sequences_and_tokens_that_fill_a_batch_up_change_no_bit(kernel, device, bits):
+    query, pages, context, starts = case(device, bits=bits, counts=(7, 20), lengths=(40, 33))
+    scoring = Scoring(softmax_scale=0.125)
+    config = kernel.LaunchConfig(block_m=16, block_t=16, num_warps=1, num_stages=2)
+    alone = kernel.launch_paged_prefill(query, pages, context, scoring, starts, config=config)
+    # tokens behind the last sequence, and sequences of none whose pages are nobody's
+    more = torch.cat([query, torch.full_like(query[:21], float("nan"))])
+    table, lengths = context.block_table, context.lengths
+    filled = PagedContext(
+        block_table=torch.cat([table, torch.full_like(table, len(pages.codes) - 1)]),
+        lengths=torch.cat([lengths, torch.zeros_like(lengths)]),
+    )
+    starts = torch.cat([starts, starts[-1:], starts[-1:]])
+    out = torch.full_like(more, 7.0)
+
+    kernel.launch_paged_prefill(more, pages, filled, scoring, starts, out=out, config=config)
+
+    assert torch.equal(out[:27], alone)
+    assert bool((out[27:] == 7.0).all())
+
+
 @pytest.mark.parametrize(("head_dim", "bits"), [(80, 2), (80, 16), (96, 4), (256, 2)])
 def test_heads_of_any_size(kernel, device, bits, head_dim):
     args = case(device, bits=bits, counts=(10,), lengths=(18,), head_dim=head_dim)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from engine.inference.decoder.batch import TokenBatch
+from engine.inference.decoder.launches import prefill_config
 from engine.inference.decoder.operands import InputPasses, Operand, Reading
 from kernels import attended_tokens as attended
 from kernels import paged_attention as decode
@@ -74,7 +75,7 @@ class AttendedSource:
 
     def _prefill(self, cu_seqlens: torch.Tensor, first: int, out: torch.Tensor) -> None:
         tokens, heads, head_dim = self.query[first:].shape
-        chosen = prefill.select_config(tokens, heads // self.pages.kv_heads, head_dim)
+        group = heads // self.pages.kv_heads
         prefill.paged_prefill(
             self.query[first:],
             self.pages,
@@ -82,7 +83,7 @@ class AttendedSource:
             self.scoring,
             cu_seqlens,
             out=out[first:],
-            config=replace(chosen, pdl=self.launch_pdl),
+            config=prefill_config(tokens, group, head_dim, overlaps=self.launch_pdl),
         )
 
     @property

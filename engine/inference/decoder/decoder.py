@@ -116,6 +116,11 @@ class Decoder:
         ends = self._entry.nbytes + self._exit.nbytes
         return ends + sum(each.nbytes for each in self._layers)
 
+    @property
+    def chunks_wait(self) -> bool:
+        """Whether chunks of prompts wait for the host: those of experts do."""
+        return any(each.chunks_wait for each in self._layers)
+
     def new_pages(self, pages: int, *, kv_bits: int, page_size: int = 16) -> tuple[KvPages, ...]:
         """Allocate the cache of every layer.
 
@@ -140,6 +145,7 @@ class Decoder:
 
         On a GPU nothing waits for the host and no shape depends on data, so the whole can be
         recorded in a CUDA graph; with experts, chunks wait for the router unless it is recorded.
+        Tokens behind the last chunk are no sequence's: what they hold reaches no other.
 
         Args:
             batch: M tokens.

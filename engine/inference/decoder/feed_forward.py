@@ -30,6 +30,10 @@ class FeedForward(Protocol):
     def nbytes(self) -> int:
         """Bytes of its weights."""
 
+    @property
+    def chunks_wait(self) -> bool:
+        """Whether the host has to see what chunks of prompts computed."""
+
     def apply(self, device: Device, source: Source, batch: TokenBatch) -> torch.Tensor:
         """Give ``[M, hidden]``."""
 
@@ -47,6 +51,11 @@ class Gated:
     def nbytes(self) -> int:
         """Bytes of its weights."""
         return self.up.nbytes + self.down.nbytes
+
+    @property
+    def chunks_wait(self) -> bool:
+        """No."""
+        return False
 
     def apply(self, device: Device, source: Source, batch: TokenBatch) -> torch.Tensor:
         """Give ``[M, hidden]``."""
@@ -67,6 +76,11 @@ class Experts:
         """Bytes of router and experts."""
         routing = sum(each.nbytes for each in self.router.parameters())
         return routing + sum(each.nbytes for each in self.experts)
+
+    @property
+    def chunks_wait(self) -> bool:
+        """For the choice of the router."""
+        return True
 
     def apply(self, device: Device, source: Source, batch: TokenBatch) -> torch.Tensor:
         """Give ``[M, hidden]``."""

@@ -28,6 +28,7 @@ import torch
 
 from engine.inference.decoder.attended import AttendedSource
 from engine.inference.decoder.batch import TokenBatch
+from engine.inference.decoder.launches import append_config, row_config
 from engine.inference.decoder.operands import (
     VALUES,
     Activation,
@@ -133,8 +134,7 @@ class GpuPasses:
         return self.plain(mixed, replace(reading, hadamard=0))
 
     def _row_config(self, columns: int, m: int, *, gated: bool = False) -> tokens.LaunchConfig:
-        chosen = tokens.select_config(tokens.row_block(columns), m=m, gated=gated)
-        return replace(chosen, launch_pdl=chosen.launch_pdl and self._launch_pdl)
+        return row_config(columns, m, gated=gated, overlaps=self._launch_pdl)
 
 
 class GpuDevice:
@@ -207,8 +207,7 @@ class GpuDevice:
         norms: HeadNorms | None,
     ) -> torch.Tensor:
         """Normalize, rotate and store in one launch."""
-        chosen = kv_append.select_config(len(slots), pages.kv_heads)
-        config = replace(chosen, launch_pdl=self._launch_pdl)
+        config = append_config(len(slots), pages.kv_heads, overlaps=self._launch_pdl)
         query = kv_append.append_kv(pages, states, slots, rotary, norms=norms, config=config)
         assert query is not None, "the states have queries"
         return query

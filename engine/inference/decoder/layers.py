@@ -62,6 +62,10 @@ class Layer(Protocol):
     def nbytes(self) -> int:
         """Bytes of its linears."""
 
+    @property
+    def chunks_wait(self) -> bool:
+        """Whether the host has to see what chunks of prompts computed."""
+
     def run(self, device: Device, stream: Stream, batch: TokenBatch, pages: KvPages) -> Stream:
         """Pass tokens through, and append their keys and values to the pages."""
 
@@ -78,6 +82,11 @@ class _Halves:
     def nbytes(self) -> int:
         """Bytes of its linears."""
         return self.attention.nbytes + self.feed_forward.nbytes
+
+    @property
+    def chunks_wait(self) -> bool:
+        """Whether the host has to see what chunks of prompts computed."""
+        return self.feed_forward.chunks_wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

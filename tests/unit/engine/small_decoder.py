@@ -26,6 +26,7 @@ class SmallDecoder:
         self.vocabulary, self.context_length = VOCABULARY, context_length
         self.device = torch.device(device)
         self.weight_bytes = 4096
+        self.chunks_wait = False
         self.forwards = 0
         self.batches = []
         self._embedding, self._positions = (

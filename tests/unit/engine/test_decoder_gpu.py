@@ -1,6 +1,7 @@
 """The decoder's kernels against its plain torch: on a GPU, and in Triton's interpreter."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -250,6 +251,49 @@ def test_the_kernels_of_a_gpu_give_the_logits_of_a_cpu(tmp_path, forced_kernels,
 
     expected = logits_in_chunks(on_cpu(directory, 8), kv_bits=kv_bits, chunks=chunks)
     assert_close(found, expected)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Tensors that are not written yet hold NaN."""
+    torch.use_deterministic_algorithms(mode=True)
+    yield
+    torch.use_deterministic_algorithms(mode=False)
+
+
+@interpreted
+# the interpreter's numpy tells of rows that are NaN
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value encountered in cast")
+@pytest.mark.parametrize("notation", ["w4a8kv8", "w4a16"])
+def test_tokens_and_sequences_of_nobody_change_no_bit(
+    tmp_path, forced_kernels, poisoned_memory, notation
+):
+    directory = saved(tmp_path, notation, layers=2)
+    loaded = load_checkpoint(directory, dtype=torch.float16, prepares=False)
+    decoder = Decoder.build(loaded, GpuDevice(torch.device("cpu"), torch.float16), head_bits=8)
+    first, second = Sequence(ids=TOKENS, pages=(1,)), Sequence(ids=TOKENS.flip(0), pages=(0,))
+    rows = torch.tensor([2, 4])
+    batch = batch_of([(first, 3), (second, 2)], logit_rows=rows)
+    zeros = torch.zeros(3, dtype=torch.int64)
+    filled = replace(
+        batch,
+        token_ids=torch.cat([batch.token_ids, zeros]),
+        positions=torch.cat([batch.positions, zeros]),
+        kv_slots=torch.cat([batch.kv_slots, zeros - 1]),
+        block_table=torch.cat([batch.block_table, torch.full((2, 1), 2, dtype=torch.int32)]),
+        lengths=torch.cat([batch.lengths, zeros[:2].int()]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:], batch.cu_seqlens[-1:]]),
+        logit_rows=torch.cat([rows, zeros[:2]]),
+    )
+    kv_bits = QuantSpec.from_notation(notation).kv_bits
+    pages = [decoder.new_pages(3, kv_bits=kv_bits) for _ in range(2)]
+
+    expected = decoder.forward(batch, pages[0])
+    found = decoder.forward(filled, pages[1])
+
+    assert bool(expected.isfinite().all())
+    assert torch.equal(found[:2], expected)
+    assert all(torch.equal(*[each.codes for each in layer]) for layer in zip(*pages, strict=True))
 
 
 @interpreted

@@ -80,7 +80,7 @@ def answer(engine, request):
     return tokens
 
 
-@pytest.mark.parametrize("options", [{}, {"buckets": (2, 4)}])
+@pytest.mark.parametrize("options", [{}, {"buckets": (2, 4)}, {"chunk_buckets": (8, 16, 32)}])
 def test_answers_are_the_same_alone_and_among_others(serve, options):
     engine = serve(**options)
     requests = [request_of(number, fields) for number, fields in enumerate(REQUESTS)]
