@@ -26,7 +26,7 @@ def half_decode_kernel(
     w_scale_ptr, w_zero_ptr, zero_codes_ptr,
     bias_ptr,
     out_ptr, stride_om,
-    ahead_ptr, ahead_piece, ahead_last,
+    ahead_ptr, ahead_ranges, ahead_stride, ahead_piece, ahead_last,
     M, N, K,
     F0: gl.constexpr,
     F1: gl.constexpr,
@@ -75,7 +75,7 @@ def half_decode_kernel(
     )  # fmt: skip
     rows = _load_rows(scale_ptrs, w_zero_ptr, bias_ptr, n, N, HAS_BIAS, GROUPS)
     if AHEAD:
-        _ask_ahead(ahead_ptr, ahead_piece, ahead_last)
+        _ask_ahead(ahead_ptr, ahead_ranges, ahead_stride, ahead_piece, ahead_last)
     _control("griddepcontrol.wait; // $0", PDL)
     # columns of the product beyond the last token repeat it and are not stored
     token = gl.minimum(lane // 4, M - 1)
@@ -339,12 +339,14 @@ def _control(ASSEMBLY: gl.constexpr, PDL: gl.constexpr):
 
 
 @gluon.jit
-def _ask_ahead(ahead_ptr, piece, last):
+def _ask_ahead(ahead_ptr, ranges, stride, piece, last):
     """`kernels.ahead.ask_ahead`."""
     ASSEMBLY: gl.constexpr = ask_assembly()
+    program = gl.program_id(0)
+    address = ahead_ptr.to(gl.int64) + (program % ranges).to(gl.int64) * stride
     gl.inline_asm_elementwise(
         ASSEMBLY, "=r,l,r,r,r",
-        [ahead_ptr.to(gl.int64), gl.program_id(0) * (8 * piece), last, piece],
+        [address, program // ranges * (8 * piece), last, piece],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

@@ -34,6 +34,7 @@ from kernels._token_kernel import (
 from kernels.attention import PagedContext, Scoring, attention_reference, check_attention
 from kernels.attention_chunks import Chunks, chunking
 from kernels.kv_pages import KvPages
+from kernels.kv_tiles import wait_for_predecessor
 from kernels.quantize_tokens import (
     TokenForm,
     new_tokens,
@@ -257,17 +258,13 @@ def _combine_tokens_kernel(
     offs_s = tl.arange(0, BLOCK_S)
     mask_h = (own_h < SHARE) & (offs_h < HEADS)
     mask = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
-    if PDL:
-        # the product behind reads weights alone before it waits
-        tl.extra.cuda.gdc_launch_dependents()
     # lengths are older than the kernel before
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")
     _, begin, chunk = chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
     filled = tl.cdiv(length - begin, chunk)
     row = (b * HEADS + offs_h) * SPLITS
     part_ptrs = parts_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(PDL)
     before, note = open_slot(slots_ptr, code_sums_ptr, b, part, BITS, GROUPS, PARTS)
     x = tl.load(
         sums_ptr + row[:, None] + offs_s[None, :],

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention import PagedContext, Scoring
+from kernels.kv_tiles import wait_for_predecessor
 
 __all__ = ["ChunkConfig", "Chunks", "chunking", "combine_chunks"]
 
@@ -112,10 +113,7 @@ def _combine_kernel(
     _, begin, chunk = chunking(length, window, HAS_WINDOW, SPLITS, MIN_CHUNK, BLOCK_T)
     filled = offs_s < tl.cdiv(length - begin, chunk)
     row = (b * heads + head) * SPLITS + offs_s
-    if PDL:
-        # the product behind reads weights alone before it waits
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(PDL)
     x = tl.load(sums_ptr + row, mask=filled, other=float("-inf"))
     mask = filled[:, None] & (offs_d < HEAD_DIM)[None, :]
     parts = tl.load(parts_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)

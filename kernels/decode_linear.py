@@ -22,7 +22,14 @@ import triton
 
 from kernels._decode_kernel import decode_linear_kernel
 from kernels.ahead import NOTHING, pieces_of
-from kernels.decode_config import MAX_TOKENS, LaunchConfig, decode_configs, select_config
+from kernels.decode_config import (
+    MAX_TOKENS,
+    DecodeShape,
+    LaunchConfig,
+    decode_configs,
+    rows_at_once,
+    select_config,
+)
 from kernels.overlap import can_overlap
 from kernels.sliced import SlicedWeight
 from kernels.sliced_reference import check_operands
@@ -44,7 +51,6 @@ def decode_linear(
     out_dtype: torch.dtype = torch.bfloat16,
     config: LaunchConfig | None = None,
     counters: torch.Tensor | None = None,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply 1 to 8 tokens by a sliced weight, on a GPU or in the interpreter.
 
@@ -57,8 +63,6 @@ def decode_linear(
         counters: for launches that split K, int32 zeros, one for every tile of rows; they are left
             zero, so one tensor serves every launch of a stream. None allocates and clears them,
             which is a launch more.
-        ahead: contiguous memory that the next product of the stream reads, brought nearer where
-            this launch starts early (`kernels.ahead`).
 
     Returns:
         ``[M, N]`` of ``out_dtype``: bit-equal to the reference per channel, within float32
@@ -94,7 +98,8 @@ def decode_linear(
     zero_codes = _as_words(weight.zero_codes, word_groups)
     interpreted = not isinstance(decode_linear_kernel, triton.JITFunction)
     pdl = config.launch_pdl and not interpreted and can_overlap(out.device.index)
-    pieces = pieces_of(ahead, tiles * config.split_k) if pdl else NOTHING
+    later = _later(weight, config, m) if pdl else fields[0]
+    pieces = pieces_of(later) if pdl else NOTHING
     decode_linear_kernel[(tiles, config.split_k)](
         x, x.stride(0),
         tokens.scale, tokens.zero_point, tokens.sums,
@@ -104,7 +109,7 @@ def decode_linear(
         out, out.stride(0),
         partials, weight.padded_rows,
         out if counters is None else counters,
-        fields[0] if ahead is None else ahead, *pieces,
+        later, *pieces,
         m, n,
         F0=field_bits[0],
         F1=field_bits[1],
@@ -132,6 +137,24 @@ def decode_linear(
         **_launch_options(config, pdl=pdl),
     )  # fmt: skip
     return out
+
+
+def _later(weight: SlicedWeight, config: LaunchConfig, m: int) -> torch.Tensor:
+    """What no program loads before tokens are there: later turns, else rows without room yet."""
+    first = weight.fields[0]
+    if config.split_k > 1:
+        return first[:0]
+    if config.turn_blocks < len(first):
+        return first[config.turn_blocks :].view(1, -1)
+    shape = DecodeShape(
+        bits=weight.bits,
+        n=weight.out_features,
+        columns=weight.columns,
+        slice_bytes=weight.slice_bytes,
+        m=m,
+        grouped=weight.groups > 1,
+    )
+    return first[:, -(-rows_at_once(config, shape) // weight.block_rows) :]
 
 
 def _word_groups(weight: SlicedWeight) -> int:

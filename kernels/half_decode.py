@@ -141,7 +141,6 @@ def half_decode(
     bias: torch.Tensor | None = None,
     *,
     config: HalfDecodeConfig | None = None,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply up to 8 tokens by a sliced weight on a GPU from Ampere on.
 
@@ -150,7 +149,6 @@ def half_decode(
         weight: N outputs of K codes.
         bias: float ``[N]`` or None.
         config: the launch; None takes the first of `half_decode_configs`.
-        ahead: contiguous memory that the next product of the stream reads (`kernels.ahead`).
 
     Returns:
         ``[M, N]`` in the dtype of ``x``, the same in every run.
@@ -169,7 +167,7 @@ def half_decode(
     _check(x, weight, config)
     out = x.new_empty((x.shape[0], weight.out_features))
     if len(x):
-        _launch(x, weight, bias, out, config, ahead)
+        _launch(x, weight, bias, out, config)
     return out
 
 
@@ -179,7 +177,6 @@ def _launch(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     config: HalfDecodeConfig,
-    ahead: torch.Tensor | None,
 ) -> None:
     (m, n), g = out.shape, weight.slice_bytes
     grouped = weight.groups > 1
@@ -188,7 +185,10 @@ def _launch(
     field_bits = (*weight.field_bits, 0, 0)
     pdl = config.launch_pdl and x.is_cuda and can_overlap(x.device.index)
     programs = triton.cdiv(n, TILE_ROWS * config.row_tiles)
-    pieces = pieces_of(ahead, programs) if pdl else NOTHING
+    # blocks of columns that are loaded only when tokens are there
+    first_blocks = -(-STEP * config.warps * config.steps // (SLICES * g))
+    later = weight.fields[0][first_blocks:].reshape(1, -1)
+    pieces = pieces_of(later) if pdl else NOTHING
     half_decode_kernel[(programs,)](
         x.view(torch.int64), x.stride(0) // 4,
         *fields, weight.padded_rows * (g // 4),
@@ -197,7 +197,7 @@ def _launch(
         weight.zero_codes.view(torch.int32) if grouped else weight.zero_codes,
         bias if bias is not None else out,
         out, out.stride(0),
-        fields[0] if ahead is None else ahead, *pieces,
+        later, *pieces,
         m, n, weight.in_features,
         F0=field_bits[0],
         F1=field_bits[1],

@@ -105,7 +105,6 @@ def integer_linear(
     out_dtype: torch.dtype = torch.bfloat16,
     counters: torch.Tensor | None = None,
     fragments: FragmentWeight | None = None,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply quantized tokens by a sliced weight with the fastest kernel known for the shape.
 
@@ -118,7 +117,6 @@ def integer_linear(
             splits K clears its own first.
         fragments: the same weight for the binary tensor core, see `wants_fragments`; without them
             it does not answer.
-        ahead: memory that the next product of the stream reads (`kernels.ahead`).
 
     Returns:
         ``[M, N]`` of that dtype.
@@ -136,9 +134,7 @@ def integer_linear(
     if plan.route is Route.BINARY:
         assert fragments is not None, "a plan without fragments is never binary"
         return launch_binary(plan, tokens, fragments, bias, out_dtype=out_dtype)
-    return launch_plan(
-        plan, tokens, weight, bias, out_dtype=out_dtype, counters=counters, ahead=ahead
-    )
+    return launch_plan(plan, tokens, weight, bias, out_dtype=out_dtype, counters=counters)
 
 
 def quantized_linear(
@@ -170,8 +166,6 @@ def weight_only_linear(
     x_MK: torch.Tensor,
     weight: SlicedWeight,
     bias: torch.Tensor | None = None,
-    *,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply activations of 16 bits by a sliced weight.
 
@@ -179,7 +173,6 @@ def weight_only_linear(
         x_MK: float16 or bfloat16 ``[M, K]``, rows contiguous; float32 too on a CPU.
         weight: N outputs.
         bias: float ``[N]`` or None.
-        ahead: memory that the next product of the stream reads (`kernels.ahead`).
 
     Returns:
         ``[M, N]`` in the dtype of ``x_MK``.
@@ -198,7 +191,7 @@ def weight_only_linear(
     plan = plan_linear(key, _table_of(device.index or 0))
     if plan.route is Route.HALF_DECODE and not half_decode.can_half_decode(x_MK, weight):
         plan = Plan(route=Route.HALF)
-    return launch_half(plan, x_MK, weight, bias, ahead=ahead)
+    return launch_half(plan, x_MK, weight, bias)
 
 
 def make_counters(device: torch.device) -> torch.Tensor:
@@ -247,7 +240,6 @@ def launch_plan(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
     counters: torch.Tensor | None = None,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the kernel of a plan, on a GPU or in the interpreter; see `integer_linear`.
 
@@ -258,9 +250,8 @@ def launch_plan(
     match plan.route:
         case Route.DECODE:
             return decode_linear(
-                tokens, weight, bias, out_dtype=out_dtype, config=config, counters=counters,
-                ahead=ahead,
-            )  # fmt: skip
+                tokens, weight, bias, out_dtype=out_dtype, config=config, counters=counters
+            )
         case Route.PREFILL if not _can_prefill(weight):
             return launch_plan(
                 Plan(route=Route.TILE), tokens, weight, bias, out_dtype=out_dtype, counters=counters
@@ -303,8 +294,6 @@ def launch_half(
     x_MK: torch.Tensor,
     weight: SlicedWeight,
     bias: torch.Tensor | None = None,
-    *,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the kernel of a plan for 16-bit activations on a GPU; see `weight_only_linear`.
 
@@ -313,7 +302,7 @@ def launch_half(
     """
     match plan.route:
         case Route.HALF_DECODE:
-            return half_decode.half_decode(x_MK, weight, bias, config=plan.config, ahead=ahead)
+            return half_decode.half_decode(x_MK, weight, bias, config=plan.config)
         case Route.HALF:
             return half_linear.half_linear(x_MK, weight, bias, config=plan.config)
         case _:

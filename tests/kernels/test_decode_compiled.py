@@ -15,7 +15,8 @@ TYPES = {
     "x_sums_ptr": "*i32", "w0_ptr": "*i32", "w1_ptr": "*i32", "w2_ptr": "*i32", "run_words": "i32",
     "w_scale_ptr": "*fp16", "w_zero_ptr": "*i32", "zero_codes_ptr": "*u8", "w_sums_ptr": "*i32",
     "terms_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16", "stride_om": "i32",
-    "ahead_ptr": "*u8", "ahead_piece": "i32", "ahead_last": "i32",
+    "ahead_ptr": "*u8", "ahead_ranges": "i32", "ahead_stride": "i64",
+    "ahead_piece": "i32", "ahead_last": "i32",
     "partials_ptr": "*i32", "stride_pm": "i32", "counters_ptr": "*i32", "M": "i32", "N": "i32",
 }  # fmt: skip
 ONE_TURN = LaunchConfig(lane_rows=4, thread_rows=2, turn_blocks=4, num_warps=4)
@@ -73,7 +74,7 @@ def test_it_asks_for_every_weight_before_it_waits_and_stays_within_the_budget(bi
     assert places(code, "BAR")[0] > places(code, "IDP.4A")[-1]
 
 
-def test_it_asks_for_what_comes_next_behind_its_own_weights():
+def test_it_asks_for_later_blocks_behind_the_first():
     config = ONE_TURN
 
     code = code_of(config, bits=2, ahead=True)

@@ -12,7 +12,8 @@ TYPES = {
     "x_ptr": "*i64", "stride_xm": "i32", "w0_ptr": "*i32", "w1_ptr": "*i32", "w2_ptr": "*i32",
     "run_words": "i32", "w_scale_ptr": "*fp16", "w_zero_ptr": "*i32", "zero_codes_ptr": "*u8",
     "bias_ptr": "*fp32", "out_ptr": "*fp16", "stride_om": "i32",
-    "ahead_ptr": "*u8", "ahead_piece": "i32", "ahead_last": "i32",
+    "ahead_ptr": "*u8", "ahead_ranges": "i32", "ahead_stride": "i64",
+    "ahead_piece": "i32", "ahead_last": "i32",
     "M": "i32", "N": "i32", "K": "i32",
 }  # fmt: skip
 GROUPED = {"w_scale_ptr": "*i64", "zero_codes_ptr": "*i32"}
@@ -69,7 +70,7 @@ def test_it_asks_for_every_weight_before_it_waits_and_stays_within_the_budget(bi
     assert issued_a_weight(code, config, 4096) <= budget
 
 
-def test_it_asks_for_what_comes_next_behind_its_own_weights():
+def test_it_asks_for_later_blocks_behind_the_first():
     config = HalfDecodeConfig(row_tiles=1, warps=8, steps=1)
 
     code = code_of(config, bits=2, ahead=True)

@@ -137,12 +137,26 @@ def test_parts_own_whole_groups_or_one_program_takes_them(rotated, device, slots
     assert_close(tokens, rotated.quantize_rotated_reference(x, transform, form))
 
 
+@pytest.mark.parametrize("block", [256, 14336])
+def test_tokens_are_gated_alike_in_every_batch(rotated, block):
+    transform = transform_of(rotated, block, "cpu")
+
+    chosen = [
+        rotated.select_config(14336, transform, m=m, shared=shared)
+        for m in (1, 4, 8, 9, 64, 2048)
+        for shared in (False, True)
+    ]
+
+    assert {config.native_exp for config in chosen} == {True}
+
+
 def test_few_wide_tokens_are_shared_by_blocks_or_columns(rotated):
     blocks = transform_of(rotated, 256, "cpu")
     one = transform_of(rotated, 14336, "cpu")
 
     assert rotated.select_config(11008, blocks, shared=True).parts == 16
-    assert rotated.select_config(14336, one, m=8, shared=True).parts == 8
+    assert rotated.select_config(14336, one, m=4, shared=True).parts == 8
+    assert rotated.select_config(14336, one, m=8, shared=True).parts == 4
     for alone in (
         rotated.select_config(11008, blocks),
         rotated.select_config(14336, one, m=9, shared=True),

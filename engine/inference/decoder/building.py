@@ -5,7 +5,7 @@ of the same weights never lie side by side for more than one layer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,11 +96,9 @@ class _LayerParts:
             behind_attention=self._norm_or_none(plan.behind_attention),
             behind_feed_forward=self._norm_or_none(plan.behind_feed_forward),
         )
-        attention, feed_forward = self._attention(tables), self._feed_forward()
-        if isinstance(feed_forward, Gated):
-            # the memory is idle while attention runs
-            attention = replace(attention, out=attention.out.asking_for(feed_forward.up))
-        return LAYERS[plan.arrangement](norms=norms, attention=attention, feed_forward=feed_forward)
+        return LAYERS[plan.arrangement](
+            norms=norms, attention=self._attention(tables), feed_forward=self._feed_forward()
+        )
 
     @property
     def _plan(self) -> LayerPlan:

@@ -3,8 +3,8 @@
 Shape legend: M tokens, N outputs, K inputs.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 
@@ -34,9 +34,6 @@ class Matrix(Protocol):
     def multiply(self, operand: Operand) -> torch.Tensor:
         """Give ``[M, N]``, in the dtype of the stream."""
 
-    def asking_for(self, following: "Matrix") -> "Matrix":
-        """The same, with an eye to the product after it; itself where that gains nothing."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projection:
@@ -54,11 +51,6 @@ class Projection:
         outs = [part.multiply(source.read(part.reading)) for part in self.parts]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
-    def asking_for(self, following: Self) -> Self:
-        """The same, whose last part brings weights of the next product nearer while it waits."""
-        *others, last = self.parts
-        return replace(self, parts=(*others, last.asking_for(following.parts[0])))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlicedMatrix:
@@ -71,8 +63,6 @@ class SlicedMatrix:
     out_dtype: torch.dtype
     counters: torch.Tensor
     """Shared by all products of a stream (`kernels.linear.make_counters`)."""
-    ahead: torch.Tensor | None = None
-    """What the next product reads (`kernels.ahead`)."""
 
     @property
     def nbytes(self) -> int:
@@ -83,16 +73,9 @@ class SlicedMatrix:
         """Give ``[M, N]``."""
         if isinstance(operand, TokenCodes):
             return integer_linear(
-                operand, self.weight, self.bias,
-                out_dtype=self.out_dtype, counters=self.counters, ahead=self.ahead,
-            )  # fmt: skip
-        return weight_only_linear(operand, self.weight, self.bias, ahead=self.ahead)
-
-    def asking_for(self, following: Matrix) -> Matrix:
-        """The same, that brings the weights of another nearer."""
-        if not isinstance(following, SlicedMatrix):
-            return self
-        return replace(self, ahead=following.weight.fields[0])
+                operand, self.weight, self.bias, out_dtype=self.out_dtype, counters=self.counters
+            )
+        return weight_only_linear(operand, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,10 +105,6 @@ class DerivedMatrix:
             seen = self.transform(operand if self.a_bits == FULL_BITS else operand.float())
         return multiply(seen, self.operand, self.a_bits, self.bias).to(operand.dtype)
 
-    def asking_for(self, following: Matrix) -> Matrix:
-        """The same: its kernels ask for nothing else."""
-        return self
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloatMatrix:
@@ -150,10 +129,6 @@ class FloatMatrix:
         """Give ``[M, N]``."""
         assert isinstance(operand, torch.Tensor), "it reads values"
         return torch.nn.functional.linear(operand, self.weight, self.bias)
-
-    def asking_for(self, following: Matrix) -> Matrix:
-        """The same: its kernels ask for nothing else."""
-        return self
 
 
 def _bytes_of(operand: DerivedOperand) -> int:
