@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 
 from kernels._decode_products import load_groups, multiply_groups, multiply_slices
-from kernels.ahead import ask_ahead
 
 __all__ = ["decode_linear_kernel"]
 
@@ -36,7 +35,6 @@ def decode_linear_kernel(
     out_ptr, stride_om,
     partials_ptr, stride_pm,
     counters_ptr,
-    ahead_ptr, ahead_ranges, ahead_stride, ahead_piece, ahead_last,
     M, N,
     F0: tl.constexpr,
     F1: tl.constexpr,
@@ -54,7 +52,6 @@ def decode_linear_kernel(
     RL: tl.constexpr,
     KB: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     INTERP: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +92,6 @@ def decode_linear_kernel(
     w_zero = 0 if GROUPED else tl.load(w_zero_ptr + offs_n)
     w_sum = tl.load(terms_ptr + offs_n) if GROUPED else tl.load(w_sums_ptr + offs_n)
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    ask_ahead(ahead_ptr, ahead_ranges, ahead_stride, ahead_piece, ahead_last, AHEAD)
     _wait_for_tokens(PDL)
     # tokens beyond the last repeat it and are not stored
     offs_m = place % MP

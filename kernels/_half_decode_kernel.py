@@ -10,13 +10,14 @@ inline assembly: `pack=4` hands it the four words of a lane. Nothing here has an
 run it on NumPy and read the machine code.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels._half_assembly import product_assembly, sum_assembly
-from kernels.ahead import ask_assembly
-
 __all__ = ["half_decode_kernel"]
+
+AND_XOR = 0x6A
+"""Truth table of ``(a & b) ^ c``."""
 
 
 @gluon.jit
@@ -26,7 +27,6 @@ def half_decode_kernel(
     w_scale_ptr, w_zero_ptr, zero_codes_ptr,
     bias_ptr,
     out_ptr, stride_om,
-    ahead_ptr, ahead_ranges, ahead_stride, ahead_piece, ahead_last,
     M, N, K,
     F0: gl.constexpr,
     F1: gl.constexpr,
@@ -42,7 +42,6 @@ def half_decode_kernel(
     ROW_TILES: gl.constexpr,
     WARPS: gl.constexpr,
     STEPS: gl.constexpr,
-    AHEAD: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
     """One CTA: 16 ROW_TILES outputs of every token, steps of 512 columns shared by its warps."""
@@ -74,8 +73,6 @@ def half_decode_kernel(
         F0, F1, F2, GROUPS, BLOCK_ROWS, G, UNITS, WARPS, STEPS, EVEN,
     )  # fmt: skip
     rows = _load_rows(scale_ptrs, w_zero_ptr, bias_ptr, n, N, HAS_BIAS, GROUPS)
-    if AHEAD:
-        _ask_ahead(ahead_ptr, ahead_ranges, ahead_stride, ahead_piece, ahead_last)
     _control("griddepcontrol.wait; // $0", PDL)
     # columns of the product beyond the last token repeat it and are not stored
     token = gl.minimum(lane // 4, M - 1)
@@ -331,24 +328,57 @@ def _product(
     )  # fmt: skip
 
 
+@triton.constexpr_function
+def product_assembly(at: int, bits: int, flip: int, is_half: bool) -> str:  # noqa: FBT001  known at compile time
+    """Write four products of 16 rows, 16 columns and 8 tokens, of one word of a lane each.
+
+    Registers: 4 low even, 8 low odd, 12 high even, 16 high odd, 20 tokens, 24 sums.
+    """
+    mask = (((1 << bits) - 1) << at) * 0x00010001
+    # masked bits are a subnormal float16, exact in the tensor core; for a bfloat16 they are put
+    # behind 128, which is taken off again
+    changed = (flip + (0 if is_half else 0x4300)) * 0x00010001
+    text = "{ .reg .b32 a0, a1, a2, a3, b0, b1; "
+    if not is_half:
+        text += ".reg .b32 one, less; mov.b32 one, 0x3f803f80; mov.b32 less, 0xc300c300; "
+    for v in range(4):
+        for i, word in enumerate((4, 12, 8, 16)):
+            if changed:
+                text += f"lop3.b32 a{i}, ${word + v}, {mask}, {changed}, {AND_XOR}; "
+            else:
+                text += f"and.b32 a{i}, ${word + v}, {mask}; "
+            if not is_half:
+                text += f"fma.rn.bf16x2 a{i}, a{i}, one, less; "
+        text += f"mov.b64 {{b0, b1}}, ${20 + v}; " + _multiply(is_half, 24 if v == 0 else 0)
+    return text + "}"
+
+
+@triton.constexpr_function
+def sum_assembly(is_half: bool) -> str:  # noqa: FBT001  known at compile time
+    """Write the same for weights of one. Registers: 4 tokens, 8 sums."""
+    text = "{ .reg .b32 a0, a1, a2, a3, b0, b1; "
+    for i in range(4):
+        text += f"mov.b32 a{i}, {0x3C003C00 if is_half else 0x3F803F80}; "
+    for v in range(4):
+        text += f"mov.b64 {{b0, b1}}, ${4 + v}; " + _multiply(is_half, 8 if v == 0 else 0)
+    return text + "}"
+
+
+@triton.constexpr_function
+def _multiply(is_half: bool, sums: int) -> str:  # noqa: FBT001  known at compile time
+    kind = "f16" if is_half else "bf16"
+    inputs = ",".join(f"${sums + i}" for i in range(4))
+    return (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        f"{{$0,$1,$2,$3}},{{a0,a1,a2,a3}},{{b0,b1}},{{{inputs}}}; "
+    )
+
+
 @gluon.jit
 def _control(ASSEMBLY: gl.constexpr, PDL: gl.constexpr):
     """Let the kernel that follows start, or wait for the one before and what it wrote."""
     if PDL:
         gl.inline_asm_elementwise(ASSEMBLY, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _ask_ahead(ahead_ptr, ranges, stride, piece, last):
-    """`kernels.ahead.ask_ahead`."""
-    ASSEMBLY: gl.constexpr = ask_assembly()
-    program = gl.program_id(0)
-    address = ahead_ptr.to(gl.int64) + (program % ranges).to(gl.int64) * stride
-    gl.inline_asm_elementwise(
-        ASSEMBLY, "=r,l,r,r,r",
-        [address, program // ranges * (8 * piece), last, piece],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit

@@ -11,14 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-__all__ = [
-    "MAX_TOKENS",
-    "DecodeShape",
-    "LaunchConfig",
-    "decode_configs",
-    "rows_at_once",
-    "select_config",
-]
+__all__ = ["MAX_TOKENS", "DecodeShape", "LaunchConfig", "decode_configs", "select_config"]
 
 MAX_TOKENS = 8
 SLICES = 8
@@ -127,19 +120,6 @@ def decode_configs(
     return (*ranked[: limit - 1], replace(ranked[0], launch_pdl=False))
 
 
-@lru_cache(maxsize=1024)
-def rows_at_once(config: LaunchConfig, shape: DecodeShape) -> int:
-    """Rows whose programs an H100 starts together."""
-    return PROCESSORS * _resident(config, shape) * config.rows
-
-
-def _resident(config: LaunchConfig, shape: DecodeShape) -> int:
-    """Programs of a multiprocessor that registers and threads allow."""
-    threads = WARP * config.num_warps
-    held = int(REGISTERS / (threads * max(40.0, _registers(config, shape))))
-    return min(MAX_THREADS // threads, held)
-
-
 def _fitting(shape: DecodeShape) -> Iterator[LaunchConfig]:
     """Every launch in which no lane repeats the read of another and registers suffice."""
     slice_lanes = shape.slice_bytes // LOAD_BYTES
@@ -207,7 +187,11 @@ def _microseconds(config: LaunchConfig, shape: DecodeShape) -> float:
     # programs are spread evenly at best
     most = -(-programs // PROCESSORS)
     uneven = 0.5 + 0.5 * most * PROCESSORS / programs
-    resident = min(most, _resident(config, shape))
+    resident = min(
+        most,
+        MAX_THREADS // (WARP * warps),
+        int(REGISTERS / (WARP * warps * max(40.0, _registers(config, shape)))),
+    )
     pieces = shape.bits * loads * config.thread_rows
     flying = resident * warps * WARP * LOAD_BYTES * pieces
     held = min(1.0, flying / BYTES_IN_FLIGHT)

@@ -21,15 +21,7 @@ import torch
 import triton
 
 from kernels._decode_kernel import decode_linear_kernel
-from kernels.ahead import NOTHING, pieces_of
-from kernels.decode_config import (
-    MAX_TOKENS,
-    DecodeShape,
-    LaunchConfig,
-    decode_configs,
-    rows_at_once,
-    select_config,
-)
+from kernels.decode_config import MAX_TOKENS, LaunchConfig, decode_configs, select_config
 from kernels.overlap import can_overlap
 from kernels.sliced import SlicedWeight
 from kernels.sliced_reference import check_operands
@@ -98,8 +90,6 @@ def decode_linear(
     zero_codes = _as_words(weight.zero_codes, word_groups)
     interpreted = not isinstance(decode_linear_kernel, triton.JITFunction)
     pdl = config.launch_pdl and not interpreted and can_overlap(out.device.index)
-    later = _later(weight, config, m) if pdl else fields[0]
-    pieces = pieces_of(later) if pdl else NOTHING
     decode_linear_kernel[(tiles, config.split_k)](
         x, x.stride(0),
         tokens.scale, tokens.zero_point, tokens.sums,
@@ -109,7 +99,6 @@ def decode_linear(
         out, out.stride(0),
         partials, weight.padded_rows,
         out if counters is None else counters,
-        later, *pieces,
         m, n,
         F0=field_bits[0],
         F1=field_bits[1],
@@ -127,7 +116,6 @@ def decode_linear(
         RL=config.lane_rows,
         KB=config.turn_blocks,
         SPLIT_K=config.split_k,
-        AHEAD=pieces != NOTHING,
         PDL=pdl,
         INTERP=interpreted,
         num_warps=config.num_warps,
@@ -137,24 +125,6 @@ def decode_linear(
         **_launch_options(config, pdl=pdl),
     )  # fmt: skip
     return out
-
-
-def _later(weight: SlicedWeight, config: LaunchConfig, m: int) -> torch.Tensor:
-    """What no program loads before tokens are there: later turns, else rows without room yet."""
-    first = weight.fields[0]
-    if config.split_k > 1:
-        return first[:0]
-    if config.turn_blocks < len(first):
-        return first[config.turn_blocks :].view(1, -1)
-    shape = DecodeShape(
-        bits=weight.bits,
-        n=weight.out_features,
-        columns=weight.columns,
-        slice_bytes=weight.slice_bytes,
-        m=m,
-        grouped=weight.groups > 1,
-    )
-    return first[:, -(-rows_at_once(config, shape) // weight.block_rows) :]
 
 
 def _word_groups(weight: SlicedWeight) -> int:

@@ -32,7 +32,6 @@ import torch
 import triton
 
 from kernels._half_decode_kernel import half_decode_kernel
-from kernels.ahead import NOTHING, pieces_of
 from kernels.overlap import can_overlap
 from kernels.sliced import SlicedWeight, field_widths
 
@@ -184,12 +183,7 @@ def _launch(
     fields += fields[:1] * (3 - len(fields))
     field_bits = (*weight.field_bits, 0, 0)
     pdl = config.launch_pdl and x.is_cuda and can_overlap(x.device.index)
-    programs = triton.cdiv(n, TILE_ROWS * config.row_tiles)
-    # blocks of columns that are loaded only when tokens are there
-    first_blocks = -(-STEP * config.warps * config.steps // (SLICES * g))
-    later = weight.fields[0][first_blocks:].reshape(1, -1)
-    pieces = pieces_of(later) if pdl else NOTHING
-    half_decode_kernel[(programs,)](
+    half_decode_kernel[(triton.cdiv(n, TILE_ROWS * config.row_tiles),)](
         x.view(torch.int64), x.stride(0) // 4,
         *fields, weight.padded_rows * (g // 4),
         weight.scale.view(torch.int64) if grouped else weight.scale,
@@ -197,7 +191,6 @@ def _launch(
         weight.zero_codes.view(torch.int32) if grouped else weight.zero_codes,
         bias if bias is not None else out,
         out, out.stride(0),
-        later, *pieces,
         m, n, weight.in_features,
         F0=field_bits[0],
         F1=field_bits[1],
@@ -213,7 +206,6 @@ def _launch(
         ROW_TILES=config.row_tiles,
         WARPS=config.warps,
         STEPS=config.steps,
-        AHEAD=pieces != NOTHING,
         PDL=pdl,
         num_warps=config.warps,
         maxnreg=config.max_registers,

@@ -15,22 +15,20 @@ TYPES = {
     "x_sums_ptr": "*i32", "w0_ptr": "*i32", "w1_ptr": "*i32", "w2_ptr": "*i32", "run_words": "i32",
     "w_scale_ptr": "*fp16", "w_zero_ptr": "*i32", "zero_codes_ptr": "*u8", "w_sums_ptr": "*i32",
     "terms_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16", "stride_om": "i32",
-    "ahead_ptr": "*u8", "ahead_ranges": "i32", "ahead_stride": "i64",
-    "ahead_piece": "i32", "ahead_last": "i32",
     "partials_ptr": "*i32", "stride_pm": "i32", "counters_ptr": "*i32", "M": "i32", "N": "i32",
 }  # fmt: skip
 ONE_TURN = LaunchConfig(lane_rows=4, thread_rows=2, turn_blocks=4, num_warps=4)
 
 
-def code_of(config, *, bits, k=4096, g=128, m=1, group=0, ahead=False):
+def code_of(config, *, bits, k=4096, g=128, m=1, group=0):
     fields = (*field_widths(bits), 0, 0)
     constants = {
         "F0": fields[0], "F1": fields[1], "F2": fields[2], "MULTIPLIER": 1,
         "GROUPS": k // group if group else 1, "GROUP_SIZE": group or k,
         "WORD_GROUPS": 4 if group else 1, "HAS_BIAS": True,
         "BLOCK_ROWS": 64, "W": g // 4, "K_BLOCKS": k // (8 * g), "MP": m, "RT": config.thread_rows,
-        "RL": config.lane_rows, "KB": config.turn_blocks, "SPLIT_K": config.split_k,
-        "AHEAD": ahead, "PDL": True, "INTERP": False,
+        "RL": config.lane_rows, "KB": config.turn_blocks, "SPLIT_K": config.split_k, "PDL": True,
+        "INTERP": False,
     } | ({"M": 1} if m == 1 else {})  # fmt: skip
     types = TYPES | ({"w_scale_ptr": "*i64", "zero_codes_ptr": "*i32"} if group else {})
     registers = {"maxnreg": config.max_registers} if config.max_registers else {}
@@ -72,15 +70,6 @@ def test_it_asks_for_every_weight_before_it_waits_and_stays_within_the_budget(bi
     assert issued(code) <= SLOTS_PER_BIT * bits * weights
     # activations reach the product as they are: barriers only join the sums of the warps
     assert places(code, "BAR")[0] > places(code, "IDP.4A")[-1]
-
-
-def test_it_asks_for_later_blocks_behind_the_first():
-    config = ONE_TURN
-
-    code = code_of(config, bits=2, ahead=True)
-
-    [asked] = places(code, "UBLKPF")
-    assert places(code, "LDG.E.EF")[-1] < asked < places(code, "ACQBULK")[0]
 
 
 @pytest.mark.parametrize("bits", [2, 7])

@@ -11,21 +11,18 @@ SLOTS_PER_BIT = 1.23
 TYPES = {
     "x_ptr": "*i64", "stride_xm": "i32", "w0_ptr": "*i32", "w1_ptr": "*i32", "w2_ptr": "*i32",
     "run_words": "i32", "w_scale_ptr": "*fp16", "w_zero_ptr": "*i32", "zero_codes_ptr": "*u8",
-    "bias_ptr": "*fp32", "out_ptr": "*fp16", "stride_om": "i32",
-    "ahead_ptr": "*u8", "ahead_ranges": "i32", "ahead_stride": "i64",
-    "ahead_piece": "i32", "ahead_last": "i32",
-    "M": "i32", "N": "i32", "K": "i32",
+    "bias_ptr": "*fp32", "out_ptr": "*fp16", "stride_om": "i32", "M": "i32", "N": "i32", "K": "i32",
 }  # fmt: skip
 GROUPED = {"w_scale_ptr": "*i64", "zero_codes_ptr": "*i32"}
 
 
-def code_of(config, *, bits, is_half=False, k=4096, g=128, m=1, groups=1, ahead=False):
+def code_of(config, *, bits, is_half=False, k=4096, g=128, m=1, groups=1):
     fields = (*field_widths(bits), 0, 0)
     constants = {
         "F0": fields[0], "F1": fields[1], "F2": fields[2], "MULTIPLIER": 1, "GROUPS": groups,
         "HAS_BIAS": True, "IS_HALF": is_half, "BLOCK_ROWS": 64, "G": g, "COLUMNS": k,
         "EVEN_K": True, "ROW_TILES": config.row_tiles, "WARPS": config.warps,
-        "STEPS": config.steps, "AHEAD": ahead, "PDL": True,
+        "STEPS": config.steps, "PDL": True,
     } | ({"M": 1} if m == 1 else {})  # fmt: skip
     types = TYPES | (GROUPED if groups > 1 else {}) | {"out_ptr": "*fp16" if is_half else "*bf16"}
     return compile_kernel(
@@ -68,15 +65,6 @@ def test_it_asks_for_every_weight_before_it_waits_and_stays_within_the_budget(bi
     # one bit of a bfloat16 takes a third more
     budget = SLOTS_PER_BIT * bits * (1.35 if bits == 1 and not is_half else 1)
     assert issued_a_weight(code, config, 4096) <= budget
-
-
-def test_it_asks_for_later_blocks_behind_the_first():
-    config = HalfDecodeConfig(row_tiles=1, warps=8, steps=1)
-
-    code = code_of(config, bits=2, ahead=True)
-
-    [asked] = places(code, "UBLKPF")
-    assert places(code, "LDG.E.EF")[-1] < asked < places(code, "ACQBULK")[0]
 
 
 @pytest.mark.parametrize("bits", [2, 7])
