@@ -82,8 +82,15 @@ class InferenceEngine(Protocol):
         """End all generations at their next token and free the model."""
 
 
-def kv_bytes_at_most(directory: Path, options: EngineOptions) -> int:
+def kv_bytes_at_most(
+    directory: Path, options: EngineOptions, device: torch.device | str | None = None
+) -> int:
     """Say what keys and values of a checkpoint will take, from its config alone.
+
+    Args:
+        directory: the checkpoint.
+        options: of the engine.
+        device: as for `open_engine`.
 
     Raises:
         UnsupportedModel: naming the field of the config.
@@ -96,7 +103,7 @@ def kv_bytes_at_most(directory: Path, options: EngineOptions) -> int:
     )
     longest = min(options.context_length or architecture.max_positions, architecture.max_positions)
     useful = useful_tokens(options.max_sequences, longest)
-    useful_bytes = useful * token_bytes(architecture, spec.kv_bits)
+    useful_bytes = useful * token_bytes(architecture, spec.kv_bits, _dtype_on(device).itemsize)
     return useful_bytes if options.kv_bytes is None else min(options.kv_bytes, useful_bytes)
 
 
@@ -119,10 +126,9 @@ def open_engine(
         BatchesDiffer: if invariance is asked for and cannot be given.
     """
     wanted = options or EngineOptions()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _place_of(device)
     text = TextCodec.from_directory(directory)
-    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
-    loaded = load_checkpoint(directory, place, dtype, prepares=False)
+    loaded = load_checkpoint(directory, place, _dtype_on(device), prepares=False)
     if wanted.is_batch_invariant:
         check_invariance(loaded.architecture, loaded.spec, wanted.head_bits)
     kv_bits = loaded.spec.kv_bits
@@ -131,6 +137,14 @@ def open_engine(
     )
     del loaded
     return _serve(decoder, text, kv_bits, wanted)
+
+
+def _place_of(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _dtype_on(device: torch.device | str | None) -> torch.dtype:
+    return torch.float32 if _place_of(device).type == "cpu" else torch.bfloat16
 
 
 def _serve(

@@ -68,10 +68,16 @@ class MemoryPlan:
         return held + self.workspace_bytes + self.graph_bytes + self.kv_bytes
 
 
-def token_bytes(architecture: Architecture, kv_bits: int) -> int:
-    """Bytes of one token's keys and values in all layers (`kernels.kv_pages`)."""
+def token_bytes(architecture: Architecture, kv_bits: int, value_bytes: int = 2) -> int:
+    """Bytes of one token's keys and values in all layers (`kernels.kv_pages`).
+
+    Args:
+        architecture: counts layers, heads and dims.
+        kv_bits: 2..8, or 16 for values as they are.
+        value_bytes: of such a value: 2 on a GPU, 4 on a CPU.
+    """
     if kv_bits == FULL_BITS:
-        head_bytes = 2 * architecture.head_dim
+        head_bytes = value_bytes * architecture.head_dim
     else:
         field = next(each for each in CODE_FIELDS if each >= kv_bits)
         head_bytes = architecture.head_dim * field // 8 + PLACE_BYTES

@@ -58,7 +58,9 @@ def plan_memory(decoder: TokenDecoder, options: RunnerOptions) -> MemoryPlan:
     workspace_bytes = graph_bytes = 0
     pages, kv_bytes = options.pages, options.kv_bytes
     if decoder.device.type == "cuda":
-        workspace_bytes, graph_bytes = _measure_steps(decoder, options)
+        # kernels are launched on the current device, which need not be the model's
+        with torch.cuda.device(decoder.device):
+            workspace_bytes, graph_bytes = _measure_steps(decoder, options)
         if kv_bytes is None:
             free_bytes, _ = torch.cuda.mem_get_info(decoder.device)
             share = int(free_bytes * options.memory_fraction)

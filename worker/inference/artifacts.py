@@ -46,7 +46,7 @@ class ArtifactFolder:
         directory = self._directory(artifact_id)
         bits = read_manifest(directory).bits
         weights = bits.packed_bytes + FLOAT_GROWTH * (bits.other_bytes + bits.embedding_bytes)
-        return weights + kv_bytes_at_most(directory, self.options)
+        return weights + kv_bytes_at_most(directory, self.options, self.device)
 
     def describe(self, artifact_id: str) -> ModelLabels:
         """Call the model after its source and its bits, as a deployment is called by default.

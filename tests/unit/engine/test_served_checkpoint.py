@@ -8,6 +8,7 @@ import pytest
 from engine.checkpoint.reader import load_checkpoint
 from engine.inference.batching import BatchingEngine
 from engine.inference.decoder import Decoder
+from engine.inference.engine import EngineOptions, kv_bytes_at_most
 from engine.inference.guides import GuideCompiler
 from engine.inference.limits import SchedulerLimits
 from engine.inference.request import GenerationRequest
@@ -135,3 +136,13 @@ def check_scores(scores, expected):
         assert score.logprob == pytest.approx(truth.logprob, abs=1e-3)
         values = [[value for _, value in each.top] for each in (score, truth)]
         assert values[0] == pytest.approx(values[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(("notation", "times"), [("w4a16", 2), ("w4a8kv8", 1)])
+def test_keys_and_values_of_full_precision_take_twice_as_much_on_a_cpu(tmp_path, notation, times):
+    directory = save_checkpoint(tmp_path, notation)[1]
+    options = EngineOptions(max_sequences=2, context_length=64)
+
+    on_cpu, on_gpu = (kv_bytes_at_most(directory, options, place) for place in ("cpu", "cuda"))
+
+    assert on_cpu == times * on_gpu > 0
