@@ -1,6 +1,6 @@
 """Hundreds of requests of every kind at once, on a model whose cache is too small for them.
 
-`ABQ_MIXED_REQUESTS=10000` asks for more of them.
+`MIXED_REQUESTS=10000` asks for more of them.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.integration.test_inference import (
     samples,
 )
 
-REQUESTS = int(os.environ.get("ABQ_MIXED_REQUESTS", "300"))
+REQUESTS = int(os.environ.get("MIXED_REQUESTS", "300"))
 CALLERS = 16
 CACHE_TOKENS = 320
 PAGE_TOKENS = 16
