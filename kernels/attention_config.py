@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 
 from kernels.kv_pages import RAW_BITS, KvPages
-from kernels.tables import InvalidTableError, table_path
+from kernels.tables import InvalidTableError, find_table
 
 __all__ = [
     "ATTENTION_CONFIGS",
@@ -140,15 +140,13 @@ def select_config(
 
 
 def load_attention_table(gpu: str, folder: Path = ATTENTION_CONFIGS) -> AttentionTable:
-    """Read the table of a GPU; one that was never measured has an empty table.
+    """Read the table of a GPU, or of one that stands in for it, else an empty one.
 
     Raises:
         InvalidTableError: naming file and key, if the table is wrong.
     """
-    path = table_path(gpu, folder)
-    if not path.exists():
-        return AttentionTable(gpu=gpu, entries={})
-    return read_attention_table(path)
+    path = find_table(gpu, folder)
+    return AttentionTable(gpu=gpu, entries={}) if path is None else read_attention_table(path)
 
 
 def read_attention_table(path: Path) -> AttentionTable:

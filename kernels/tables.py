@@ -6,7 +6,7 @@
 A shape that was not measured takes the entry of the same activations, group and bucket whose width
 is nearest from above (a launch that holds wider codes holds narrower ones too), and among those the
 one whose N*K is nearest as a ratio, up to 16 times. Where there is none, and on a GPU that was
-never measured, there is no answer: the kernel's own default holds.
+never measured and for which none stands in, there is no answer: the kernel's own default holds.
 Activations of 2..7 bits run the kernels of 8, so `a8` answers for them, unless an entry of
 their own and of exactly that weight width says that a narrower route is faster.
 
@@ -33,6 +33,7 @@ __all__ = [
     "Route",
     "TableEntry",
     "TableKey",
+    "find_table",
     "load_table",
     "read_table",
     "table_path",
@@ -43,6 +44,8 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 CONFIGS = Path(__file__).parent / "configs"
 WHOLE_ROW = -1
 GROUPS = (WHOLE_ROW, 32, 64, 128)
+STANDS_IN = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
+"""For a GPU that was not measured one that has as many multiprocessors of the same kind."""
 MOST_TIMES = 16
 """What was measured of one weight says nothing of one that is so many times smaller or larger."""
 BYTE_BITS = 8
@@ -182,7 +185,7 @@ class ConfigTable:
 
 @lru_cache(maxsize=8)
 def load_table(gpu: str, folder: Path = CONFIGS) -> ConfigTable:
-    """Read the table of a GPU; one that was never measured has an empty table.
+    """Read the table of a GPU, or of one that stands in for it, else an empty one.
 
     Args:
         gpu: as the driver names it.
@@ -191,8 +194,14 @@ def load_table(gpu: str, folder: Path = CONFIGS) -> ConfigTable:
     Raises:
         InvalidTableError: naming file and key, if the table is wrong.
     """
-    path = table_path(gpu, folder)
-    return read_table(path) if path.exists() else ConfigTable(gpu=gpu, entries={})
+    path = find_table(gpu, folder)
+    return ConfigTable(gpu=gpu, entries={}) if path is None else read_table(path)
+
+
+def find_table(gpu: str, folder: Path) -> Path | None:
+    """Find the file of a GPU, or of one that stands in for it."""
+    names = [gpu, *filter(None, [STANDS_IN.get(gpu)])]
+    return next((path for name in names if (path := table_path(name, folder)).exists()), None)
 
 
 def table_path(gpu: str, folder: Path = CONFIGS) -> Path:

@@ -52,6 +52,19 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     assert (read.gpu, read.source, read.entries) == (GPU, {"commit": "abc"}, written.entries)
 
 
+def test_a_gpu_with_the_same_multiprocessors_takes_the_table_until_it_has_its_own(tmp_path):
+    theirs, own = entry(key(), rows=8), entry(key(), rows=4)
+    write_table(table_path(GPU, tmp_path), table(theirs))
+    borrowed = load_table("NVIDIA H200", tmp_path)
+
+    write_table(table_path("NVIDIA H200", tmp_path), replace(table(own), gpu="NVIDIA H200"))
+    load_table.cache_clear()
+    measured = load_table("NVIDIA H200", tmp_path)
+
+    assert borrowed.entries == {key(): theirs}
+    assert measured.entries == {key(): own}
+
+
 def test_a_measured_shape_gets_its_own_entry():
     own, other = entry(key(n=22016), rows=4), entry(key(), rows=8)
 
