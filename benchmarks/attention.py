@@ -27,7 +27,7 @@ from benchmarks.attention_operands import FORM, draw_operands
 from benchmarks.budget import Budget
 from benchmarks.measurement import MEASUREMENTS, write_measurement
 from benchmarks.timing import Method, WrongResultError, time_launches
-from benchmarks.warming import run_ahead
+from benchmarks.warming import launch_each, run_ahead, told_of_each
 from kernels import attended_tokens as attended
 from kernels.attention import Scoring
 from kernels.attention_config import (
@@ -92,17 +92,7 @@ def compile_launches(task: CompileTask) -> list[str | None]:
     device = torch.device("cuda")
     cases = [replace(case, context=SHORT) for case in task.cases]
     prepared = [_prepare(case, device, TOY_METHOD)[0] for case in cases]
-    failures: list[str | None] = []
-    for config in task.configs:
-        try:
-            for launch in prepared:
-                launch(0, config)
-            torch.cuda.synchronize(device)
-        except Exception as error:  # noqa: BLE001  a launch may fail in any way
-            failures.append(f"{type(error).__name__}: {error}")
-        else:
-            failures.append(None)
-    return failures
+    return launch_each(task.configs, lambda config: [launch(0, config) for launch in prepared])
 
 
 def _keep_working(
@@ -121,9 +111,8 @@ def _keep_working(
     seconds = budget.remaining_s() * COMPILE_SHARE
     answers = run_ahead(compile_launches, tasks, workers=options.workers, seconds=seconds)
     working: dict[AttentionKey, list[LaunchConfig]] = {key: [] for key in chosen}
-    for task, failures in zip(tasks, answers, strict=True):
-        told = failures or ["no answer in time"] * len(task.configs)
-        for config, failure in zip(task.configs, told, strict=True):
+    for task, answer in zip(tasks, answers, strict=True):
+        for config, failure in told_of_each(task.configs, answer):
             if failure is None:
                 working[task.cases[0].key].append(config)
             else:

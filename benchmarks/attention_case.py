@@ -9,14 +9,13 @@ chosen by the shape, as a sequence must give the same bits in every batch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.kernel_case import MEMORY_BYTES_PER_US
 from kernels.attention_config import AttentionKey, LaunchConfig
 from kernels.kv_pages import RAW_BITS, field_bits
 
 __all__ = ["CASES", "PAGE_SIZE", "TOY", "AttentionCase"]
 
 PAGE_SIZE = 16
-MEMORY_BYTES_PER_US = 3.0e6
-"""3.0 TB/s, as for products."""
 SPREAD = 1 / 9
 """Of the contexts of a batch, to either side."""
 PROGRAMS = 128

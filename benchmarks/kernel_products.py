@@ -17,6 +17,7 @@ from benchmarks.kernel_operands import (
 from benchmarks.kernel_rivals import RIVALS, Prepared
 from benchmarks.timing import Check, Method, copies_to_rotate
 from benchmarks.token_products import TokenCase, prepare_tokens
+from benchmarks.warming import describe, launch_each
 from kernels.binary_linear import ProductShape, select_config
 from kernels.fragments import ColumnOrder, FragmentTokens, FragmentWeight
 from kernels.linear import (
@@ -185,7 +186,7 @@ def compile_launch(task: tuple[str, KernelCase | TokenCase]) -> str | None:
             prepared.launch(0)
             torch.cuda.synchronize(device)
     except Exception as error:  # noqa: BLE001  whatever it is, the parent hears of it
-        return _describe(error)
+        return describe(error)
     return None
 
 
@@ -193,20 +194,7 @@ def compile_plans(task: PlanTask) -> list[str | None]:
     """Launch a case by several plans; what went wrong with each, None where nothing did."""
     device = torch.device("cuda")
     rotation = rotate_operands(draw_operands(task.case, device), ONCE)
-    answers: list[str | None] = []
-    for plan in task.plans:
-        try:
-            plan_product(rotation, plan).launch(0)
-            torch.cuda.synchronize(device)
-        except Exception as error:  # noqa: BLE001  a candidate may fail in any way
-            answers.append(_describe(error))
-            if not _is_alive(device):
-                # an illegal access ends the context: the others were not tried
-                untried = len(task.plans) - len(answers)
-                return [*answers, *["not tried after an illegal access"] * untried]
-        else:
-            answers.append(None)
-    return answers
+    return launch_each(task.plans, lambda plan: plan_product(rotation, plan).launch(0))
 
 
 def out_dtype(device: torch.device) -> torch.dtype:
@@ -219,15 +207,3 @@ def _answer_on_cpu(operands: Operands, weight: SlicedWeight) -> torch.Tensor:
         return sliced_linear_reference(operands.tokens, weight, out_dtype=torch.float32)
     assert operands.x is not None
     return weight_only_linear(operands.x.float(), weight)
-
-
-def _is_alive(device: torch.device) -> bool:
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import Method, WrongResultError, time_launches
-from benchmarks.warming import run_ahead
+from benchmarks.warming import describe, run_ahead
 from engine.numerics.hadamard import factors_of
 from kernels import quantize_tokens as tokens
 from kernels import rotated_tokens as rotated
@@ -131,7 +131,7 @@ def compile_launches(task: CompileTask) -> str | None:
             launch(0, config)
         torch.cuda.synchronize(device)
     except Exception as error:  # noqa: BLE001  a launch may fail in any way
-        return f"{task.case.label}: {type(error).__name__}: {error}"
+        return f"{task.case.label}: {describe(error)}"
     return None
 
 

@@ -30,7 +30,7 @@ from benchmarks.kernel_products import (
     rotate_operands,
 )
 from benchmarks.timing import Method, WrongResultError, time_launches
-from benchmarks.warming import run_ahead
+from benchmarks.warming import run_ahead, told_of_each
 from kernels.linear import Plan
 from kernels.tables import CONFIGS, ConfigTable, TableEntry, read_table, table_path, write_table
 
@@ -118,9 +118,8 @@ def _keep_working(
     seconds = tuning.budget.remaining_s() * 0.7
     answers = run_ahead(compile_plans, tasks, workers=tuning.workers, seconds=seconds)
     working: dict[KernelCase, list[Plan]] = {case: [] for case in cases}
-    for task, failures in zip(tasks, answers, strict=True):
-        told = failures or ["no answer in time"] * len(task.plans)
-        for plan, failure in zip(task.plans, told, strict=True):
+    for task, answer in zip(tasks, answers, strict=True):
+        for plan, failure in told_of_each(task.plans, answer):
             if failure is None:
                 working[task.case].append(plan)
             else:

@@ -7,13 +7,18 @@ illegal access or a deadlock would end the measurement with it.
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-__all__ = ["run_ahead"]
+import torch
 
+__all__ = ["describe", "launch_each", "run_ahead", "told_of_each"]
+
+C = TypeVar("C")
 T = TypeVar("T")
 R = TypeVar("R")
+Failures = list[str | None]
+"""Of candidates, in their order: what went wrong, or None."""
 PATIENCE_S = 75.0
 """Without an answer from anyone: a few compilations take 40 s on a busy machine."""
 POLL_S = 0.05
@@ -55,3 +60,47 @@ def run_ahead(
                 break
             time.sleep(POLL_S)
         return [each.get() if each.ready() else None for each in answers]
+
+
+def launch_each(candidates: Sequence[C], launch: Callable[[C], object]) -> Failures:
+    """Launch candidates in this process, whatever becomes of it, on its GPU.
+
+    Args:
+        candidates: one after another.
+        launch: raises what it will.
+    """
+    answers: Failures = []
+    for candidate in candidates:
+        try:
+            launch(candidate)
+            torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001  a candidate may fail in any way
+            answers.append(describe(error))
+            if not _is_alive():
+                # an illegal access ends the context: the others were not tried
+                untried = len(candidates) - len(answers)
+                return [*answers, *["not tried after an illegal access"] * untried]
+        else:
+            answers.append(None)
+    return answers
+
+
+def told_of_each(
+    candidates: Sequence[C], answer: Failures | None
+) -> Iterator[tuple[C, str | None]]:
+    """Candidates of a task with what went wrong, which is time where `run_ahead` has no answer."""
+    told = answer or ["no answer in time"] * len(candidates)
+    return zip(candidates, told, strict=True)
+
+
+def describe(error: Exception) -> str:
+    """A line for what went wrong."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _is_alive() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

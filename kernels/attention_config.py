@@ -7,7 +7,6 @@ Other tables of the same heads, dims and bits take the entry whose number of tok
 ratio. The batch is in no key: a sequence gives the same bits in every batch.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import Any, Self
 import torch
 
 from kernels.kv_pages import RAW_BITS, KvPages
-from kernels.tables import InvalidTableError, find_table
+from kernels.tables import InvalidTableError, find_table, read_record, write_record
 
 __all__ = [
     "ATTENTION_CONFIGS",
@@ -34,7 +33,6 @@ __all__ = [
 
 ATTENTION_CONFIGS = Path(__file__).parent / "configs" / "attention"
 KEY = re.compile(r"h(\d+) g(\d+) d(\d+) kv(\d+) t(\d+)")
-FIELDS = {"gpu", "source", "entries"}
 PROGRAMS = 128
 """One for each of an H100's 132 processors, with one sequence."""
 MOST_SPLITS = 64
@@ -135,8 +133,9 @@ def select_config(
         bits=pages.bits,
         tokens=max(1, max_context),
     )
-    found = (table or _table_of(pages.codes.device)).lookup(key)
-    return _computed_config(key) if found is None else found
+    if table is None:
+        return _chosen(key, pages.codes.device)
+    return table.lookup(key) or _computed_config(key)
 
 
 def load_attention_table(gpu: str, folder: Path = ATTENTION_CONFIGS) -> AttentionTable:
@@ -155,24 +154,19 @@ def read_attention_table(path: Path) -> AttentionTable:
     Raises:
         InvalidTableError: naming file and key.
     """
-    try:
-        return _read_record(json.loads(path.read_text()))
-    except (InvalidTableError, json.JSONDecodeError) as error:
-        raise InvalidTableError(f"{path.name}: {error}") from error
+    return read_record(path, _table_from)
 
 
 def write_attention_table(path: Path, table: AttentionTable) -> None:
     """Write what `read_attention_table` reads, one entry a line, in the order of the keys."""
-    lines = ",\n".join(
-        f"    {json.dumps(key.text)}: {json.dumps(_record_of(table.entries[key]))}"
-        for key in sorted(table.entries)
-    )
-    head = f'  "gpu": {json.dumps(table.gpu)},\n  "source": {json.dumps(dict(table.source))},\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # an earlier file stays whole until the new one is
-    partial = path.with_suffix(".partial")
-    partial.write_text(f'{{\n{head}  "entries": {{\n{lines}\n  }}\n}}\n')
-    partial.replace(path)
+    entries = {key.text: _record_of(table.entries[key]) for key in sorted(table.entries)}
+    write_record(path, table.gpu, table.source, entries)
+
+
+@lru_cache(maxsize=1024)
+def _chosen(key: AttentionKey, device: torch.device) -> LaunchConfig:
+    """A launch of every layer asks for the same."""
+    return _table_of(device).lookup(key) or _computed_config(key)
 
 
 @lru_cache
@@ -211,9 +205,7 @@ def _record_of(config: LaunchConfig) -> dict[str, int]:
     return record
 
 
-def _read_record(record: object) -> AttentionTable:
-    if not isinstance(record, dict) or set(record) != FIELDS:
-        raise InvalidTableError(f"its fields must be {sorted(FIELDS)}")
+def _table_from(record: Mapping[str, Any]) -> AttentionTable:
     entries = {
         AttentionKey.parse(text): _read_config(text, config)
         for text, config in record["entries"].items()

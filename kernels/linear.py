@@ -163,9 +163,7 @@ def can_multiply(in_features: int, groups: int) -> bool:
 
 
 def weight_only_linear(
-    x_MK: torch.Tensor,
-    weight: SlicedWeight,
-    bias: torch.Tensor | None = None,
+    x_MK: torch.Tensor, weight: SlicedWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Multiply activations of 16 bits by a sliced weight.
 
@@ -290,10 +288,7 @@ def launch_binary(
 
 
 def launch_half(
-    plan: Plan,
-    x_MK: torch.Tensor,
-    weight: SlicedWeight,
-    bias: torch.Tensor | None = None,
+    plan: Plan, x_MK: torch.Tensor, weight: SlicedWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Run the kernel of a plan for 16-bit activations on a GPU; see `weight_only_linear`.
 

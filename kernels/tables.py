@@ -16,12 +16,12 @@ Shape legend: M tokens, N outputs, K inputs.
 import json
 import math
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 __all__ = [
     "BUCKETS",
@@ -35,11 +35,14 @@ __all__ = [
     "TableKey",
     "find_table",
     "load_table",
+    "read_record",
     "read_table",
     "table_path",
+    "write_record",
     "write_table",
 ]
 
+T = TypeVar("T")
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 CONFIGS = Path(__file__).parent / "configs"
 WHOLE_ROW = -1
@@ -215,20 +218,45 @@ def read_table(path: Path) -> ConfigTable:
     Raises:
         InvalidTableError: naming file and key.
     """
+    return read_record(path, _table_of)
+
+
+def read_record(path: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
+    """Read a file of a GPU's entries.
+
+    Args:
+        path: whose name every error tells.
+        read: makes a table of `gpu`, `source` and `entries`.
+
+    Raises:
+        InvalidTableError: if it has other fields, or one twice, or `read` raises it.
+    """
     try:
-        record = json.loads(path.read_text(), object_pairs_hook=_unique)
-        return _table_of(record)
+        return read(_with_fields(json.loads(path.read_text(), object_pairs_hook=_unique)))
     except (InvalidTableError, json.JSONDecodeError) as error:
         raise InvalidTableError(f"{path.name}: {error}") from error
 
 
+def _with_fields(record: object) -> Mapping[str, Any]:
+    if not isinstance(record, dict) or set(record) != FIELDS:
+        raise InvalidTableError(f"its fields must be {sorted(FIELDS)}")
+    return record
+
+
 def write_table(path: Path, table: ConfigTable) -> None:
     """Write what `read_table` reads, one entry a line, in the order of the keys."""
+    entries = {key.text: _entry_record(table.entries[key]) for key in sorted(table.entries)}
+    write_record(path, table.gpu, table.source, entries)
+
+
+def write_record(
+    path: Path, gpu: str, source: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write what `read_record` reads, one entry a line."""
     lines = ",\n".join(
-        f"    {json.dumps(key.text)}: {json.dumps(_entry_record(table.entries[key]))}"
-        for key in sorted(table.entries)
+        f"    {json.dumps(text)}: {json.dumps(entry)}" for text, entry in entries.items()
     )
-    head = f'  "gpu": {json.dumps(table.gpu)},\n  "source": {json.dumps(dict(table.source))},\n'
+    head = f'  "gpu": {json.dumps(gpu)},\n  "source": {json.dumps(dict(source))},\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     # an earlier file stays whole until the new one is
     partial = path.with_suffix(".partial")
@@ -240,9 +268,7 @@ def _entry_record(entry: TableEntry) -> dict[str, Any]:
     return {"route": entry.route.value, "us": entry.us, "config": dict(entry.config)}
 
 
-def _table_of(record: object) -> ConfigTable:
-    if not isinstance(record, dict) or set(record) != FIELDS:
-        raise InvalidTableError(f"its fields must be {sorted(FIELDS)}")
+def _table_of(record: Mapping[str, Any]) -> ConfigTable:
     entries = [_read_entry(text, value) for text, value in record["entries"].items()]
     return ConfigTable(
         gpu=record["gpu"],
