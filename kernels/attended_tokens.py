@@ -31,6 +31,7 @@ from kernels._token_kernel import (
     store_scale,
     store_sum,
 )
+from kernels._token_tile import store_group_sums, store_padding
 from kernels.attention import PagedContext, Scoring, attention_reference, check_attention
 from kernels.attention_chunks import Chunks, chunking
 from kernels.kv_pages import KvPages
@@ -293,23 +294,12 @@ def _combine_tokens_kernel(
     out = codes_ptr + b * stride_cm
     tl.store(out + offs_h[:, None] * HEAD_DIM + offs_d[None, :], codes.to(tl.int8), mask=mask)
     store_scale(scale_ptr + b, zero_ptr + b, scale, zero, part)
-    # beyond L for all parts but the first
-    pad = K + part * (L - K) + tl.arange(0, BLOCK_PAD)
-    tl.store(out + pad, tl.zeros((BLOCK_PAD,), dtype=tl.int8), mask=pad < L)
+    store_padding(out, part, K, L, BLOCK_PAD)
     if GROUPS == 1:
         store_sum(code_sums_ptr + b, tl.sum(tl.sum(codes, 1), 0), note, part, PARTS)
     else:
-        # groups are neighbours in memory, not in the tile: read back what this program wrote
-        tl.debug_barrier()
-        SIZE: tl.constexpr = K // GROUPS
-        OWN: tl.constexpr = SHARE * HEAD_DIM // SIZE
-        offs_g = tl.arange(0, BLOCK_G)
-        groups = part * OWN + offs_g
-        mask_g = (offs_g < OWN) & (groups < GROUPS)
-        slots = groups[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-        written = tl.load(out + slots, mask=mask_g[:, None], other=0)
-        group_sums = tl.sum(written.to(tl.int32), 1)
-        tl.store(code_sums_ptr + b * GROUPS + groups, group_sums, mask=mask_g)
+        OWN: tl.constexpr = SHARE * HEAD_DIM // (K // GROUPS)
+        store_group_sums(code_sums_ptr + b * GROUPS, out, part * OWN, K, GROUPS, OWN, BLOCK_G)
 
 
 @triton.jit

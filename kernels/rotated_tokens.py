@@ -34,6 +34,7 @@ from kernels._token_kernel import (
     store_scale,
     store_sum,
 )
+from kernels._token_tile import store_group_sums, store_padding
 from kernels.layer_math import Gate, apply_gate
 from kernels.quantize_tokens import (
     FEW_TOKENS,
@@ -313,22 +314,14 @@ def _rotated_kernel(
     codes_ptr += row * stride_cm
     tl.store(codes_ptr + starts[:, None] + offs_c[None, :], codes.to(tl.int8), mask=mask)
     store_scale(scale_ptr + row, zero_ptr + row, scale, zero, part)
-    # beyond L for all parts but the first
-    pad = K + part * (L - K) + tl.arange(0, BLOCK_PAD)
-    tl.store(codes_ptr + pad, tl.zeros((BLOCK_PAD,), dtype=tl.int8), mask=pad < L)
+    store_padding(codes_ptr, part, K, L, BLOCK_PAD)
     if GROUPS == 1:
         store_sum(sums_ptr + row, tl.sum(tl.sum(codes, 1), 0), note, part, PARTS)
     else:
-        # groups are neighbours in memory, not in the tile: read back what this program wrote
-        tl.debug_barrier()
         SIZE: tl.constexpr = K // GROUPS
         OWN: tl.constexpr = BLOCKS * P * Q // SIZE
-        offs_g = tl.arange(0, BLOCK_G)
-        groups = first_block * P * Q // SIZE + offs_g
-        mask_g = (offs_g < OWN) & (groups < GROUPS)
-        places = groups[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-        own = tl.load(codes_ptr + places, mask=mask_g[:, None], other=0)
-        tl.store(sums_ptr + row * GROUPS + groups, tl.sum(own.to(tl.int32), 1), mask=mask_g)
+        first_group = first_block * P * Q // SIZE
+        store_group_sums(sums_ptr + row * GROUPS, codes_ptr, first_group, K, GROUPS, OWN, BLOCK_G)
 
 
 @triton.jit

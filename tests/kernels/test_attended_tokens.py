@@ -15,7 +15,7 @@ def kernel(monkeypatch, device):
     interpreted = device == "cpu"
     if interpreted:
         interpret_reductions(monkeypatch)
-    inner = (*INNER, "paged_attention", "_token_kernel", "quantize_tokens")
+    inner = (*INNER, "paged_attention", "_token_kernel", "_token_tile", "quantize_tokens")
     return fresh_module(
         "attended_tokens", interpreted=interpreted, monkeypatch=monkeypatch, inner=inner
     )

@@ -14,8 +14,9 @@ from tests.kernels.small_ops import load_small_op
 @pytest.fixture
 def rotated(monkeypatch, device):
     interpreted = device == "cpu"
-    kernel = load_kernel_module("_token_kernel", interpreted=interpreted, monkeypatch=monkeypatch)
-    monkeypatch.setitem(sys.modules, "kernels._token_kernel", kernel)
+    for name in ("_token_kernel", "_token_tile"):
+        kernel = load_kernel_module(name, interpreted=interpreted, monkeypatch=monkeypatch)
+        monkeypatch.setitem(sys.modules, f"kernels.{name}", kernel)
     return load_small_op("rotated_tokens", None, monkeypatch)
 
 
