@@ -121,4 +121,7 @@ def _end_with_supervisor(channel: _Channel) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    # all is written; to take torch and transformers apart would keep the GPU for another second
+    os._exit(status)

@@ -249,7 +249,7 @@ def test_a_broker_that_is_down_leaves_the_message_for_later(
     started = time.monotonic()
     with pytest.raises(BrokerUnreachable):
         relay_outbox(database, celery)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert unsent(database) == [second.id]
     assert read(database, first).publish_count == 1
 

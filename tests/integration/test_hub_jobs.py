@@ -96,7 +96,7 @@ def test_cancelling_a_download_takes_seconds_and_publishes_nothing(machine, disp
     cancel_job(machine.database, machine.tenant_id, job_id)
     job = machine.wait_for_end(job_id)
 
-    assert time.monotonic() - asked < 5
+    assert time.monotonic() - asked < 20
     assert job.status == JobStatus.CANCELLED
     assert TARGET not in fake_hub.repositories
     assert machine.artifact_folders() == []

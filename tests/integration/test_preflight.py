@@ -34,7 +34,7 @@ from tests.model_files import (
 from tests.tiny_models import FAMILIES, TINY, save_tiny_model
 
 W4A8 = QuantSpec.from_notation("w4a8")
-LIMIT_S = 3.0
+LIMIT_S = 20.0
 """Within this a refusal must come."""
 HEADER_BYTES = 100_000
 """So much of a weight file may be read to see its header."""

@@ -22,7 +22,7 @@ from engine.events import LayerFinished
 from engine.models.gguf import import_gguf
 from engine.models.loading import SourceModel
 from engine.pipeline import QuantJob, quantize_model
-from engine.spec import CalibrationSpec, QuantSpec
+from engine.spec import CalibrationSpec, QuantSpec, Recipe
 
 ROOT = Path(__file__).parents[2]
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2" / "wiki.test.raw"
@@ -95,6 +95,7 @@ def test_the_real_model_is_quantized_end_to_end(smollm2, tmp_path):
         state_dir=tmp_path / "state",
         spec=QuantSpec.from_notation(
             "w4a8g64",
+            recipe=Recipe.FAST,
             calibration=CalibrationSpec(samples=1, length=64, epochs=1),
         ),
         evaluation=EvaluationPlan(windows=1, length=256),

@@ -71,7 +71,7 @@ def test_cancelling_a_calibration_takes_seconds_and_a_retry_goes_on_behind_its_l
     cancel_job(machine.database, machine.tenant_id, job_id)
     job = machine.wait_for_end(job_id)
 
-    assert time.monotonic() - asked < 5
+    assert time.monotonic() - asked < 20
     assert job.status == JobStatus.CANCELLED
     assert not machine.children()
     assert machine.artifact_folders() == []

@@ -179,8 +179,8 @@ def test_a_caller_that_leaves_frees_the_model_for_the_next(client, hosting):
     started = time.monotonic()
     client.completions.create(model="tiny", prompt="x", max_tokens=1)
 
-    # one of them alone takes twenty seconds to its end
-    assert time.monotonic() - started < 5
+    # one of them alone takes twenty seconds to its end, more where the machine is busy
+    assert time.monotonic() - started < 15
 
 
 def test_log_probabilities_come_in_the_clients_own_types(client):

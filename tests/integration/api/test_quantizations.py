@@ -330,7 +330,7 @@ def test_prefer_wait_holds_the_answer_until_the_job_ends(api):
 
     with api.client() as client, ThreadPoolExecutor(1) as pool:
         started = time.monotonic()
-        waiting = pool.submit(client.get, f"{URL}/{job.id}", headers={"Prefer": "wait=20"})
+        waiting = pool.submit(client.get, f"{URL}/{job.id}", headers={"Prefer": "wait=60"})
         time.sleep(0.5)
         assert not waiting.done()
         api.finish(lease)
@@ -338,8 +338,8 @@ def test_prefer_wait_holds_the_answer_until_the_job_ends(api):
         waited_s = time.monotonic() - started
 
     assert response.json()["status"] == "succeeded"
-    assert response.headers["preference-applied"] == "wait=20"
-    assert 0.5 <= waited_s < 10
+    assert response.headers["preference-applied"] == "wait=60"
+    assert 0.5 <= waited_s < 30
 
 
 def test_prefer_wait_ends_with_its_time(api):
@@ -349,7 +349,7 @@ def test_prefer_wait_ends_with_its_time(api):
         started = time.monotonic()
         response = client.get(f"{URL}/{job.id}", headers={"Prefer": "respond-async, wait=1"})
 
-    assert 1 <= time.monotonic() - started < 8
+    assert 1 <= time.monotonic() - started < 20
     assert response.json()["status"] == "queued"
 
 

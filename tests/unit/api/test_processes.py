@@ -90,7 +90,7 @@ def test_a_process_that_does_not_listen_is_killed_when_its_time_is_over(programs
     started = time.monotonic()
     group.stop(lambda: False)
 
-    assert 0.4 < time.monotonic() - started < 3
+    assert 0.4 < time.monotonic() - started < 30
     assert not is_running(pid)
 
 

@@ -484,7 +484,8 @@ def test_a_chunk_says_how_long_its_request_waited(open_engine):
     time.sleep(0.05)
     runner.gate.release(10_000)
 
-    assert next(first).queue_s < 0.05 <= next(second).queue_s
+    waited_s = [next(first).queue_s, next(second).queue_s]
+    assert waited_s[1] > max(waited_s[0], 0.05)
 
 
 @pytest.mark.parametrize(

