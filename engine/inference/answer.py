@@ -14,7 +14,7 @@ class Answer:
         self._max_tokens = max_tokens
         ends = frozenset[int]() if request.ignore_eos else codec.eos_ids
         self._end_ids = ends | frozenset(request.stop_token_ids)
-        self._decoder = IncrementalDecoder(codec)
+        self._decoder = IncrementalDecoder(codec, request.prompt_ids)
         self._stops = StopFilter(request.stop)
         self._tokens = 0
 

@@ -16,6 +16,11 @@ __all__ = ["IncrementalDecoder", "StopFilter", "TextCodec"]
 TOKENIZER_NAME = "tokenizer.json"
 UNDECIDED = "\N{REPLACEMENT CHARACTER}"
 """What an incomplete UTF-8 sequence decodes to."""
+CHARACTER_BYTES = 4
+"""Of the longest character in UTF-8: so many bytes may still become one."""
+CONTEXT_TOKENS = 8
+LONGEST_WINDOW = 32
+"""A token costs no more than this, however long nothing whole comes."""
 
 
 class TextCodec:
@@ -104,32 +109,45 @@ class TextCodec:
 
 
 class IncrementalDecoder:
-    """Text of a growing list of tokens; never half a character."""
+    """Text of a growing list of tokens; never half a character.
 
-    def __init__(self, codec: TextCodec) -> None:
+    Args:
+        context: what stands before the tokens, whose text is not returned. The text of a token
+            depends on its neighbours: many tokenizers drop the space that a text begins with.
+    """
+
+    def __init__(self, codec: TextCodec, context: Sequence[int] = ()) -> None:
         self._codec = codec
-        self._ids: list[int] = []
-        # text before `shown` is out; decoding restarts at `anchor`, because the text of a token
-        # depends on its neighbours
-        self._anchor = 0
-        self._shown = 0
+        self._window = list(context[-CONTEXT_TOKENS:])
+        """Tokens that are decoded together, the last one being the newest."""
+        self._fresh = 0
+        """Tokens behind the last one that ended with a whole character."""
+        self._written = len(codec.decode(self._window).rstrip(UNDECIDED))
+        """Characters of the window's text that are out."""
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is certain now."""
-        self._ids.append(token_id)
-        return self._advance(is_final=False)
+        self._window.append(token_id)
+        self._fresh += 1
+        text = self._codec.decode(self._window)
+        certain = len(text) - _undecided(text)
+        new = text[self._written : certain]
+        self._written = max(self._written, certain)
+        if new and certain == len(text):
+            self._shorten(self._fresh)
+            self._fresh = 0
+        elif len(self._window) > LONGEST_WINDOW:
+            self._shorten(CONTEXT_TOKENS)
+        return new
 
     def finish(self) -> str:
         """Return what is left, complete or not."""
-        return self._advance(is_final=True)
+        return self._codec.decode(self._window)[self._written :]
 
-    def _advance(self, *, is_final: bool) -> str:
-        shown = self._codec.decode(self._ids[self._anchor : self._shown])
-        text = self._codec.decode(self._ids[self._anchor :])
-        if len(text) <= len(shown) or (text.endswith(UNDECIDED) and not is_final):
-            return ""
-        self._anchor, self._shown = self._shown, len(self._ids)
-        return text[len(shown) :]
+    def _shorten(self, count: int) -> None:
+        self._window = self._window[-count:]
+        text = self._codec.decode(self._window)
+        self._written = len(text) - _undecided(text)
 
 
 class StopFilter:
@@ -166,6 +184,11 @@ class StopFilter:
             if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length
         return 0
+
+
+def _undecided(text: str) -> int:
+    """How many characters at the end may become others with the next token."""
+    return min(len(text) - len(text.rstrip(UNDECIDED)), CHARACTER_BYTES)
 
 
 def _eos_ids(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from engine.errors import CheckpointInvalid
 from engine.inference.request import RequestInvalid
@@ -45,6 +47,59 @@ def test_a_character_cut_off_at_the_end_is_shown_as_such(codec):
 
     assert text == "a"
     assert decoder.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_an_answer_keeps_the_blank_that_a_text_alone_would_lose():
+    codec = TextCodec(metaspace_tokenizer("▁The", "▁capital", "▁is", "▁Paris", "."), frozenset())
+    prompt, answer = codec.encode("The capital is"), codec.encode("Paris.", with_specials=False)
+    alone, behind = IncrementalDecoder(codec), IncrementalDecoder(codec, prompt)
+
+    assert "".join(alone.push(each) for each in answer) == "Paris."
+    assert "".join(behind.push(each) for each in answer) == " Paris."
+
+
+def test_a_character_that_a_prompt_began_is_the_answers(codec):
+    *begun, last = codec.encode("a世")
+
+    assert IncrementalDecoder(codec, begun).push(last) == "世"
+
+
+@pytest.mark.parametrize("kind", ["half a character", "special"])
+def test_a_token_costs_the_same_however_long_nothing_whole_comes(codec, kind):
+    half = codec.encode("世", with_specials=False)[1]
+    token_id = half if kind == "half a character" else min(codec.eos_ids)
+    sizes = []
+    decode = codec.decode
+    counting = TextCodec(codec.tokenizer, codec.eos_ids)
+    counting.decode = lambda ids, **options: (sizes.append(len(ids)), decode(ids, **options))[1]
+    decoder = IncrementalDecoder(counting)
+
+    text = "".join(decoder.push(token_id) for _ in range(500)) + decoder.push(
+        *codec.encode("x", with_specials=False)
+    )
+
+    assert max(sizes) < 40
+    assert text.endswith("x")
+    assert text.count("\N{REPLACEMENT CHARACTER}") == (500 if kind == "half a character" else 0)
+
+
+def metaspace_tokenizer(*words):
+    """Of Llama 2's kind: a blank belongs to the word behind it, and a text drops its first one."""
+    vocabulary = {"<unk>": 0} | {word: index for index, word in enumerate(words, 1)}
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106  a token of a vocabulary
+    model.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("▁", "merged_with_next"),
+            pre_tokenizers.Split(".", "isolated"),
+        ]
+    )
+    model.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")  # noqa: S106  a token
 
 
 def test_special_tokens_give_no_text(codec):
