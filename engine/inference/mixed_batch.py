@@ -1,6 +1,10 @@
 """A step with chunks of prompts, laid out token by token on the host; no tensors.
 
-Shape legend: M tokens, B sequences, C of them chunks, R rows of logits.
+Guesses to verify are laid out as so many decodes of one sequence, each with the tokens before it:
+attention then adds them up as a step without guesses would, and no guess changes what follows.
+
+Shape legend: M tokens, B sequences (a sequence with guesses once for each of its tokens), C of them
+chunks, R rows of logits.
 """
 
 from collections.abc import Sequence
@@ -35,7 +39,7 @@ class MixedBatch:
     lengths: Ints
     """``[B]``, the tokens of this step included."""
     decodes: int
-    """Sequences of one token, which come first."""
+    """Sequences of one token, which come first; tokens of sequences with drafts are the last."""
     cu_seqlens: Ints
     """``[C + 1]``: where chunks begin and end, from behind the decodes."""
     logit_rows: Ints
@@ -57,12 +61,15 @@ class MixedBatch:
                 several tokens.
             page_size: tokens of a KV page.
         """
-        steps = plan.steps
-        decodes = _count_decodes(steps)
-        assert all(step.token_ids for step in steps[decodes:]), "decoding sequences come first"
+        singles = _count_decodes(plan.steps)
+        assert all(step.token_ids for step in plan.steps[singles:]), "decoding sequences come first"
+        steps, chunks = _order(plan.steps, singles)
         counts = np.array([step.count for step in steps], dtype=np.int32)
-        starts = np.array([step.start for step in steps], dtype=np.int32)
         ends = counts.cumsum(dtype=np.int32)
+        decodes = int(counts[: len(steps) - chunks].sum())
+        lengths = [
+            _lengths(step, is_chunk=i >= len(steps) - chunks) for i, step in enumerate(steps)
+        ]
         drawing = tuple(step for step in steps if step.draws and not step.drafts)
         drafting = tuple(step for step in steps if step.draws and step.drafts)
         end_of = {step.slot: int(end) for step, end in zip(steps, ends, strict=True)}
@@ -81,10 +88,15 @@ class MixedBatch:
             kv_slots=_flatten(
                 [_kv_slots(*pair, page_size) for pair in zip(steps, positions, strict=True)]
             ),
-            slots=np.array([step.slot for step in steps], dtype=np.int32),
-            lengths=starts + counts,
+            slots=np.repeat(
+                np.array([step.slot for step in steps], dtype=np.int32),
+                [len(each) for each in lengths],
+            ),
+            lengths=_flatten(lengths),
             decodes=decodes,
-            cu_seqlens=np.concatenate(([0], ends[decodes:] - decodes)).astype(np.int32),
+            cu_seqlens=np.concatenate(([0], counts[len(steps) - chunks :].cumsum())).astype(
+                np.int32
+            ),
             logit_rows=np.array(rows or [0], dtype=np.int32),
             drawing=drawing,
             drafting=drafting,
@@ -135,7 +147,20 @@ def _count_decodes(steps: Sequence[SequenceStep]) -> int:
     return next((i for i, step in enumerate(steps) if step.count > 1), len(steps))
 
 
-def _flatten(parts: Sequence[Sequence[int] | npt.NDArray[np.int64]]) -> Ints:
+def _order(steps: Sequence[SequenceStep], singles: int) -> tuple[tuple[SequenceStep, ...], int]:
+    """Put steps with drafts behind the leading ones of one token; also how many chunks follow."""
+    rest = steps[singles:]
+    chunks = tuple(step for step in rest if not step.drafts)
+    return (*steps[:singles], *(step for step in rest if step.drafts), *chunks), len(chunks)
+
+
+def _lengths(step: SequenceStep, *, is_chunk: bool) -> range:
+    """Tokens in the cache: behind a chunk, else behind each of its tokens."""
+    end = step.start + step.count
+    return range(end if is_chunk else step.start + 1, end + 1)
+
+
+def _flatten(parts: Sequence[Sequence[int] | range | npt.NDArray[np.int64]]) -> Ints:
     return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
 
 

@@ -42,8 +42,8 @@ ARENAS = 2
 MAX_DRAFTS = 32
 INTS_PER_TOKEN = 4
 """Ids, positions, slots and rows of logits of a mixed step."""
-INTS_PER_SEQUENCE = 6 + 2 * MAX_DRAFTS
-"""Slots, lengths and the like, and a table of drafts."""
+INTS_PER_SEQUENCE = 6 + 4 * MAX_DRAFTS
+"""Slots, lengths and the like, these for every draft too, and a table of drafts."""
 
 
 class PagedRunner:

@@ -107,12 +107,13 @@ def test_a_mixed_step_is_laid_out_token_by_token():
 
     batch = MixedBatch.of(StepPlan(steps=steps), PAGE)
 
-    assert batch.token_ids.tolist() == [ON_DEVICE, 40, 41, 42, 43, 44, 45]
-    assert batch.positions.tolist() == [17, 4, 14, 15, 16, 0, 1]
-    assert batch.kv_slots.tolist() == [81, 148, 110, 111, 16, 48, 49]
-    assert (batch.slots.tolist(), batch.lengths.tolist()) == ([3, 0, 1, 2], [18, 5, 17, 2])
-    assert (batch.decodes, batch.cu_seqlens.tolist()) == (2, [0, 3, 5])
-    assert batch.logit_rows.tolist() == [0, 1, 4, 5, 6]
+    # a guess is computed as the decode that would follow, with the tokens before it
+    assert batch.token_ids.tolist() == [ON_DEVICE, 40, 44, 45, 41, 42, 43]
+    assert batch.positions.tolist() == [17, 4, 0, 1, 14, 15, 16]
+    assert batch.kv_slots.tolist() == [81, 148, 48, 49, 110, 111, 16]
+    assert (batch.slots.tolist(), batch.lengths.tolist()) == ([3, 0, 2, 2, 1], [18, 5, 1, 2, 17])
+    assert (batch.decodes, batch.cu_seqlens.tolist()) == (4, [0, 3])
+    assert batch.logit_rows.tolist() == [0, 1, 6, 2, 3]
     assert [step.slot for step in batch.drawing] == [3, 0, 1]
     assert [step.slot for step in batch.drafting] == [2]
 
