@@ -16,11 +16,9 @@ __all__ = ["IncrementalDecoder", "StopFilter", "TextCodec"]
 TOKENIZER_NAME = "tokenizer.json"
 UNDECIDED = "\N{REPLACEMENT CHARACTER}"
 """What an incomplete UTF-8 sequence decodes to."""
-CHARACTER_BYTES = 4
-"""Of the longest character in UTF-8: so many bytes may still become one."""
 CONTEXT_TOKENS = 8
-LONGEST_WINDOW = 32
-"""A token costs no more than this, however long nothing whole comes."""
+MOST_WAITING = 16
+"""Tokens that may wait for a whole character, so that none costs more than another."""
 
 
 class TextCodec:
@@ -30,6 +28,8 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._spelling = Spelling(tokenizer)
         self.eos_ids = eos_ids
+        self.special_ids = frozenset(tokenizer.all_special_ids)
+        """Tokens without a text in what is answered."""
         self.vocabulary = len(tokenizer)
         """Tokens that have a text, special ones included."""
 
@@ -113,41 +113,40 @@ class IncrementalDecoder:
 
     Args:
         context: what stands before the tokens, whose text is not returned. The text of a token
-            depends on its neighbours: many tokenizers drop the space that a text begins with.
+            depends on its neighbours: many tokenizers drop the blank that a text begins with.
     """
 
     def __init__(self, codec: TextCodec, context: Sequence[int] = ()) -> None:
         self._codec = codec
-        self._window = list(context[-CONTEXT_TOKENS:])
-        """Tokens that are decoded together, the last one being the newest."""
-        self._fresh = 0
-        """Tokens behind the last one that ended with a whole character."""
-        self._written = len(codec.decode(self._window).rstrip(UNDECIDED))
-        """Characters of the window's text that are out."""
+        # tokens whose text is out, as far as the next ones need them, then those that wait: text
+        # is written where a token ends with a whole character. All are decoded together, since a
+        # tokenizer may spell bytes out as unknown until the last one of their run has come
+        self._window = [each for each in context[-CONTEXT_TOKENS:] if each not in codec.special_ids]
+        self._out = len(self._window)
+        # a character that the context only begins is the answer's
+        while self._out and codec.decode(self._window[: self._out]).endswith(UNDECIDED):
+            self._out -= 1
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is certain now."""
+        if token_id in self._codec.special_ids:
+            return ""
         self._window.append(token_id)
-        self._fresh += 1
-        text = self._codec.decode(self._window)
-        certain = len(text) - _undecided(text)
-        new = text[self._written : certain]
-        self._written = max(self._written, certain)
-        if new and certain == len(text):
-            self._shorten(self._fresh)
-            self._fresh = 0
-        elif len(self._window) > LONGEST_WINDOW:
-            self._shorten(CONTEXT_TOKENS)
-        return new
+        # a character takes four tokens at most: what goes on beyond that is none
+        return self._advance(is_final=len(self._window) - self._out >= MOST_WAITING)
 
     def finish(self) -> str:
         """Return what is left, complete or not."""
-        return self._codec.decode(self._window)[self._written :]
+        return self._advance(is_final=True)
 
-    def _shorten(self, count: int) -> None:
-        self._window = self._window[-count:]
+    def _advance(self, *, is_final: bool) -> str:
+        shown = self._codec.decode(self._window[: self._out])
         text = self._codec.decode(self._window)
-        self._written = len(text) - _undecided(text)
+        if not is_final and (len(text) <= len(shown) or text.endswith(UNDECIDED)):
+            return ""
+        self._window = self._window[self._out :]
+        self._out = len(self._window)
+        return text[len(shown) :]
 
 
 class StopFilter:
@@ -184,11 +183,6 @@ class StopFilter:
             if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length
         return 0
-
-
-def _undecided(text: str) -> int:
-    """How many characters at the end may become others with the next token."""
-    return min(len(text) - len(text.rstrip(UNDECIDED)), CHARACTER_BYTES)
 
 
 def _eos_ids(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:

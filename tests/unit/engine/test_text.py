@@ -39,6 +39,31 @@ def test_pieces_join_to_the_whole_and_hold_whole_characters(codec, text):
     assert len(pieces) == len(text.encode()) + 1
 
 
+@pytest.mark.parametrize("text", ["👩🚀", "Hi 日本🚀!", "世👍👍a", "é"])
+def test_characters_that_are_spelled_out_in_bytes_are_whole_too(text):
+    codec = TextCodec(byte_fallback_tokenizer(), frozenset())
+    decoder = IncrementalDecoder(codec)
+
+    pieces = [decoder.push(each) for each in codec.encode(text)] + [decoder.finish()]
+
+    assert "".join(pieces) == text
+    assert sum(map(bool, pieces)) == len(text)
+
+
+def byte_fallback_tokenizer():
+    """Of Mistral's kind: what has no token is spelled out in bytes, unknown until the last one."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"Hia !"]
+    model = models.BPE(
+        {word: index for index, word in enumerate(words)},
+        [],
+        unk_token="<unk>",  # noqa: S106  a token
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def test_a_character_cut_off_at_the_end_is_shown_as_such(codec):
     decoder = IncrementalDecoder(codec)
     ids = codec.encode("a世")[:-1]
