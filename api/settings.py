@@ -117,7 +117,7 @@ class InferenceSettings(_Group):
     """Tokens of prompt and answer at most; None for what each model has."""
     head_bits: Literal[4, 8] | None = None
     """Rounds the output head of every model; None keeps it as it is stored."""
-    draft_tokens: int = 0
+    draft_tokens: int = Field(default=0, ge=0, le=16)
     """Guesses a step for greedy answers, from what was said before."""
     max_running: int = 64
     """Answers that a model generates at a time; the others wait."""

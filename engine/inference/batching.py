@@ -14,7 +14,7 @@ from engine.inference.score_ticket import ScoreTicket
 from engine.inference.sequence import TokenSequence
 from engine.inference.statistics import EngineStatistics
 from engine.inference.step_loop import StepLoop
-from engine.inference.steps import Runner, TokenLogprobs
+from engine.inference.steps import MAX_DRAFTS, Runner, TokenLogprobs
 from engine.inference.text import TextCodec
 from engine.inference.ticket import ChunkQueue, ChunkStream, Delivery, Ticket, never_cancelled
 from engine.inference.ticket_book import TicketBook
@@ -47,7 +47,14 @@ class BatchingEngine:
                 engine.
             draft_tokens: guesses a step for greedy requests that do not say; 0 for none.
             check_guide: refuses a guide that cannot be followed; without it all are refused.
+
+        Raises:
+            ValueError: if `draft_tokens` is not possible.
         """
+        if not 0 <= draft_tokens <= MAX_DRAFTS:
+            raise ValueError(
+                f"draft_tokens = {draft_tokens} is not possible: use 0 to {MAX_DRAFTS}"
+            )
         self.text = text
         self.memory_bytes = runner.memory_bytes
         self._shape = RunnerShape.of(runner)
@@ -175,8 +182,10 @@ class BatchingEngine:
             )
             for index in range(request.n)
         ]
-        # hashed in the caller's thread: the engine's has a step to plan
+        # hashed and indexed in the caller's thread: the engine's has a step to plan
         sequences[0].digests(self._shape.page_size)
+        for sequence in sequences:
+            sequence.index_drafts()
         for follower in sequences[1:]:
             follower.follow(sequences[0])
         return sequences

@@ -155,6 +155,7 @@ def _serve(
         kv_bits=kv_bits,
         max_sequences=options.max_sequences,
         max_step_tokens=options.max_step_tokens,
+        draft_tokens=options.draft_tokens,
         kv_bytes=options.kv_bytes,
     )
 

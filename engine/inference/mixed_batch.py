@@ -7,7 +7,7 @@ Shape legend: M tokens, B sequences (a sequence with guesses once for each of it
 chunks, R rows of logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,22 +65,17 @@ class MixedBatch:
         assert all(step.token_ids for step in plan.steps[singles:]), "decoding sequences come first"
         steps, chunks = _order(plan.steps, singles)
         counts = np.array([step.count for step in steps], dtype=np.int32)
-        ends = counts.cumsum(dtype=np.int32)
         decodes = int(counts[: len(steps) - chunks].sum())
         lengths = [
-            _lengths(step, is_chunk=i >= len(steps) - chunks) for i, step in enumerate(steps)
+            _lengths(each, is_chunk=i >= len(steps) - chunks) for i, each in enumerate(steps)
         ]
         drawing = tuple(step for step in steps if step.draws and not step.drafts)
         drafting = tuple(step for step in steps if step.draws and step.drafts)
-        end_of = {step.slot: int(end) for step, end in zip(steps, ends, strict=True)}
-        rows = [end_of[step.slot] - 1 for step in drawing]
-        for step in drafting:
-            end = end_of[step.slot]
-            rows += range(end - step.drafts - 1, end)
         scoring = tuple(step for step in steps if step.score_ids)
-        for step in scoring:
-            end = end_of[step.slot]
-            rows += range(end - len(step.score_ids), end)
+        end_of = {step.slot: int(end) for step, end in zip(steps, counts.cumsum(), strict=True)}
+        rows = [row for step in drawing for row in _rows(step, end_of, 1)]
+        rows += [row for step in drafting for row in _rows(step, end_of, step.drafts + 1)]
+        rows += [row for step in scoring for row in _rows(step, end_of, len(step.score_ids))]
         positions = [np.arange(step.start, step.start + step.count) for step in steps]
         return cls(
             token_ids=_flatten([step.token_ids or (ON_DEVICE,) for step in steps]),
@@ -88,15 +83,12 @@ class MixedBatch:
             kv_slots=_flatten(
                 [_kv_slots(*pair, page_size) for pair in zip(steps, positions, strict=True)]
             ),
-            slots=np.repeat(
-                np.array([step.slot for step in steps], dtype=np.int32),
-                [len(each) for each in lengths],
+            slots=_flatten(
+                [[step.slot] * len(each) for step, each in zip(steps, lengths, strict=True)]
             ),
             lengths=_flatten(lengths),
             decodes=decodes,
-            cu_seqlens=np.concatenate(([0], counts[len(steps) - chunks :].cumsum())).astype(
-                np.int32
-            ),
+            cu_seqlens=_flatten([[0], counts[len(steps) - chunks :].cumsum()]),
             logit_rows=np.array(rows or [0], dtype=np.int32),
             drawing=drawing,
             drafting=drafting,
@@ -158,6 +150,12 @@ def _lengths(step: SequenceStep, *, is_chunk: bool) -> range:
     """Tokens in the cache: behind a chunk, else behind each of its tokens."""
     end = step.start + step.count
     return range(end if is_chunk else step.start + 1, end + 1)
+
+
+def _rows(step: SequenceStep, end_of: Mapping[int, int], count: int) -> range:
+    """The last tokens of a step, `count` of them."""
+    end = end_of[step.slot]
+    return range(end - count, end)
 
 
 def _flatten(parts: Sequence[Sequence[int] | range | npt.NDArray[np.int64]]) -> Ints:

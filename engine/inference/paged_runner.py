@@ -33,13 +33,12 @@ from engine.inference.sampling_params import SamplingParams
 from engine.inference.scored_rows import ScoredRows
 from engine.inference.step_buffers import HostArena, StepBuffers, make_arenas
 from engine.inference.step_results import LaunchedStep, Reading, StepResults
-from engine.inference.steps import MAX_SCORED_TOKENS, SequenceStep, StepPlan
+from engine.inference.steps import MAX_DRAFTS, MAX_SCORED_TOKENS, SequenceStep, StepPlan
 from kernels.step_state import SequenceState
 
 __all__ = ["PagedRunner"]
 
 ARENAS = 2
-MAX_DRAFTS = 32
 INTS_PER_TOKEN = 4
 """Ids, positions, slots and rows of logits of a mixed step."""
 INTS_PER_SEQUENCE = 6 + 4 * MAX_DRAFTS

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from engine.errors import EngineError
 from engine.inference.sampling_params import MAX_BIASES, MAX_TOP_LOGPROBS, Guide, SamplingParams
-from engine.inference.steps import TokenLogprobs
+from engine.inference.steps import MAX_DRAFTS, TokenLogprobs
 
 __all__ = ["FinishReason", "GenerationChunk", "GenerationRequest", "RequestInvalid"]
 
@@ -19,7 +19,6 @@ MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_BIAS = 100.0
 MAX_ANSWERS = 128
-MAX_DRAFTS = 16
 MAX_NAME_LENGTH = 256
 
 

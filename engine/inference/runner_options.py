@@ -18,6 +18,8 @@ class RunnerOptions:
     max_sequences: int = 64
     max_step_tokens: int = 2048
     """Tokens of chunks in one step; decoding sequences come on top."""
+    draft_tokens: int = 0
+    """Guesses of a sequence in one step: each has logits, for which memory is kept."""
     page_size: int = 16
     context_length: int | None = None
     """Tokens of a sequence at most; None for the model's context, as far as the pages go."""

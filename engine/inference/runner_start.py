@@ -141,8 +141,9 @@ def _measure_steps(decoder: TokenDecoder, options: RunnerOptions) -> tuple[int, 
     limit = min(options.context_length or decoder.context_length, decoder.context_length)
     tokens = options.max_step_tokens
     longest = min(tokens, limit)
-    # beside a token of every other sequence some of a prompt are scored
-    rows = min(options.max_sequences + MAX_SCORED_TOKENS, tokens)
+    # beside the guesses and a token of every other sequence some of a prompt are scored
+    drawn = options.max_sequences * (1 + options.draft_tokens)
+    rows = min(drawn + MAX_SCORED_TOKENS, tokens)
     chunk = _chunk_batch(tokens, longest, rows, page_size, device)
     prompts, pages = chunk.block_table.shape
     kv = decoder.new_pages(prompts * pages, kv_bits=options.kv_bits, page_size=page_size)

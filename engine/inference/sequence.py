@@ -182,6 +182,11 @@ class TokenSequence:
             return ()
         return self.prompt_ids[max(self.computed, self.scored) + 1 : end + 1]
 
+    def index_drafts(self) -> None:
+        """Take up the prompt for guesses; takes long for a long one."""
+        if self._drafts is not None:
+            self._drafts.index(self.tokens)
+
     def guess(self, limit: int) -> tuple[int, ...]:
         """Tokens that may follow, at most `limit`, never so many that the last cannot be drawn."""
         room = min(self.draft_tokens, limit, self.max_tokens - self.drawn - 1)

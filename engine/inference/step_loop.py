@@ -8,16 +8,16 @@ import gc
 import logging
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.errors import EngineError
+from engine.inference.faults import let_go_of_frames
 from engine.inference.limits import RunnerShape
 from engine.inference.open_request import OpenRequest
 from engine.inference.planning import PlannedStep
-from engine.inference.sequence import TokenSequence
+from engine.inference.sequence import SequenceState, TokenSequence
 from engine.inference.statistics import StepClock
 from engine.inference.steps import PendingStep, Runner, StepResult
 from engine.inference.ticket_book import TicketBook
@@ -151,6 +151,9 @@ class StepLoop:
         self._in_flight.append(_Flight(planned=planned, pending=pending, launched_s=now))
 
     def _open(self, sequence: TokenSequence, now_s: float) -> bool:
+        # one before it may have ended the request that both belong to
+        if sequence.state is not SequenceState.RUNNING:
+            return False
         known = len(sequence.prompt_ids)
         try:
             self._live_runner().open(
@@ -187,7 +190,7 @@ class StepLoop:
         failed = self._book.fail_running(cause)
         self._runner = None
         # frames of the fault and cycles hold the old runner, and there is no memory for two
-        traceback.clear_frames(cause.__traceback__)
+        let_go_of_frames(cause)
         gc.collect()
         # a fault of a new runner that nobody's request brought about would come again and again
         if self._reopen is None or not (failed or self._has_run):

@@ -11,6 +11,7 @@ from typing import Protocol
 from engine.inference.sampling_params import SamplingParams
 
 __all__ = [
+    "MAX_DRAFTS",
     "MAX_SCORED_TOKENS",
     "Drawn",
     "PendingStep",
@@ -21,6 +22,8 @@ __all__ = [
     "TokenLogprobs",
 ]
 
+MAX_DRAFTS = 16
+"""Guesses of a sequence in one step."""
 MAX_SCORED_TOKENS = 128
 """Tokens scored in one step: the logits of each are kept, 64 MB together for 128000 tokens."""
 
@@ -139,7 +142,10 @@ class Runner(Protocol):
         """
 
     def close(self, slot: int) -> None:
-        """Free a slot; the results of all launched steps that name it were waited for."""
+        """Free a slot; the results of all launched steps that name it were waited for.
+
+        One that was not opened, because its request ended before, stays as it is.
+        """
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Start a step; returns before the device is done. Launches run in order."""

@@ -8,7 +8,8 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import CheckpointInvalid
-from engine.inference.request import RequestInvalid
+from engine.inference.request import MAX_STOP_IDS, RequestInvalid
+from engine.inference.sampling_params import MAX_ENDS
 from engine.inference.spelling import Spelling, TokenText
 
 __all__ = ["IncrementalDecoder", "StopFilter", "TextCodec"]
@@ -17,6 +18,8 @@ TOKENIZER_NAME = "tokenizer.json"
 UNDECIDED = "\N{REPLACEMENT CHARACTER}"
 """What an incomplete UTF-8 sequence decodes to."""
 CONTEXT_TOKENS = 8
+MOST_ENDS = MAX_ENDS - MAX_STOP_IDS
+"""Tokens that end a turn: a request may name more."""
 MOST_WAITING = 16
 """Tokens that may wait for a whole character, so that none costs more than another."""
 
@@ -38,7 +41,7 @@ class TextCodec:
         """Read `tokenizer.json` and what stands beside it; no code of the checkpoint is run.
 
         Raises:
-            CheckpointInvalid: if the tokenizer is missing or damaged.
+            CheckpointInvalid: if the tokenizer is missing or damaged, or too many tokens are ends.
         """
         if not (directory / TOKENIZER_NAME).is_file():
             raise CheckpointInvalid(f"{TOKENIZER_NAME} is missing")
@@ -123,9 +126,10 @@ class IncrementalDecoder:
         # tokenizer may spell bytes out as unknown until the last one of their run has come
         self._window = [each for each in context[-CONTEXT_TOKENS:] if each not in codec.special_ids]
         self._out = len(self._window)
-        # a character that the context only begins is the answer's
+        # a character that the context only begins is the answer's, if it goes on
         while self._out and codec.decode(self._window[: self._out]).endswith(UNDECIDED):
             self._out -= 1
+        self._has_begun = self._out < len(self._window)
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is certain now."""
@@ -146,7 +150,11 @@ class IncrementalDecoder:
             return ""
         self._window = self._window[self._out :]
         self._out = len(self._window)
-        return text[len(shown) :]
+        new = text[len(shown) :]
+        if self._has_begun:
+            new = new.lstrip(UNDECIDED)
+            self._has_begun = False
+        return new
 
 
 class StopFilter:
@@ -188,12 +196,20 @@ class StopFilter:
 def _eos_ids(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:
     """Ids that end a turn: of the generation config, else the config; and the tokenizer's."""
     ids = set() if tokenizer_eos is None else {tokenizer_eos}
+    vocabulary = _read_object(directory / "config.json").get("vocab_size")
     for name in ("generation_config.json", "config.json"):
         found = _read_object(directory / name).get("eos_token_id")
         listed = found if isinstance(found, list) else [found]
         ids |= {each for each in listed if isinstance(each, int) and not isinstance(each, bool)}
         if found is not None:
             break
+    if isinstance(vocabulary, int):
+        # the model never draws what it has no row for
+        ids = {each for each in ids if 0 <= each < vocabulary}
+    if len(ids) > MOST_ENDS:
+        raise CheckpointInvalid(
+            f"eos_token_id names {len(ids)} tokens: use up to {MOST_ENDS} in generation_config.json"
+        )
     return frozenset(ids)
 
 

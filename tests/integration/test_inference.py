@@ -16,11 +16,15 @@ from pydantic import SecretStr
 from api.cli.environment import settings_environment
 from api.settings import InferenceSettings, Settings, StorageSettings
 from engine.calibration.watch import Watch
+from engine.errors import NoTokenDrawn
+from engine.inference.answer import Answer
+from engine.inference.engine import EngineOptions
 from engine.pipeline import EvaluationPlan, QuantJob, quantize_model
 from engine.spec import CalibrationSpec, QuantSpec, Recipe
 from tests.integration.machine import ROOT, wait_until
 from tests.servers import free_port
 from tests.tiny_llama import save_tiny_llama
+from worker.inference.artifacts import ArtifactFolder
 
 HEADER = "X-ABQ-Internal-Token"
 TOKEN = "sesame"  # noqa: S105 - of a process that lives for a test
@@ -367,9 +371,24 @@ def test_unloading_ends_what_runs_on_the_model(client):
     assert status_of(client, "art_b") is None
 
 
+def test_a_model_whose_first_token_fails_leaves_nothing_behind(store, monkeypatch):
+    def refuse(answer, token_id):
+        raise NoTokenDrawn
+
+    monkeypatch.setattr(Answer, "accept", refuse)
+    folder = ArtifactFolder(
+        root=store, device="cpu", options=EngineOptions(max_sequences=2, kv_bytes=1 << 22)
+    )
+
+    with pytest.raises(NoTokenDrawn):
+        folder.open("art_a", lambda progress: None)
+
+    assert "engine" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_a_stopping_process_finishes_what_runs_and_refuses_what_comes(store):
     with run_inference(store) as (process, client):
-        stream = Stream(client, max_tokens=600)
+        stream = Stream(client, max_tokens=200)
         assert not stream.is_over.is_set()
 
         process.send_signal(signal.SIGTERM)
@@ -380,4 +399,4 @@ def test_a_stopping_process_finishes_what_runs_and_refuses_what_comes(store):
         assert refused.json()["code"] == "draining"
         assert stream.is_over.wait(60)
         assert stream.lines[-2]["finish_reason"] == "length"
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0

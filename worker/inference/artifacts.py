@@ -84,8 +84,13 @@ class ArtifactFolder:
         on_progress(LoadProgress(stage=LoadStage.WARMING_UP, fraction=READ_AT))
         # what is slow once, or fails at all, does so before the model counts as ready
         first = GenerationRequest(prompt_ids=engine.text.encode("a"), max_tokens=1)
-        for _ in engine.generate(first):
-            pass
+        try:
+            for _ in engine.generate(first):
+                pass
+        except BaseException:
+            # its thread would keep the model for ever
+            engine.close()
+            raise
         return engine
 
     def _directory(self, artifact_id: str) -> Path:

@@ -15,6 +15,7 @@ from api.errors import InferenceDraining, InferenceOverloaded, ModelLoading, Ser
 from api.telemetry import get_logger
 from engine.errors import EngineError
 from engine.inference.engine import InferenceEngine
+from engine.inference.faults import let_go_of_frames
 from worker.inference.activity import Activity
 from worker.inference.entry import Entry, HostedModel, ModelFailed, ModelLabels
 from worker.inference.progress import ProgressSink
@@ -180,10 +181,12 @@ class ModelPool:
             self._forget(entry)
             raise
         except (EngineError, ServiceError) as error:
+            let_go_of_frames(error)
             entry.fail(error.message)
             raise ModelFailed(error.message) from error
         except Exception as error:
             log.exception("model_load_failed", artifact_id=entry.artifact_id)
+            let_go_of_frames(error)
             entry.fail("the model could not be loaded")
             raise ModelFailed from error
         entry.be_ready(engine)

@@ -91,7 +91,8 @@ class HashingRunner:
 
     def close(self, slot):
         assert not any(slot in pending.slots for pending in self._in_flight)
-        del self._slots[slot]
+        # one of a sequence whose request ended before it was opened is none
+        self._slots.pop(slot, None)
 
     def launch(self, plan: StepPlan):
         self.plans.append(plan)

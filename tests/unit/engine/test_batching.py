@@ -360,7 +360,51 @@ def test_a_fault_that_shows_only_in_the_result_fails_what_ran_too(open_engine, c
     wait_until_empty(engine, spare)
 
 
-def test_a_failed_runner_is_gone_before_a_new_one_is_made(open_engine):
+def test_an_answer_that_cannot_start_ends_its_own_request_alone(open_engine):
+    runner, opened = HashingRunner(), []
+
+    def open_slot(slot, sampling, prompt_ids, drawn_ids=()):
+        opened.append(slot)
+        HashingRunner.open(runner, slot, sampling, prompt_ids, drawn_ids)
+        if prompt_ids == PROMPT and len(opened) == 3:
+            raise EngineError("the guide cannot be followed any more")
+
+    runner.open = open_slot
+    engine = open_engine(runner)
+    other = engine.generate(request_of(prompt_ids=(1, 2, 3), max_tokens=50))
+    next(other)
+
+    # the first answer computes the prompt; both that follow start in one step
+    with pytest.raises(EngineError, match="any more"):
+        list(engine.generate(request_of(n=3, max_tokens=30)))
+
+    assert sum(1 for _ in other) == 49
+    assert min(opened) >= 0
+    assert engine.statistics().faults == 0
+    wait_until_empty(engine, runner)
+
+
+@pytest.mark.parametrize("count", [-1, 17])
+def test_an_engine_that_would_guess_too_much_is_refused(codec, count):
+    with pytest.raises(ValueError, match=f"draft_tokens = {count} .* use 0 to 16"):
+        BatchingEngine(HashingRunner(), codec, draft_tokens=count)
+
+
+def break_with_a_cause(plan_number):
+    """As `break_once`, but the error came of another."""
+    fault = break_once(plan_number)
+
+    def chained(plan):
+        try:
+            fault(plan)
+        except RuntimeError as error:
+            raise OSError("the step failed") from error
+
+    return chained
+
+
+@pytest.mark.parametrize("break_at", [break_once, break_with_a_cause])
+def test_a_failed_runner_is_gone_before_a_new_one_is_made(open_engine, break_at):
     alive = []
 
     def reopen():
@@ -368,7 +412,7 @@ def test_a_failed_runner_is_gone_before_a_new_one_is_made(open_engine):
         return HashingRunner()
 
     runner = HashingRunner()
-    runner.fault = break_once(1)
+    runner.fault = break_at(1)
     first = weakref.ref(runner)
     engine = BatchingEngine(runner, open_engine().text, reopen=reopen)
     del runner

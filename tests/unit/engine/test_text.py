@@ -87,6 +87,7 @@ def test_a_character_that_a_prompt_began_is_the_answers(codec):
     *begun, last = codec.encode("a世")
 
     assert IncrementalDecoder(codec, begun).push(last) == "世"
+    assert IncrementalDecoder(codec, begun).push(*codec.encode("x", with_specials=False)) == "x"
 
 
 @pytest.mark.parametrize("kind", ["half a character", "special"])
@@ -133,6 +134,25 @@ def test_special_tokens_give_no_text(codec):
 
     assert decoder.push(end) == ""
     assert decoder.push(*codec.encode("x")) == "x"
+
+
+def test_end_tokens_that_the_model_has_no_row_for_are_left_out(tmp_path):
+    save_tiny_llama(tmp_path)
+    known = TextCodec.from_directory(tmp_path).eos_ids
+    vocabulary = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    ends = [*known, vocabulary, -1]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+
+    assert TextCodec.from_directory(tmp_path).eos_ids == known
+
+
+def test_too_many_end_tokens_are_refused_by_their_number(tmp_path):
+    save_tiny_llama(tmp_path)
+    ends = list(range(40))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+
+    with pytest.raises(CheckpointInvalid, match=r"eos_token_id names 4\d tokens: use up to 32"):
+        TextCodec.from_directory(tmp_path)
 
 
 def test_messages_are_rendered_up_to_where_the_assistant_answers(codec):
