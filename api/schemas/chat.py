@@ -1,7 +1,7 @@
 """Conversations as clients send them."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from api.errors import InvalidRequest
 from api.schemas.base import Schema
+from api.schemas.json_values import JsonObject, JsonText
 from api.schemas.sampling import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
 
 __all__ = ["ChatCompletionRequest", "ChatMessage", "Tool"]
@@ -41,12 +42,12 @@ class ChatMessage(Schema):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    name: str | None = None
-    tool_calls: tuple[dict[str, Any], ...] | None = None
+    name: JsonText | None = None
+    tool_calls: tuple[JsonObject, ...] | None = None
     """What the assistant called, for the model's template."""
-    tool_call_id: str | None = None
+    tool_call_id: JsonText | None = None
     content: Annotated[
-        str | None,
+        JsonText | None,
         BeforeValidator(read_text, json_schema_input_type=str | list[dict[str, str]] | None),
     ] = Field(default=None, validate_default=True)
 
@@ -62,7 +63,7 @@ class Tool(Schema):
     """A function that the model may call."""
 
     type: Literal["function"]
-    function: dict[str, Any]
+    function: JsonObject
     """`name`, `description`, `parameters`: what the model's template shows of it."""
 
 

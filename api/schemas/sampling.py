@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from api.errors import InvalidRequest
 from api.schemas.base import Schema
+from api.schemas.json_values import JsonObject
 
 __all__ = [
     "MAX_TOKENS",
@@ -68,7 +69,7 @@ class JsonSchemaFormat(Schema):
 
     name: str = Field(default="answer", max_length=64)
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
     strict: bool | None = None
     """The schema is always kept to."""
 

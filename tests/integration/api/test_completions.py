@@ -202,6 +202,74 @@ def test_what_is_wrong_inside_of_a_field_is_named_by_its_place(hosting, inferenc
     assert inference.requests == []
 
 
+SAYS_HALF = {"messages": [{"role": "user", "content": "cut \ud83d"}]}
+CALLS_HALF = {"id": "c", "type": "function", "function": {"name": "f", "arguments": float("nan")}}
+
+
+@pytest.mark.parametrize(
+    ("url", "fields", "param"),
+    [
+        (CHAT_URL, SAYS_HALF, "messages.0.content"),
+        ("/v1/tokenize", SAYS_HALF, "messages.0.content"),
+        (
+            CHAT_URL,
+            {"messages": [{"role": "user", "content": "a", "name": "\ud800"}]},
+            "messages.0.name",
+        ),
+        (
+            CHAT_URL,
+            {"messages": [{"role": "assistant", "tool_calls": [CALLS_HALF]}]},
+            "messages.0.tool_calls.0.function.arguments",
+        ),
+        (
+            CHAT_URL,
+            {"tools": [{"type": "function", "function": {"name": "\ud800"}}]},
+            "tools.0.function.name",
+        ),
+        (
+            CHAT_URL,
+            {"tools": [{"type": "function", "function": {"list": [0, {"least": -1e999}]}}]},
+            "tools.0.function.list.1.least",
+        ),
+        (
+            CHAT_URL,
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"const": "\ud800"}},
+                }
+            },
+            "response_format.json_schema.schema.const",
+        ),
+        (CHAT_URL, {"temperature": float("nan")}, "temperature"),
+    ],
+)
+def test_what_json_in_utf8_cannot_say_is_refused_by_its_place(
+    hosting, inference, url, fields, param
+):
+    # Python's own writer takes NaN and half of a pair, as do careless clients
+    body = json.dumps((CHAT if url == CHAT_URL else {"model": "hosted"}) | fields)
+
+    response = hosting.post(url, content=body, headers={"Content-Type": "application/json"})
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert param in response.json()["error"]["message"]
+    assert inference.requests == []
+
+
+@pytest.mark.parametrize("name", ["half \ud800", float("nan")])
+def test_a_problem_document_repeats_what_it_cannot_encode_spelled_out(shared_api, name):
+    body = json.dumps({"artifact_id": name})
+
+    with shared_api.client() as client:
+        headers = {"Content-Type": "application/json"}
+        response = client.post("/v1/deployments", content=body, headers=headers)
+
+    (fault,) = response.json()["errors"]
+    assert (response.status_code, fault["param"]) == (422, "artifact_id")
+    assert fault["value"] in {"half \\ud800", "nan"}
+
+
 def test_every_field_of_a_chat_reaches_the_model(hosting, inference):
     schema = {"type": "object"}
     tool = {"type": "function", "function": {"name": "f"}}
