@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 __all__ = [
     "ArtifactNotFound", "BodyTooLarge", "ConfigRejected", "ContextTooLong",
     "DeploymentConflict", "DeploymentNotFound", "DiskTooSmall", "FileNotInArtifact",
-    "HubUnavailable", "IdempotencyConflict", "IdempotencyMismatch", "InferenceDraining",
-    "InferenceOverloaded", "InferenceUnavailable", "InvalidRequest", "JobNotFound",
-    "JobStateConflict", "KeyMissing", "KeyNotFound", "KeyRejected", "ModelGated",
+    "GuideNotFollowed", "HubUnavailable", "IdempotencyConflict", "IdempotencyMismatch",
+    "InferenceDraining", "InferenceOverloaded", "InferenceUnavailable", "InvalidRequest",
+    "JobNotFound", "JobStateConflict", "KeyMissing", "KeyNotFound", "KeyRejected", "ModelGated",
     "ModelLoading", "ModelNotFound", "ModelNotHosted", "ModelTooLarge", "QuotaExceeded",
     "RangeNotSatisfiable", "RevisionNotFound", "ScopeMissing", "ServiceError",
     "UnsupportedFormat", "UnsupportedParameter",
@@ -229,6 +229,13 @@ class ContextTooLong(ServiceError):
     """Prompt and tokens to generate do not fit into the model's context."""
 
     code: ClassVar[str] = "context_length_exceeded"
+    status: ClassVar[int] = 400
+
+
+class GuideNotFollowed(ServiceError):
+    """The language that the answer is to stay in takes too much work; make it simpler."""
+
+    code: ClassVar[str] = "guide_failed"
     status: ClassVar[int] = 400
 
 

@@ -3,6 +3,7 @@
 The only place that knows both the service's errors and their form on the wire.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from api.errors import InvalidRequest, KeyRejected, ServiceError, UnsupportedParameter
 from api.schemas.base import FieldError, OpenAIError, Problem
+from api.schemas.json_values import JsonValueInvalid
 from engine.errors import SpecError
 
 __all__ = ["error_response", "install_error_handlers", "is_openai_path"]
@@ -121,7 +123,7 @@ def _on_service_error(request: Request, error: Exception) -> Response:
 
 def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - what it is registered for
-    items = [_field_error(each) for each in _innermost(error.errors())]
+    items = [_encodable(_field_error(each)) for each in _innermost(error.errors())]
     named = ", ".join(str(each.param) for each in items)
     several = f"{len(items)} fields are not valid: {named}."
     message = items[0].message if len(items) == 1 else several
@@ -169,6 +171,8 @@ def _field_error(found: Mapping[str, Any]) -> FieldError:
     cause = found.get("ctx", {}).get("error")
     if isinstance(cause, SpecError):
         return _spec_item(location, cause)
+    if isinstance(cause, JsonValueInvalid):
+        return _json_item(location, cause)
     if found["type"] == "json_invalid":
         return FieldError(param=None, code=found["type"], message="The body is no valid JSON.")
     param = ".".join(str(part) for part in location if part != "[key]") or None
@@ -185,6 +189,18 @@ def _spec_item(location: tuple[Any, ...], error: SpecError) -> FieldError:
         code=error.code,
         message=error.message,
         value=_shown(error.value),
+        remedy=error.remedy,
+    )
+
+
+def _json_item(location: tuple[Any, ...], error: JsonValueInvalid) -> FieldError:
+    param = ".".join(str(part) for part in (*location, *error.place))
+    value = _shown(error.value)
+    return FieldError(
+        param=param,
+        code=error.code,
+        message=f"{param} = {value!r} is not possible: {error.remedy}.",
+        value=value,
         remedy=error.remedy,
     )
 
@@ -206,3 +222,21 @@ def _shown(value: object) -> str | int | float | None:
     if isinstance(value, str):
         return value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
     return value if isinstance(value, int | float) else None
+
+
+def _encodable(item: FieldError) -> FieldError:
+    """Spell out what a refused text or number has that no answer can hold."""
+    value = item.value
+    if isinstance(value, float) and not math.isfinite(value):
+        value = str(value)
+    return item.model_copy(
+        update={
+            "param": None if item.param is None else _escaped(item.param),
+            "message": _escaped(item.message),
+            "value": _escaped(value) if isinstance(value, str) else value,
+        }
+    )
+
+
+def _escaped(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()

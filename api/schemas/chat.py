@@ -1,7 +1,7 @@
 """Conversations as clients send them."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from api.errors import InvalidRequest
 from api.schemas.base import Schema
+from api.schemas.json_values import JsonObject, JsonText
 from api.schemas.sampling import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
 
 __all__ = ["ChatCompletionRequest", "ChatMessage", "Tool"]
@@ -38,17 +39,30 @@ def read_text(value: object) -> object:
 
 
 class ChatMessage(Schema):
-    """A turn of a conversation."""
+    """A turn of a conversation; clients send an answer's turn back with all members that it has."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    name: str | None = None
-    tool_calls: tuple[dict[str, Any], ...] | None = None
+    name: JsonText | None = None
+    tool_calls: tuple[JsonObject, ...] | None = None
     """What the assistant called, for the model's template."""
-    tool_call_id: str | None = None
+    tool_call_id: JsonText | None = None
     content: Annotated[
-        str | None,
+        JsonText | None,
         BeforeValidator(read_text, json_schema_input_type=str | list[dict[str, str]] | None),
     ] = Field(default=None, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unused(cls, record: object) -> object:
+        """Drop members that say nothing; what is left over is refused by name."""
+        if not isinstance(record, Mapping):
+            return record
+        return {
+            name: value
+            for name, value in record.items()
+            if name in cls.model_fields
+            or not (value is None or (name == "annotations" and value == []))
+        }
 
     @field_validator("content")
     @classmethod
@@ -62,7 +76,7 @@ class Tool(Schema):
     """A function that the model may call."""
 
     type: Literal["function"]
-    function: dict[str, Any]
+    function: JsonObject
     """`name`, `description`, `parameters`: what the model's template shows of it."""
 
 

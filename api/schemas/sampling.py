@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from api.errors import InvalidRequest
 from api.schemas.base import Schema
+from api.schemas.json_values import JsonObject
 
 __all__ = [
     "MAX_TOKENS",
@@ -37,14 +38,24 @@ UNUSED: Mapping[str, tuple[Any, ...]] = {
     "function_call": (None, "none"),
     "functions": (None, []),
     "logprobs": (None, False),
+    "max_completion_tokens": (None,),
     "modalities": (None, ["text"]),
+    "moderation": (None,),
     "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
+    "prompt_cache_key": (None,),
+    "prompt_cache_options": (None,),
+    "prompt_cache_retention": (None,),
+    "reasoning_effort": (None,),
+    "safety_identifier": (None,),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
     "top_logprobs": (None, 0),
+    "verbosity": (None,),
+    "web_search_options": (None,),
 }
 """Fields of OpenAI's that are not supported, and the values with which they change nothing."""
 
@@ -68,7 +79,7 @@ class JsonSchemaFormat(Schema):
 
     name: str = Field(default="answer", max_length=64)
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
     strict: bool | None = None
     """The schema is always kept to."""
 

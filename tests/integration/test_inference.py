@@ -210,6 +210,7 @@ def test_equal_seeds_give_equal_texts(client):
         ({"prompts": ["a"] * 5}, 400, "invalid_request", "prompt"),
         ({"logprobs": 21}, 400, "invalid_request", "logprobs"),
         ({"n": 0}, 400, "invalid_request", "n"),
+        ({"prompts": ["a"] * 3, "n": 2}, 400, "invalid_request", "n"),
         ({"guided_regex": "(", "ignore_eos": False}, 400, "invalid_request", "guided_regex"),
         (
             {"prompts": None, "messages": [{"role": "user", "content": "a"}], "tools": [{}]},
@@ -225,6 +226,19 @@ def test_a_bad_request_is_refused_and_stops_nothing(fields, status, code, param,
     assert response.status_code == status
     assert response.json()["code"] == code
     assert response.json()["param"] == param
+    assert generate(client).status_code == 200
+
+
+def test_a_guide_that_becomes_too_much_work_ends_its_answer_with_field_and_remedy(client):
+    late = {"guided_regex": "[bc]{5}(a?){300}a{300}", "ignore_eos": False, "max_tokens": 40}
+
+    start, *_, fault = records(generate(client, **late))
+
+    assert start["type"] == "start"
+    assert (fault["type"], fault["code"], fault["param"]) == (
+        "error", "guide_failed", "guided_regex",
+    )  # fmt: skip
+    assert fault["message"].endswith("make it simpler")
     assert generate(client).status_code == 200
 
 
@@ -258,6 +272,15 @@ def test_several_prompts_are_answered_in_one_request_as_each_alone(client):
     assert records(together)[-1]["prompt_tokens"] == len("onceupon") + 2
 
 
+def test_answers_to_several_prompts_fill_the_queue_that_they_are_counted_in(client):
+    together = generate(client, prompts=["a", "b"], n=2)
+    alone = generate(client, n=16)
+
+    assert records(together)[-1]["completion_tokens"] == 4 * 4
+    # a single prompt is taken whatever its answers, when nobody waits
+    assert records(alone)[-1]["completion_tokens"] == 16 * 4
+
+
 def test_an_echo_has_the_log_probabilities_that_generation_has(client):
     text, asked = "hello there", {"logprobs": 3, "temperature": 0}
 
@@ -266,6 +289,7 @@ def test_an_echo_has_the_log_probabilities_that_generation_has(client):
     [echo] = start["echo"]
     assert echo["text"] == text
     assert [entry["token"] for entry in echo["logprobs"]] == list(text)
+    assert [entry["characters"] for entry in echo["logprobs"]] == [1] * len(text)
     assert echo["logprobs"][0]["logprob"] is None
     assert (finish["finish_reason"], end["completion_tokens"]) == ("length", 0)
     for place in (1, 6, 10):
@@ -276,6 +300,18 @@ def test_an_echo_has_the_log_probabilities_that_generation_has(client):
         tops = zip(entry["top"], scored["top"], strict=True)
         assert all(one[2] == pytest.approx(other[2], abs=1e-3) for one, other in tops)
         assert entry["logprob"] == entry["top"][0][2] >= scored["logprob"]
+
+
+def test_an_echo_is_the_text_that_came_and_ids_are_read(client):
+    text = "h🎉<|end|>"
+    ids = client.post("/tokenize", json={"artifact_id": "art_a", "prompt": text}).json()["tokens"]
+
+    asked = {"echo": True, "max_tokens": 0, "logprobs": 0}
+    [start, *_] = records(generate(client, prompts=[text, ids], **asked))
+
+    assert [each["text"] for each in start["echo"]] == [text, text]
+    for each in start["echo"]:
+        assert [entry["characters"] for entry in each["logprobs"]] == [1, 0, 0, 0, 1, 7]
 
 
 def test_texts_become_ids_and_ids_texts(client):

@@ -15,7 +15,7 @@ from api.errors import (
     UnsupportedParameter,
 )
 from api.telemetry import get_logger
-from engine.errors import DeviceFailed, EngineError
+from engine.errors import DeviceFailed, EngineError, GuideFailed
 from engine.inference.request import GenerationChunk, GenerationRequest
 from engine.inference.scoring import PromptScorer
 from engine.inference.steps import TokenLogprobs
@@ -23,7 +23,7 @@ from worker.inference.activity import end_of
 from worker.inference.arrivals import Arrivals
 from worker.inference.metrics import InferenceMetrics
 from worker.inference.pool import ModelInUse, ModelPool
-from worker.inference.prompts import GenerationRefused, named_for, read_requests
+from worker.inference.prompts import GenerationRefused, guide_field, named_for, read_requests
 from worker.inference.records import Batch, RecordWriter, error_record
 from worker.inference.schemas import GenerateBody
 from worker.inference.timing import RequestTiming
@@ -47,6 +47,9 @@ class Submitting(Protocol):
     ) -> object:
         """Take a request; raises as `InferenceEngine.generate` does."""
 
+    def check_together(self, requests: Sequence[GenerationRequest]) -> None:
+        """Refuse several requests that never find room at one time."""
+
 
 class Generations:
     """The queue in front of the models."""
@@ -62,7 +65,7 @@ class Generations:
 
     @property
     def count(self) -> int:
-        """Prompts that run or wait."""
+        """Answers that run or wait."""
         return self._admitted
 
     async def run(self, body: GenerateBody) -> AsyncGenerator[Batch]:
@@ -76,7 +79,7 @@ class Generations:
             ServiceError: the model or the request cannot be served.
         """
         admitted = time.perf_counter()
-        with self._admit(body.count):
+        with self._admit(body.count, body.answers):
             async with self._pool.use(body.artifact_id) as model:
                 requests = await asyncio.to_thread(read_requests, body, model.engine)
                 run = _Run(
@@ -92,14 +95,16 @@ class Generations:
                         yield batch
 
     @contextmanager
-    def _admit(self, count: int) -> Iterator[None]:
+    def _admit(self, prompts: int, answers: int) -> Iterator[None]:
         if self._pool.is_draining:
             raise InferenceDraining
-        if count > self._limit:
+        if prompts > self._limit:
             raise GenerationRefused(
-                f"prompt = {count} prompts is not possible: use up to {self._limit} at once",
+                f"prompt = {prompts} prompts is not possible: use up to {self._limit} at once",
                 param="prompt",
             )
+        # whether so many ever find room is the engine's to say: alone they are let through
+        count = min(answers, self._limit)
         if self._admitted + count > self._limit:
             raise InferenceOverloaded
         self._admitted += count
@@ -122,8 +127,8 @@ class _Run:
 
     async def batches(self) -> AsyncGenerator[Batch]:
         """Yield the records from start to end."""
-        prompts = [each.prompt_ids for each in self.requests]
-        writer = RecordWriter(self.model.engine.text, prompts, self.body.n)
+        prompts, body = [each.prompt_ids for each in self.requests], self.body
+        writer = RecordWriter(self.model.engine.text, prompts, body.n, body.written)
         arrivals, pulls = Arrivals(), list[asyncio.Task[None]]()
         try:
             echoed = await self._score() if self.body.echo else None
@@ -159,11 +164,16 @@ class _Run:
             # another replica, or this one after a new start, may well answer it
             is_lost = isinstance(error, DeviceFailed) or end_of(self.model.engine) is not None
             code = InferenceUnavailable.code if is_lost else error.code
-            yield [error_record(code, error.message)]
+            log.warning("answer_failed", code=error.code, reason=error.message)
+            yield [error_record(code, error.message, self._field_of(error))]
         except Exception:
             # a fault of one request is that request's end, not the process's
             log.exception("generation_failed")
             yield [error_record("internal_error", "the generation failed")]
+
+    def _field_of(self, error: EngineError) -> str | None:
+        """The field of the request that is at fault, if one is."""
+        return guide_field(self.body) if isinstance(error, GuideFailed) else None
 
     async def _score(self) -> list[Scores]:
         """Log-probabilities of the prompts, where they are asked for."""
@@ -208,6 +218,7 @@ class _Run:
         ]
 
     def _submit(self, engine: Submitting, arrivals: Arrivals) -> None:
+        engine.check_together(self.requests)
         for prompt, request in enumerate(self.requests):
             engine.submit(request, arrivals.deliver_to(prompt), self.cancelled.is_set)
 

@@ -7,6 +7,8 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from openai.types import completion_create_params
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from api.db.connection import Database
 from api.settings import InferenceSettings, Settings
@@ -141,9 +143,55 @@ def test_parts_of_text_are_joined_and_values_that_mean_unused_are_accepted(hosti
     assert inference.requests[0]["messages"][0]["content"] == "ab"
 
 
+def test_an_answers_turn_is_taken_back_as_a_client_writes_it(hosting, inference):
+    answer = {
+        "role": "assistant", "content": "Hello", "refusal": None, "annotations": [], "audio": None,
+        "function_call": None, "tool_calls": None,
+    }  # fmt: skip
+    turns = [*CHAT["messages"], answer, *CHAT["messages"]]
+
+    response = hosting.post(CHAT_URL, json=CHAT | {"messages": turns})
+
+    assert response.status_code == 200
+    assert inference.requests[0]["messages"][1] == {"role": "assistant", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    "member", [{"refusal": "no"}, {"annotations": [{"type": "url_citation"}]}, {"audio": {}}]
+)
+def test_a_member_of_a_turn_that_says_something_is_refused(hosting, inference, member):
+    (name,) = member
+
+    response = hosting.post(
+        CHAT_URL, json=CHAT | {"messages": [{"role": "assistant", "content": "a", **member}]}
+    )
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, f"messages.0.{name}")
+    assert inference.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        (CHAT_URL, CompletionCreateParamsBase),
+        (TEXT_URL, completion_create_params.CompletionCreateParamsBase),
+    ],
+)
+def test_every_field_of_the_official_client_may_be_null(hosting, inference, url, kind):
+    wanted = CHAT if url == CHAT_URL else TEXT
+    unused = dict.fromkeys(kind.__annotations__) | wanted
+
+    response = hosting.post(url, json=unused)
+
+    assert response.status_code == 200
+    assert len(inference.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("url", "field", "value", "code"),
     [
+        (CHAT_URL, "reasoning_effort", "low", "unsupported_parameter"),
+        (CHAT_URL, "temprature", None, "unsupported_parameter"),
         (CHAT_URL, "functions", [{"name": "f"}], "unsupported_parameter"),
         (CHAT_URL, "echo", True, "unsupported_parameter"),
         (CHAT_URL, "temprature", 0.5, "unsupported_parameter"),
@@ -200,6 +248,74 @@ def test_what_is_wrong_inside_of_a_field_is_named_by_its_place(hosting, inferenc
 
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     assert inference.requests == []
+
+
+SAYS_HALF = {"messages": [{"role": "user", "content": "cut \ud83d"}]}
+CALLS_HALF = {"id": "c", "type": "function", "function": {"name": "f", "arguments": float("nan")}}
+
+
+@pytest.mark.parametrize(
+    ("url", "fields", "param"),
+    [
+        (CHAT_URL, SAYS_HALF, "messages.0.content"),
+        ("/v1/tokenize", SAYS_HALF, "messages.0.content"),
+        (
+            CHAT_URL,
+            {"messages": [{"role": "user", "content": "a", "name": "\ud800"}]},
+            "messages.0.name",
+        ),
+        (
+            CHAT_URL,
+            {"messages": [{"role": "assistant", "tool_calls": [CALLS_HALF]}]},
+            "messages.0.tool_calls.0.function.arguments",
+        ),
+        (
+            CHAT_URL,
+            {"tools": [{"type": "function", "function": {"name": "\ud800"}}]},
+            "tools.0.function.name",
+        ),
+        (
+            CHAT_URL,
+            {"tools": [{"type": "function", "function": {"list": [0, {"least": -1e999}]}}]},
+            "tools.0.function.list.1.least",
+        ),
+        (
+            CHAT_URL,
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"const": "\ud800"}},
+                }
+            },
+            "response_format.json_schema.schema.const",
+        ),
+        (CHAT_URL, {"temperature": float("nan")}, "temperature"),
+    ],
+)
+def test_what_json_in_utf8_cannot_say_is_refused_by_its_place(
+    hosting, inference, url, fields, param
+):
+    # Python's own writer takes NaN and half of a pair, as do careless clients
+    body = json.dumps((CHAT if url == CHAT_URL else {"model": "hosted"}) | fields)
+
+    response = hosting.post(url, content=body, headers={"Content-Type": "application/json"})
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert param in response.json()["error"]["message"]
+    assert inference.requests == []
+
+
+@pytest.mark.parametrize("name", ["half \ud800", float("nan")])
+def test_a_problem_document_repeats_what_it_cannot_encode_spelled_out(shared_api, name):
+    body = json.dumps({"artifact_id": name})
+
+    with shared_api.client() as client:
+        headers = {"Content-Type": "application/json"}
+        response = client.post("/v1/deployments", content=body, headers=headers)
+
+    (fault,) = response.json()["errors"]
+    assert (response.status_code, fault["param"]) == (422, "artifact_id")
+    assert fault["value"] in {"half \\ud800", "nan"}
 
 
 def test_every_field_of_a_chat_reaches_the_model(hosting, inference):
@@ -307,6 +423,26 @@ def test_log_probabilities_have_the_shape_of_their_route(hosting, inference):
     assert [each["text_offset"] for each in pieces if each] == [[0], [1], [3]]
 
 
+def test_parts_of_a_character_start_where_it_does(hosting, inference):
+    parts = [("bytes:\\xf0\\x9f", 0), ("bytes:\\x8e\\x89", 1), (" ok", 3), ("!", 1)]
+    tokens = [
+        {"token": text, "bytes": [], "characters": width, "logprob": -1.0, "top": []}
+        for text, width in parts
+    ]
+    start = START | {"echo": [{"index": 0, "text": "🎉", "logprobs": tokens[:2]}]}
+    inference.records = [start, token(" ok", logprobs=tokens[2:3])]
+    inference.records += [token("!", logprobs=tokens[3:]), FINISH, END]
+    asked = TEXT | {"logprobs": 0, "echo": True}
+
+    whole = hosting.post(TEXT_URL, json=asked).json()["choices"][0]
+    *chunks, _ = read_data(hosting.post(TEXT_URL, json=asked | {"stream": True}))
+
+    assert whole["text"] == "🎉 ok!"
+    assert whole["logprobs"]["text_offset"] == [0, 0, 1, 4]
+    pieces = [json.loads(each)["choices"][0]["logprobs"] for each in chunks]
+    assert [each["text_offset"] for each in pieces if each] == [[0, 0], [1], [4]]
+
+
 def test_a_stream_counts_along_where_asked(hosting):
     options = {"include_usage": True, "continuous_usage_stats": True}
 
@@ -385,6 +521,22 @@ def test_a_fault_in_the_middle_of_a_stream_is_an_event_and_its_end(hosting, infe
     assert "[DONE]" not in streamed
     assert whole.status_code == 500
     assert "secret" not in streamed[-1] + whole.text
+
+
+def test_a_guide_that_fails_on_the_way_is_the_callers_fault(hosting, inference):
+    fault = {"type": "error", "code": "guide_failed", "message": "make it simpler"}
+    fault["param"] = "guided_regex"
+    inference.records = [START, token("bb"), fault]
+
+    whole = hosting.post(CHAT_URL, json=CHAT)
+    streamed = read_data(hosting.post(CHAT_URL, json=CHAT | {"stream": True}))
+
+    assert whole.status_code == 400
+    assert whole.json()["error"] == {
+        "message": "make it simpler", "type": "invalid_request_error", "param": "guided_regex",
+        "code": "guide_failed",
+    }  # fmt: skip
+    assert json.loads(streamed[-1]) == whole.json()
 
 
 @pytest.mark.parametrize(
