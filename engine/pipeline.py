@@ -23,6 +23,7 @@ from engine.calibration.finish import finish
 from engine.calibration.merge import merged_tensors
 from engine.calibration.resume import ENGINE_VERSION, BlockStore, Tuning, fingerprint
 from engine.calibration.watch import Watch
+from engine.checkpoint.destination import check_destination
 from engine.checkpoint.manifest import LayerRecord, digest_of, hash_file
 from engine.checkpoint.search_record import SearchRecord
 from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
@@ -47,14 +48,13 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
 
     Raises:
         UnsupportedModel: naming the field of the config.
-        SpecError: if the spec does not fit the model.
+        SpecError: if the spec does not fit the model, or `job.out_dir` must not be replaced.
         DatasetUnavailable: if a text is missing or too short.
         CalibrationDiverged: naming the layer; finished blocks stay in `job.state_dir`.
         CalibrationInterrupted: if the watch says to stop; finished blocks stay as well.
     """
     started_s = time.monotonic()
-    source = SourceModel.open(job.source_dir)
-    check_spec(source.architecture, job.spec)
+    source = _open_source(job)
     first = Stage.CALIBRATING if job.spec.target is None else Stage.SEARCHING
     watch.report(StageStarted(stage=first))
     windows = _calibration_windows(job)
@@ -83,6 +83,14 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
         manifest_sha256=digest_of(job.out_dir),
         search=found.record,
     )
+
+
+def _open_source(job: QuantJob) -> SourceModel:
+    """Open the model, and refuse before any work what could not end well."""
+    check_destination(job.out_dir, apart_from=(job.source_dir, job.state_dir))
+    source = SourceModel.open(job.source_dir)
+    check_spec(source.architecture, job.spec)
+    return source
 
 
 def _block_loop(job: QuantJob, source: SourceModel, store: BlockStore, watch: Watch) -> BlockLoop:

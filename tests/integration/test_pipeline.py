@@ -1,6 +1,7 @@
 """The engine from source directory to checkpoint directory, on tiny models of every family."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -351,6 +352,17 @@ def test_a_spec_that_does_not_fit_is_refused_before_any_work(source, tmp_path, f
     with pytest.raises(error):
         quantize(job)
 
+    assert not job.state_dir.exists()
+
+
+def test_the_source_is_never_replaced_by_its_result(source, tmp_path):
+    before = sorted(path.name for path in source.iterdir())
+    job = replace(job_of(source, tmp_path), out_dir=source)
+
+    with pytest.raises(SpecError, match="out_dir"):
+        quantize(job)
+
+    assert sorted(path.name for path in source.iterdir()) == before
     assert not job.state_dir.exists()
 
 

@@ -161,11 +161,13 @@ def test_a_left_over_partial_directory_and_an_old_result_are_replaced(tmp_path):
     (partial / "rest").write_text("of an attempt that died")
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "old").write_text("result")
+    (tmp_path / "checkpoint" / "abq_manifest.json").write_text("{}")
 
     directory = save_checkpoint(tmp_path, "w4a8")[1]
 
     assert not partial.exists()
     assert not (directory / "old").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "checkpoint"}
     verify_directory(directory)
 
 
