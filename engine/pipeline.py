@@ -48,7 +48,7 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
 
     Raises:
         UnsupportedModel: naming the field of the config.
-        SpecError: if the spec does not fit the model, or `job.out_dir` must not be replaced.
+        SpecError: if spec or evaluation do not fit the model, or `job.out_dir` must stay.
         DatasetUnavailable: if a text is missing or too short.
         CalibrationDiverged: naming the layer; finished blocks stay in `job.state_dir`.
         CalibrationInterrupted: if the watch says to stop; finished blocks stay as well.
@@ -90,6 +90,7 @@ def _open_source(job: QuantJob) -> SourceModel:
     check_destination(job.out_dir, apart_from=(job.source_dir, job.state_dir))
     source = SourceModel.open(job.source_dir)
     check_spec(source.architecture, job.spec)
+    job.evaluation.check_positions(source.architecture.max_positions)
     return source
 
 

@@ -344,6 +344,7 @@ def test_evaluation_sees_the_keys_and_values_that_generation_keeps(source, tmp_p
     [
         ({"spec": QuantSpec(w_bits=4, group_size=96)}, SpecError),
         ({"spec": QuantSpec(w_bits=4, calibration=CalibrationSpec(length=1024))}, SpecError),
+        ({"evaluation": EvaluationPlan(length=1024)}, SpecError),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused_before_any_work(source, tmp_path, fields, error):
