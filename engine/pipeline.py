@@ -34,6 +34,7 @@ from engine.fit import check_spec
 from engine.job import QuantJob, best_device
 from engine.models.loading import SourceModel, read_config
 from engine.models.rotated import rotated
+from engine.models.source_check import check_finite
 from engine.report import QuantReport
 from engine.rotation import Rotation, online_blocks
 from engine.search.search import FoundBits
@@ -54,7 +55,7 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
         CalibrationInterrupted: if the watch says to stop; finished blocks stay as well.
     """
     started_s = time.monotonic()
-    source = _open_source(job)
+    source = _open_source(job, watch)
     first = Stage.CALIBRATING if job.spec.target is None else Stage.SEARCHING
     watch.report(StageStarted(stage=first))
     windows = _calibration_windows(job)
@@ -85,12 +86,13 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     )
 
 
-def _open_source(job: QuantJob) -> SourceModel:
+def _open_source(job: QuantJob, watch: Watch) -> SourceModel:
     """Open the model, and refuse before any work what could not end well."""
     check_destination(job.out_dir, apart_from=(job.source_dir, job.state_dir))
     source = SourceModel.open(job.source_dir)
     check_spec(source.architecture, job.spec)
     job.evaluation.check_positions(source.architecture.max_positions)
+    check_finite(source, watch.check)
     return source
 
 

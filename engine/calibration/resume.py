@@ -7,6 +7,7 @@ text, spec, engine or kind of device are never mixed in: the fingerprint tells t
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,9 +124,10 @@ class BlockStore:
         self.save(TUNED, kept)
 
     def load_tuned(self) -> Tuning | None:
-        """Read what the last stage changed; None where it has not run."""
+        """Read what the last stage changed; None where it has not run, or measured nothing."""
         saved = self.load(TUNED)
-        if saved is None:
+        # version 0.3.1 could store a divergence that is not finite
+        if saved is None or not math.isfinite(saved.loss_before):
             return None
         return Tuning(tensors=saved.tensors, before=saved.loss_before, after=saved.loss_after)
 

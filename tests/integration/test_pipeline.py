@@ -1,6 +1,7 @@
 """The engine from source directory to checkpoint directory, on tiny models of every family."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -241,11 +242,18 @@ def test_a_damaged_block_is_calibrated_again(source, coarse, tmp_path):
     assert bytes_of(tmp_path) == bytes_of(coarse)
 
 
-def test_a_diverging_layer_is_named_and_finished_blocks_are_kept(source, tmp_path):
-    broken = save_tiny_model(tmp_path / "source", layers=LAYERS)
+def changed_source(folder, name, value):
+    """A model with every weight of one tensor, or a single one, replaced."""
+    broken = save_tiny_model(folder, layers=LAYERS)
     weights = load_file(broken / "model.safetensors")
-    weights["model.layers.2.mlp.down_proj.weight"][5, 6] = torch.inf
+    weights[name].view(-1)[: None if math.isfinite(value) else 1] = value
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    return broken
+
+
+def test_a_diverging_layer_is_named_and_finished_blocks_are_kept(tmp_path):
+    # the largest finite weights: rotated they are not
+    broken = changed_source(tmp_path / "source", "model.layers.2.mlp.down_proj.weight", 3e38)
     job = job_of(broken, tmp_path)
 
     with pytest.raises(CalibrationDiverged) as diverged:
@@ -257,6 +265,36 @@ def test_a_diverging_layer_is_named_and_finished_blocks_are_kept(source, tmp_pat
         "block-00000.json",
         "block-00001.json",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.2.mlp.down_proj.weight", torch.nan),
+        ("lm_head.weight", torch.nan),
+        ("model.norm.weight", torch.inf),
+        ("model.embed_tokens.weight", -torch.inf),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named_before_any_work(tmp_path, name, value):
+    job = job_of(changed_source(tmp_path / "source", name, value), tmp_path)
+
+    with pytest.raises(CalibrationDiverged, match="its weight is not finite") as diverged:
+        quantize(job)
+
+    assert diverged.value.layer == name.removesuffix(".weight")
+    assert not job.state_dir.exists()
+
+
+def test_logits_that_are_not_finite_are_not_tuned_and_leave_no_result(tmp_path):
+    broken = changed_source(tmp_path / "source", "lm_head.weight", 3e38)
+    job = job_of(broken, tmp_path)
+
+    with pytest.raises(CalibrationDiverged, match="divergence of the logits"):
+        quantize(job)
+
+    assert not list(job.state_dir.glob("block-99999*"))
+    assert not job.out_dir.exists()
 
 
 def test_a_failing_evaluation_leaves_the_artifact(source, tmp_path):

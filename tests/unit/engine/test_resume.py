@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from engine.calibration.resume import BlockStore, SavedBlock, fingerprint
+from engine.calibration.resume import BlockStore, SavedBlock, Tuning, fingerprint
 from engine.models.loading import read_config
 from engine.models.tensors import TensorFiles
 from engine.spec import CalibrationSpec, QuantSpec
@@ -77,6 +79,13 @@ def test_a_torn_record_does_not_count(tmp_path):
     (tmp_path / "state" / "block-00000.json").write_text('{"sha256": ')
 
     assert store.load(0) is None
+
+
+def test_a_last_stage_that_measured_nothing_is_run_again(tmp_path):
+    store = opened(tmp_path)
+    store.save_tuned(Tuning(tensors={}, before=math.nan, after=math.nan))
+
+    assert store.load_tuned() is None
 
 
 @pytest.fixture(scope="module")
