@@ -32,6 +32,7 @@ __all__ = [
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_DEPTH = 20
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ class SourceModel:
 
     @classmethod
     def open(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Self:
-        """Check config and tensor names; read no weight.
+        """Check config and the names, shapes and dtypes of the tensors; read no weight.
 
         Raises:
             UnsupportedModel: naming the field of the config.
@@ -180,9 +181,9 @@ def load_full_precision(directory: Path, dtype: torch.dtype = torch.float32) -> 
 def _find_tensors(
     architecture: Architecture, skeleton: nn.Module, files: TensorFiles
 ) -> TensorFiles:
-    """Find every tensor of the model in the files, before any is read."""
-    parts = {}
-    for name in skeleton.state_dict():
+    """Find every tensor of the model in the files, and check its header, before any is read."""
+    parts, shapes = {}, {}
+    for name, empty in skeleton.state_dict().items():
         if architecture.tied and name == architecture.head_name:
             continue
         part = architecture.find_stored(name, files.file_of)
@@ -190,18 +191,28 @@ def _find_tensors(
             raise CheckpointInvalid(f"the model lacks the tensor {name}")
         if part.tensor != name:
             parts[name] = part
-    return files.with_parts(parts)
+        shapes[name] = tuple(empty.shape)
+    found = files.with_parts(parts)
+    for header in found.headers(shapes):
+        _check_shape(header.name, header.shape, shapes[header.name])
+        # integers and eight-bit floats would need a scale that nothing here knows
+        if header.dtype not in WEIGHT_DTYPES:
+            raise CheckpointInvalid(
+                f"{header.name} is {header.dtype}; store it as one of {', '.join(WEIGHT_DTYPES)}"
+            )
+    return found
 
 
 def _assign(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
     for name, empty in module.state_dict().items():
-        if tensors[name].shape != empty.shape:
-            raise CheckpointInvalid(
-                f"{prefix}{name} has shape {tuple(tensors[name].shape)},"
-                f" the config promises {tuple(empty.shape)}"
-            )
+        _check_shape(f"{prefix}{name}", tuple(tensors[name].shape), tuple(empty.shape))
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(requires_grad=False).eval()
+
+
+def _check_shape(name: str, shape: tuple[int, ...], promised: tuple[int, ...]) -> None:
+    if shape != promised:
+        raise CheckpointInvalid(f"{name} has shape {shape}, the config promises {promised}")
 
 
 def _is_deeper(value: object, depth: int) -> bool:

@@ -12,11 +12,22 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import CheckpointInvalid, UnsupportedModel
 from engine.families.stored import StoredPart
 
-__all__ = ["TensorFiles"]
+__all__ = ["TensorFiles", "TensorHeader"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorHeader:
+    """What a file says of a tensor before its values."""
+
+    name: str
+    """The engine's."""
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors writes it: `BF16`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +94,19 @@ class TensorFiles:
                 for name, part in members.items():
                     yield name, _take(tensors, part, file)
 
+    def headers(self, names: Iterable[str]) -> Iterator[TensorHeader]:
+        """Say what the files promise of some tensors; no weight is read.
+
+        Raises:
+            CheckpointInvalid: as `read`.
+        """
+        for file, members in self._by_file(names).items():
+            with _opened(self.directory / file) as tensors:
+                for name, part in members.items():
+                    whole = _slice_of(tensors, part, file)
+                    shape = part.shape(tuple(whole.get_shape()))
+                    yield TensorHeader(name=name, shape=shape, dtype=str(whole.get_dtype()))
+
     def _by_file(self, names: Iterable[str]) -> dict[str, dict[str, StoredPart]]:
         by_file: dict[str, dict[str, StoredPart]] = {}
         for name in names:
@@ -94,18 +118,24 @@ class TensorFiles:
 
 
 def _take(tensors: Any, part: StoredPart, file: str) -> torch.Tensor:
+    whole = _slice_of(tensors, part, file)
+    if part.expert is None:
+        tensor: torch.Tensor = tensors.get_tensor(part.tensor)
+        return tensor
+    taken: torch.Tensor = whole[part.expert, part.rows(tuple(whole.get_shape()))]
+    return taken
+
+
+def _slice_of(tensors: Any, part: StoredPart, file: str) -> Any:
+    """Find the tensor that holds a part, unread."""
     try:
-        if part.expert is None:
-            whole: torch.Tensor = tensors.get_tensor(part.tensor)
-            return whole
-        fused = tensors.get_slice(part.tensor)
+        whole = tensors.get_slice(part.tensor)
     except SafetensorError as error:
         raise CheckpointInvalid(f"{file} lacks the tensor {part.tensor}") from error
-    shape = tuple(fused.get_shape())
-    if not part.shape(shape):
+    shape = tuple(whole.get_shape())
+    if part.expert is not None and not part.shape(shape):
         raise CheckpointInvalid(f"{part.tensor} of shape {shape} holds no expert {part.expert}")
-    taken: torch.Tensor = fused[part.expert, part.rows(shape)]
-    return taken
+    return whole
 
 
 def _read_index(directory: Path) -> dict[str, str]:

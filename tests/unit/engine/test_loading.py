@@ -103,14 +103,42 @@ def test_a_missing_tensor_is_named_before_any_weight_is_read(tmp_path):
         SourceModel.open(folder)
 
 
-def test_a_tensor_of_another_shape_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_a_tensor_of_another_shape_is_named_before_any_weight_is_read(tmp_path, name):
     folder = save_tiny_model(tmp_path)
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(128, 32)
+    weights[name] = torch.zeros(100, 64)
     save_file(weights, folder / "model.safetensors")
 
-    with pytest.raises(CheckpointInvalid, match=r"layers\.1\.mlp\.up_proj.* \(128, 32\)"):
-        SourceModel.open(folder).load_block(1)
+    with pytest.raises(CheckpointInvalid, match=rf"{name} has shape \(100, 64\), the config"):
+        SourceModel.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [(torch.float64, "F64"), (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")],
+)
+def test_weights_that_are_no_plain_floats_are_refused(tmp_path, dtype, said):
+    folder = save_tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, folder / "model.safetensors")
+
+    with pytest.raises(CheckpointInvalid, match=f"{name} is {said}; store it as one of F32"):
+        SourceModel.open(folder)
+
+
+def test_a_tensor_that_the_index_promises_and_no_file_has_is_named(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors")
+
+    with pytest.raises(CheckpointInvalid, match=r"lacks the tensor .*1\.mlp\.up_proj\.weight"):
+        SourceModel.open(folder)
 
 
 def test_a_model_with_pickles_only_is_refused(tmp_path):
