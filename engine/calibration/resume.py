@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from engine.checkpoint.durable import sync_path, write_atomically
+from engine.checkpoint.durable import save_tensors, sync_path, write_atomically
 from engine.checkpoint.manifest import TuningRecord, hash_file
 from engine.models.tensors import TensorFiles
 from engine.spec import QuantSpec
@@ -85,10 +85,16 @@ class BlockStore:
         return cls(directory=directory, mark=mark, was_stale=bool(leftovers) and not fits)
 
     def save(self, index: int, block: SavedBlock) -> None:
-        """Make a block durable."""
+        """Make a block durable.
+
+        Raises:
+            OSError: with its number, as when the disk is full.
+        """
         path = self._tensor_path(index)
         partial = path.with_suffix(".partial")
-        save_file({name: each.cpu().contiguous() for name, each in block.tensors.items()}, partial)
+        save_tensors(
+            {name: each.cpu().contiguous() for name, each in block.tensors.items()}, partial
+        )
         digest = hash_file(partial).sha256
         sync_path(partial)
         partial.replace(path)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from engine.architecture import Architecture, check_config
 from engine.checkpoint.bits import BitTally, StoredBits
 from engine.checkpoint.destination import check_destination, partial_of, publish
+from engine.checkpoint.durable import save_tensors
 from engine.checkpoint.evaluation import Evaluation
 from engine.checkpoint.format import (
     CONFIG_NAME,
@@ -93,6 +93,7 @@ def write_checkpoint(
 
     Raises:
         SpecError: if `out_dir` holds something that is no checkpoint.
+        OSError: with its number, as when the disk is full.
     """
     check_destination(out_dir)
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
@@ -128,7 +129,7 @@ def _write_shards(
 
     def close_shard() -> None:
         # the number of shards is known at the end, so they are named then
-        save_file(pending, directory / f"{len(shards)}.shard", metadata={"format": "pt"})
+        save_tensors(pending, directory / f"{len(shards)}.shard", {"format": "pt"})
         shards.append(list(pending))
         pending.clear()
 

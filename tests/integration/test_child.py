@@ -29,6 +29,14 @@ def noisy(job, watch):
 pipeline.quantize_model = noisy
 sys.exit(child.main(sys.argv[1:]))
 """
+FULL = """
+import errno, sys
+import worker.child as child
+def fill(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", "/srv/secret/block-00000.safetensors")
+child._run = fill
+sys.exit(child.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +213,12 @@ def test_a_job_that_is_not_possible_ends_with_the_engines_code_though_its_superv
 
     assert (first["type"], first["code"]) == ("error", "invalid_spec")
     assert "w_bits = 9" in first["message"]
+
+
+def test_a_full_disk_ends_the_child_with_its_code(tmp_path):
+    with started(write_job(tmp_path / "source", tmp_path), command=["-c", FULL]) as child:
+        records = rest_of(child)
+        assert child.wait(60) == 1
+
+    assert records[-1]["code"] == "disk_full"
+    assert "secret" not in records[-1]["message"]
