@@ -119,6 +119,13 @@ def test_counted_bits_per_weight_are_the_promised_ones(tmp_path, notation, bits)
     assert summary.bits.promised_per_weight == pytest.approx(bits, abs=1e-12)
 
 
+def test_counted_bits_are_the_promised_ones_where_rows_end_inside_a_word(tmp_path):
+    bits = save_checkpoint(tmp_path, "w3a16", intermediate_size=50)[2].bits
+
+    assert bits.per_weight > 3 + 24 / 50
+    assert bits.promised_per_weight == pytest.approx(bits.per_weight, abs=1e-12)
+
+
 def test_every_stored_byte_is_counted_once(tmp_path):
     _, directory, summary = save_checkpoint(tmp_path, "w4a8")
 

@@ -3,8 +3,10 @@ import json
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.architecture import LinearShape
 from engine.checkpoint.format import quantization_section, spec_of_section
 from engine.errors import SpecError
+from engine.reach import stored_bits
 from engine.spec import CalibrationSpec, LayerOverride, QuantSpec, Recipe
 from engine.target import BitTarget
 
@@ -95,6 +97,14 @@ def test_a_grid_promises_its_planes_and_its_scales(notation, planes, promised):
 
     assert grid.planes == planes
     assert grid.promised_bits(4096) == promised
+
+
+def test_a_row_that_ends_inside_a_word_pays_for_the_whole_word():
+    grid = QuantSpec.from_notation("w3a16").weight_grid("model.layers.0.mlp.up_proj")
+    linear = LinearShape(name="up_proj", out_features=7, in_features=50)
+
+    assert grid.promised_bits(50) == 3 * 64 / 50 + 24 / 50
+    assert 7 * 50 * grid.promised_bits(50) == pytest.approx(stored_bits(linear, grid))
 
 
 def test_what_a_search_finds_for_a_large_model_survives_json():
