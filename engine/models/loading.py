@@ -6,6 +6,7 @@ built from the kept fields alone, and weights are assigned by name.
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Read `config.json` of a model directory.
 
     Raises:
-        UnsupportedModel: if it is missing, larger than 1 MB, nested deeper than 20, or no object.
+        UnsupportedModel: if it is missing, larger than 1 MB, nested deeper than 20, or no object,
+            or naming the field that holds NaN or infinity, which is no JSON.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -124,6 +126,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise UnsupportedModel(
             "config.json", f"config.json must be an object nested at most {MAX_CONFIG_DEPTH} deep"
         )
+    field = _find_non_finite(config)
+    if field is not None:
+        raise UnsupportedModel(field, f"{field} of config.json is no finite number; write one")
     return config
 
 
@@ -142,7 +147,7 @@ def build_model_config(config: Mapping[str, Any]) -> PretrainedConfig:
             **copy.deepcopy(fields),
             pad_token_id=None,
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # the library has classes of its own for a value of a wrong type
         raise UnsupportedModel("config.json", f"the config is not consistent: {error}") from error
     built._attn_implementation = family.attention  # noqa: SLF001  the only switch that both 5.17 and 5.23 have
     return built
@@ -213,6 +218,19 @@ def _assign(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) ->
 def _check_shape(name: str, shape: tuple[int, ...], promised: tuple[int, ...]) -> None:
     if shape != promised:
         raise CheckpointInvalid(f"{name} has shape {shape}, the config promises {promised}")
+
+
+def _find_non_finite(value: object) -> str | None:
+    """Find the first number of a parsed JSON that is not finite: `a.b.0`, or "" for itself."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ""
+    if not isinstance(value, dict | list):
+        return None
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        found = _find_non_finite(each)
+        if found is not None:
+            return f"{key}.{found}".rstrip(".")
+    return None
 
 
 def _is_deeper(value: object, depth: int) -> bool:

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +186,58 @@ def test_a_config_that_is_no_small_object_is_refused(tmp_path, content):
         read_config(tmp_path)
 
     assert refused.value.field == "config.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ('{"foo": NaN}', "foo"),
+        ('{"foo": {"bar": [1.0, -Infinity]}}', "foo.bar.1"),
+        ('{"foo": 1e999}', "foo"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_named_though_nobody_asks_for_it(tmp_path, content, field):
+    (tmp_path / "config.json").write_text(content)
+
+    with pytest.raises(UnsupportedModel, match=f"{field} of config.json") as refused:
+        read_config(tmp_path)
+
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "value"),
+    [
+        ("gemma2", "final_logit_softcapping", 30),
+        ("gemma2", "attn_logit_softcapping", 50),
+        ("gemma3_text", "rope_local_base_freq", 10_000),
+        ("llama", "rms_norm_eps", 0),
+        ("llama", "rope_theta", 10_000),
+        ("opt", "init_std", 1),
+        ("falcon-rw", "layer_norm_epsilon", 0),
+    ],
+)
+def test_a_whole_number_is_a_float_where_the_class_wants_one(tmp_path, model_type, name, value):
+    config = read_config(save_tiny_model(tmp_path, model_type))
+
+    whole = build_model_config({**config, name: value})
+
+    assert whole.to_dict() == build_model_config({**config, name: float(value)}).to_dict()
+
+
+def test_what_the_library_refuses_in_its_own_way_is_refused(tmp_path, monkeypatch):
+    class OfTheLibrary(Exception):
+        pass
+
+    def refuse(**_):
+        raise OfTheLibrary("of a wrong type")
+
+    config = read_config(save_tiny_model(tmp_path))
+    library = SimpleNamespace(LlamaConfig=refuse)
+    monkeypatch.setattr("engine.models.loading.transformers", library)
+
+    with pytest.raises(UnsupportedModel, match="not consistent: of a wrong type"):
+        build_model_config(config)
 
 
 def test_a_directory_without_config_is_refused(tmp_path):
