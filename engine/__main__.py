@@ -174,6 +174,7 @@ def _perplexity(options: argparse.Namespace, console: Console) -> None:
         text = read_text(wanted.path, BuiltinText.EVALUATION)
         ids = tokenize(tokenizer, text)
         windows = consecutive_windows(text, ids, plan.windows, plan.length)
+        windows.check_vocabulary(model.architecture.vocab)
         with progress_bar(console) as bar:
             measured = measure_perplexity(
                 model,

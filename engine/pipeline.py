@@ -50,7 +50,7 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     Raises:
         UnsupportedModel: naming the field of the config.
         SpecError: if spec or evaluation do not fit the model, or `job.out_dir` must stay.
-        DatasetUnavailable: if a text is missing or too short.
+        DatasetUnavailable: if a text is missing, too short, or has tokens that the model lacks.
         CalibrationDiverged: naming the layer; finished blocks stay in `job.state_dir`.
         CalibrationInterrupted: if the watch says to stop; finished blocks stay as well.
     """
@@ -58,7 +58,7 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     source = _open_source(job, watch)
     first = Stage.CALIBRATING if job.spec.target is None else Stage.SEARCHING
     watch.report(StageStarted(stage=first))
-    windows = _calibration_windows(job)
+    windows = _calibration_windows(job, source.architecture.vocab)
     found = _find_bits(job, source, windows.tokens, watch)
     job = replace(job, spec=found.spec)
     if found.record is not None:
@@ -109,11 +109,13 @@ def _block_loop(job: QuantJob, source: SourceModel, store: BlockStore, watch: Wa
     )
 
 
-def _calibration_windows(job: QuantJob) -> TokenWindows:
+def _calibration_windows(job: QuantJob, vocab: int) -> TokenWindows:
     text = read_text(job.calibration_text, BuiltinText.CALIBRATION)
     ids = tokenize(load_tokenizer(job.source_dir), text)
     wanted = job.spec.calibration
-    return sample_windows(text, ids, wanted.samples, wanted.length, wanted.seed)
+    windows = sample_windows(text, ids, wanted.samples, wanted.length, wanted.seed)
+    windows.check_vocabulary(vocab)
+    return windows
 
 
 def _tell_files(job: QuantJob, watch: Watch) -> None:

@@ -161,7 +161,9 @@ class _Bench:
             raise DatasetUnavailable(wanted.error)
         text = _named(read_text(wanted.path, BuiltinText.EVALUATION), wanted)
         ids = tokenize(load_tokenizer(self.checkpoint), text)
-        return consecutive_windows(text, ids, self.plan.windows, self.plan.length)
+        windows = consecutive_windows(text, ids, self.plan.windows, self.plan.length)
+        windows.check_vocabulary(self.source.architecture.vocab)
+        return windows
 
     def _compare(self, windows: TokenWindows, watch: Watch) -> Comparison:
         tokens, kv_bits = windows.tokens, self._loaded.spec.kv_bits

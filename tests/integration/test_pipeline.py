@@ -412,6 +412,21 @@ def test_a_text_that_is_too_short_is_refused(source, tmp_path):
         quantize(job_of(source, tmp_path, calibration_text=tmp_path / "short.txt"))
 
 
+def test_tokens_that_the_model_lacks_are_refused_and_cost_an_evaluation_alone(tmp_path):
+    # the tokenizer ends its words at 259
+    source = save_tiny_model(tmp_path / "source", vocab_size=257)
+    text = tmp_path / "turns.txt"
+    text.write_text("Good day.<|user|>" * 40)
+
+    with pytest.raises(DatasetUnavailable, match=r"turns\.txt has the token 258 .* ends at 256"):
+        quantize(job_of(source, tmp_path, calibration_text=text))
+
+    plan = replace(SMALL_PLAN, texts=(EvaluationText(path=text),))
+    spec = QuantSpec(w_bits=4, recipe=Recipe.RTN, calibration=CALIBRATION)
+    report, _ = quantize(job_of(source, tmp_path, spec=spec, evaluation=plan))
+    assert "ends at 256" in report.evaluation.texts[0].message
+
+
 def test_a_config_with_foreign_code_is_refused(tmp_path):
     source = save_tiny_model(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
