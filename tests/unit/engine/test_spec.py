@@ -156,3 +156,24 @@ def test_pydantic_reads_a_spec_as_a_field_and_refuses_unknown_ones():
     assert request.spec.calibration.seed == 5
     with pytest.raises(ValidationError, match="groupsize"):
         Request.model_validate({"spec": {"w_bits": 3, "groupsize": 64}})
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({}, "w_bits"),
+        ({"w_bits": 4, "overrides": None}, "overrides"),
+        ({"w_bits": 4, "overrides": "abc"}, "overrides"),
+        ({"w_bits": 4, "overrides": ["abc"]}, "overrides"),
+        ({"w_bits": 4, "overrides": [{"w_bits": 3}]}, "overrides.pattern"),
+        ({"w_bits": 4, "overrides": [{"pattern": 3, "w_bits": 3}]}, "overrides.pattern"),
+        ({"w_bits": 4, "calibration": None}, "calibration"),
+        ({"w_bits": 4, "target": {"average_bits": 4, "w_choices": 4}}, "target.w_choices"),
+        ({"w_bits": 4, "target": {"average_bits": 4, "a_choices": None}}, "target.a_choices"),
+    ],
+)
+def test_json_that_is_no_spec_is_refused_by_its_field(record, field):
+    with pytest.raises(SpecError) as refused:
+        QuantSpec.from_json(record)
+
+    assert refused.value.field == field
