@@ -200,7 +200,15 @@ class QuantSpec:
     def resolved(self) -> Resolved:
         """What the recipe and the ingredients come to."""
         whole = self.group_size == PER_CHANNEL
-        return resolve(self.recipe, self.ingredients, a_bits=self.a_bits, per_channel=whole)
+        bits = self.narrowest_inputs
+        return resolve(self.recipe, self.ingredients, a_bits=bits, per_channel=whole)
+
+    @property
+    def narrowest_inputs(self) -> int:
+        """The least bits that the inputs of a layer may be rounded to, by override or search."""
+        pinned = [each.a_bits for each in self.overrides if each.w_bits != FULL_BITS]
+        choices = () if self.target is None else self.target.a_choices
+        return min(each for each in (self.a_bits, *pinned, *choices) if each is not None)
 
     def weight_grid(self, layer: str) -> WeightGrid | None:
         """The grid of one linear layer by its full name; None leaves it in full precision."""
