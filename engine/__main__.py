@@ -167,12 +167,14 @@ def _read_target(options: argparse.Namespace) -> BitTarget | None:
 
 
 def _perplexity(options: argparse.Namespace, console: Console) -> None:
+    plan = EvaluationPlan(windows=options.eval_windows, length=options.eval_length)
     model, kv_bits = _open_any(options.model, options.device)
     tokenizer = load_tokenizer(options.model)
     for wanted in _texts(options.eval_text):
         text = read_text(wanted.path, BuiltinText.EVALUATION)
         ids = tokenize(tokenizer, text)
-        windows = consecutive_windows(text, ids, options.eval_windows, options.eval_length)
+        windows = consecutive_windows(text, ids, plan.windows, plan.length)
+        windows.check_vocabulary(model.architecture.vocab)
         with progress_bar(console) as bar:
             measured = measure_perplexity(
                 model,

@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.errors import SpecError
 
-__all__ = ["check_flag", "check_number", "check_range", "known_fields", "read_choice"]
+__all__ = ["check_flag", "check_number", "check_range", "known_fields", "read_choice", "read_list"]
 
 
 def known_fields(cls: type, record: object, prefix: str) -> dict[str, Any]:
@@ -22,6 +22,17 @@ def known_fields(cls: type, record: object, prefix: str) -> dict[str, Any]:
         if name not in names:
             raise SpecError(f"{prefix}{name}", record[name], f"use one of {', '.join(names)}")
     return dict(record)
+
+
+def read_list(name: str, value: Any) -> tuple[Any, ...]:
+    """Read a JSON list; a text is none, though Python walks through its letters.
+
+    Raises:
+        SpecError: naming the field and the value.
+    """
+    if not isinstance(value, list | tuple):
+        raise SpecError(name, value, "write a list")
+    return tuple(value)
 
 
 def check_flag(name: str, value: Any) -> None:

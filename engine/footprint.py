@@ -50,7 +50,7 @@ class Footprint:
     @property
     def chain_bytes(self) -> int:
         """Hidden states of all windows, in every chain that is alive at once."""
-        chains = CHAINS + (self.spec.resolved.own_input_loss > 0 and self._learns)
+        chains = CHAINS + (self.spec.resolved.compares_own and self._learns)
         return chains * self._tokens * self.architecture.hidden * FLOAT_BYTES
 
     @property
@@ -154,7 +154,7 @@ class Footprint:
         if not self._learns:
             return passes
         # statistics, the error of what was learned, and of what training started from
-        passes += 2 + self._learns_codes + (chosen.own_input_loss > 0)
+        passes += 2 + self._learns_codes + chosen.compares_own
         passes += chosen.equivalent_transform
         if self._rounds_by_moments:
             # four groups of linears, each half a block deep on average

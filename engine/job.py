@@ -20,7 +20,8 @@ class QuantJob:
 
     source_dir: Path
     out_dir: Path
-    """Appears complete or not at all."""
+    """Appears complete or not at all; apart from source and state, and empty or an earlier result
+    if it exists."""
     state_dir: Path
     """Finished blocks of this and earlier attempts."""
     spec: QuantSpec

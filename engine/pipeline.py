@@ -23,6 +23,7 @@ from engine.calibration.finish import finish
 from engine.calibration.merge import merged_tensors
 from engine.calibration.resume import ENGINE_VERSION, BlockStore, Tuning, fingerprint
 from engine.calibration.watch import Watch
+from engine.checkpoint.destination import check_destination
 from engine.checkpoint.manifest import LayerRecord, digest_of, hash_file
 from engine.checkpoint.search_record import SearchRecord
 from engine.checkpoint.writer import CheckpointSummary, Provenance, write_checkpoint
@@ -33,6 +34,7 @@ from engine.fit import check_spec
 from engine.job import QuantJob, best_device
 from engine.models.loading import SourceModel, read_config
 from engine.models.rotated import rotated
+from engine.models.source_check import check_finite
 from engine.report import QuantReport
 from engine.rotation import Rotation, online_blocks
 from engine.search.search import FoundBits
@@ -47,17 +49,16 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
 
     Raises:
         UnsupportedModel: naming the field of the config.
-        SpecError: if the spec does not fit the model.
-        DatasetUnavailable: if a text is missing or too short.
+        SpecError: if spec or evaluation do not fit the model, or `job.out_dir` must stay.
+        DatasetUnavailable: if a text is missing, too short, or has tokens that the model lacks.
         CalibrationDiverged: naming the layer; finished blocks stay in `job.state_dir`.
         CalibrationInterrupted: if the watch says to stop; finished blocks stay as well.
     """
     started_s = time.monotonic()
-    source = SourceModel.open(job.source_dir)
-    check_spec(source.architecture, job.spec)
+    source = _open_source(job, watch)
     first = Stage.CALIBRATING if job.spec.target is None else Stage.SEARCHING
     watch.report(StageStarted(stage=first))
-    windows = _calibration_windows(job)
+    windows = _calibration_windows(job, source.architecture.vocab)
     found = _find_bits(job, source, windows.tokens, watch)
     job = replace(job, spec=found.spec)
     if found.record is not None:
@@ -85,6 +86,16 @@ def quantize_model(job: QuantJob, watch: Watch) -> QuantReport:
     )
 
 
+def _open_source(job: QuantJob, watch: Watch) -> SourceModel:
+    """Open the model, and refuse before any work what could not end well."""
+    check_destination(job.out_dir, apart_from=(job.source_dir, job.state_dir))
+    source = SourceModel.open(job.source_dir)
+    check_spec(source.architecture, job.spec)
+    job.evaluation.check_positions(source.architecture.max_positions)
+    check_finite(source, watch.check)
+    return source
+
+
 def _block_loop(job: QuantJob, source: SourceModel, store: BlockStore, watch: Watch) -> BlockLoop:
     rotation, device = Rotation.of(job.spec, source.architecture), torch.device(job.device)
     return BlockLoop(
@@ -98,11 +109,13 @@ def _block_loop(job: QuantJob, source: SourceModel, store: BlockStore, watch: Wa
     )
 
 
-def _calibration_windows(job: QuantJob) -> TokenWindows:
+def _calibration_windows(job: QuantJob, vocab: int) -> TokenWindows:
     text = read_text(job.calibration_text, BuiltinText.CALIBRATION)
     ids = tokenize(load_tokenizer(job.source_dir), text)
     wanted = job.spec.calibration
-    return sample_windows(text, ids, wanted.samples, wanted.length, wanted.seed)
+    windows = sample_windows(text, ids, wanted.samples, wanted.length, wanted.seed)
+    windows.check_vocabulary(vocab)
+    return windows
 
 
 def _tell_files(job: QuantJob, watch: Watch) -> None:

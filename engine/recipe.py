@@ -168,6 +168,11 @@ class Resolved:
     end_to_end_epochs: int = 0
     epochs_factor: int = 1
 
+    @property
+    def compares_own(self) -> bool:
+        """Whether a loss needs the full-precision layer on the quantized chain's inputs."""
+        return self.own_input_loss > 0 or self.cosine_loss > 0
+
 
 def resolve(
     recipe: Recipe, ingredients: Ingredients, *, a_bits: int, per_channel: bool

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from engine.datasets import check_text
 from engine.errors import SpecError
-from engine.fields import check_flag, check_range, known_fields, read_choice
+from engine.fields import check_flag, check_range, known_fields, read_choice, read_list
 from engine.grid import PER_CHANNEL, SCALE_BITS, ZERO_POINT_BITS, WeightGrid
 from engine.recipe import FULL_BITS, Ingredients, Recipe, Resolved, resolve
 from engine.target import BitTarget
@@ -71,9 +71,18 @@ class LayerOverride:
     a_bits: int | None = None
     group_size: int | None = None
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` wrote.
+
+        Raises:
+            SpecError: naming the field, the value and what would do.
+        """
+        values = known_fields(cls, record, "overrides.")
+        return cls(**{"pattern": None, **values})
+
     def __post_init__(self) -> None:
-        if not self.pattern or len(self.pattern) > 256:
-            raise SpecError("overrides.pattern", self.pattern, "use 1 to 256 characters")
+        _check_pattern(self.pattern)
         if self.w_bits is None and self.a_bits is None and self.group_size is None:
             raise SpecError("overrides", self.pattern, "set w_bits, a_bits or group_size")
         if self.w_bits is not None:
@@ -155,14 +164,14 @@ class QuantSpec:
             SpecError: naming the field, the value and what would do.
         """
         values = known_fields(cls, record, "")
+        if "w_bits" not in values:
+            raise SpecError("w_bits", None, "name the bits of the weights, 1 to 8")
         if "calibration" in values:
             values["calibration"] = CalibrationSpec(
                 **known_fields(CalibrationSpec, values["calibration"], "calibration.")
             )
-        overrides = [
-            known_fields(LayerOverride, o, "overrides.") for o in values.get("overrides", ())
-        ]
-        values["overrides"] = tuple(LayerOverride(**each) for each in overrides)
+        overrides = read_list("overrides", values.get("overrides", ()))
+        values["overrides"] = tuple(LayerOverride.from_json(each) for each in overrides)
         if values.get("target") is not None:
             values["target"] = BitTarget.from_json(values["target"])
         if "ingredients" in values:
@@ -191,7 +200,15 @@ class QuantSpec:
     def resolved(self) -> Resolved:
         """What the recipe and the ingredients come to."""
         whole = self.group_size == PER_CHANNEL
-        return resolve(self.recipe, self.ingredients, a_bits=self.a_bits, per_channel=whole)
+        bits = self.narrowest_inputs
+        return resolve(self.recipe, self.ingredients, a_bits=bits, per_channel=whole)
+
+    @property
+    def narrowest_inputs(self) -> int:
+        """The least bits that the inputs of a layer may be rounded to, by override or search."""
+        pinned = [each.a_bits for each in self.overrides if each.w_bits != FULL_BITS]
+        choices = () if self.target is None else self.target.a_choices
+        return min(each for each in (self.a_bits, *pinned, *choices) if each is not None)
 
     def weight_grid(self, layer: str) -> WeightGrid | None:
         """The grid of one linear layer by its full name; None leaves it in full precision."""
@@ -219,6 +236,11 @@ class QuantSpec:
 
     def _matching(self, layer: str) -> list[LayerOverride]:
         return [each for each in self.overrides if fnmatchcase(layer, each.pattern)]
+
+
+def _check_pattern(value: Any) -> None:
+    if not isinstance(value, str) or not 1 <= len(value) <= 256:
+        raise SpecError("overrides.pattern", value, "use 1 to 256 characters")
 
 
 def _check_group(name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from engine.errors import SpecError
-from engine.fields import check_number, check_range, known_fields
+from engine.fields import check_number, check_range, known_fields, read_list
 
 __all__ = ["BitTarget"]
 
@@ -55,5 +55,5 @@ class BitTarget:
         values = known_fields(cls, record, "target.")
         for name in ("w_choices", "a_choices"):
             if name in values:
-                values[name] = tuple(values[name])
+                values[name] = read_list(f"target.{name}", values[name])
         return cls(**values)

@@ -53,6 +53,19 @@ class TokenWindows:
     text_name: str
     text_sha256: str
 
+    def check_vocabulary(self, vocab: int) -> None:
+        """Refuse tokens that the model has no embedding for.
+
+        Raises:
+            DatasetUnavailable: naming the text, the token and the vocabulary.
+        """
+        largest = int(self.tokens.max())
+        if largest >= vocab:
+            raise DatasetUnavailable(
+                f"the text {self.text_name} has the token {largest} and the model's vocabulary"
+                f" ends at {vocab - 1}; use another text, or the model's own tokenizer"
+            )
+
 
 def read_text(path: Path | None, builtin: BuiltinText) -> Text:
     """Read a UTF-8 text file, or the builtin text where there is no path.

@@ -32,6 +32,7 @@ def finish(loop: BlockLoop, calibrated: Calibrated, tokens: torch.Tensor) -> Tun
         tokens: int64 ``[W, T]``, the calibration windows.
 
     Raises:
+        CalibrationDiverged: if logits are not finite.
         CalibrationInterrupted: if the watch says to stop.
     """
     method = method_of(loop.spec)

@@ -7,6 +7,7 @@ text, spec, engine or kind of device are never mixed in: the fingerprint tells t
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from engine.checkpoint.durable import sync_path, write_atomically
+from engine.checkpoint.durable import save_tensors, sync_path, write_atomically
 from engine.checkpoint.manifest import TuningRecord, hash_file
 from engine.models.tensors import TensorFiles
 from engine.spec import QuantSpec
@@ -84,10 +85,16 @@ class BlockStore:
         return cls(directory=directory, mark=mark, was_stale=bool(leftovers) and not fits)
 
     def save(self, index: int, block: SavedBlock) -> None:
-        """Make a block durable."""
+        """Make a block durable.
+
+        Raises:
+            OSError: with its number, as when the disk is full.
+        """
         path = self._tensor_path(index)
         partial = path.with_suffix(".partial")
-        save_file({name: each.cpu().contiguous() for name, each in block.tensors.items()}, partial)
+        save_tensors(
+            {name: each.cpu().contiguous() for name, each in block.tensors.items()}, partial
+        )
         digest = hash_file(partial).sha256
         sync_path(partial)
         partial.replace(path)
@@ -123,9 +130,10 @@ class BlockStore:
         self.save(TUNED, kept)
 
     def load_tuned(self) -> Tuning | None:
-        """Read what the last stage changed; None where it has not run."""
+        """Read what the last stage changed; None where it has not run, or measured nothing."""
         saved = self.load(TUNED)
-        if saved is None:
+        # version 0.3.1 could store a divergence that is not finite
+        if saved is None or not math.isfinite(saved.loss_before):
             return None
         return Tuning(tensors=saved.tensors, before=saved.loss_before, after=saved.loss_after)
 

@@ -7,6 +7,7 @@ states, which the loop over blocks has left behind, so no full-precision model i
 Shape legend: W windows, B windows of a batch, T tokens, H hidden size.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from engine.calibration.resume import Tuning
 from engine.calibration.stepper import Examples, ParameterGroup, Schedule, pick
 from engine.calibration.train import TrainingDiverged, train
 from engine.calibration.watch import Watch
+from engine.errors import CalibrationDiverged
 from engine.events import Stage
 from engine.methods.base import Method
 from engine.methods.distillation import logit_divergence
@@ -71,6 +73,8 @@ def tune_end_to_end(
         watch: told the progress, asked whether to go on.
 
     Raises:
+        CalibrationDiverged: if the quantized model's logits, or the full-precision ones, are not
+            finite before anything is tuned.
         CalibrationInterrupted: if the watch says to stop.
     """
     device = next(stack.head.parameters()).device
@@ -78,6 +82,8 @@ def tune_end_to_end(
     examples = Examples(inputs=inputs, wanted=wanted, own=None, full_inputs=None, token_weight=ones)
     learned = _Learned(stack, method, calibration.batch)
     before = learned.measure(examples, device)
+    if not math.isfinite(before):
+        raise CalibrationDiverged("end to end", f"the divergence of the logits became {before}")
     schedule = Schedule(
         epochs=method.end_to_end_epochs,
         batch=calibration.batch,

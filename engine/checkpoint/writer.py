@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from engine.architecture import Architecture, check_config
 from engine.checkpoint.bits import BitTally, StoredBits
-from engine.checkpoint.durable import sync_path
+from engine.checkpoint.destination import check_destination, partial_of, publish
+from engine.checkpoint.durable import save_tensors
 from engine.checkpoint.evaluation import Evaluation
 from engine.checkpoint.format import (
     CONFIG_NAME,
@@ -84,16 +84,21 @@ def write_checkpoint(
     """Write a directory beside its final place, then rename it there.
 
     Args:
-        out_dir: replaced if it exists; a partial one of an earlier attempt is removed.
+        out_dir: an earlier result is replaced, a partial one of an earlier attempt removed.
         config: the source's `config.json`; the `quantization_config` is added here.
         tensors: name and tensor, consumed once; at most one shard is in memory.
         spec: what was done.
         provenance: tokenizer files, and what the manifest says beside measurements.
         max_shard_bytes: a shard is closed before it would pass this.
+
+    Raises:
+        SpecError: if `out_dir` holds something that is no checkpoint.
+        OSError: with its number, as when the disk is full.
     """
+    check_destination(out_dir)
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     tally = BitTally(architecture=check_config(plain), spec=spec)
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    partial = partial_of(out_dir)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     file_of = _write_shards(partial, tensors, tally, max_shard_bytes)
@@ -107,7 +112,7 @@ def write_checkpoint(
     files = tuple(hash_file(path) for path in sorted(partial.iterdir()))
     bits = tally.total()
     digest = write_manifest(partial, _manifest(spec, provenance, bits, files))
-    _publish(partial, out_dir)
+    publish(out_dir)
     return CheckpointSummary(manifest_sha256=digest, bits=bits, files=files)
 
 
@@ -124,7 +129,7 @@ def _write_shards(
 
     def close_shard() -> None:
         # the number of shards is known at the end, so they are named then
-        save_file(pending, directory / f"{len(shards)}.shard", metadata={"format": "pt"})
+        save_tensors(pending, directory / f"{len(shards)}.shard", {"format": "pt"})
         shards.append(list(pending))
         pending.clear()
 
@@ -181,13 +186,3 @@ def _section(
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
-
-
-def _publish(partial: Path, out_dir: Path) -> None:
-    """Make every byte durable, then rename the directory into place."""
-    for path in [*partial.iterdir(), partial]:
-        sync_path(path)
-    if out_dir.exists():
-        shutil.rmtree(out_dir)
-    partial.replace(out_dir)
-    sync_path(out_dir.parent)

@@ -50,8 +50,6 @@ from engine.modules.rotated import ResidualRotation
 
 __all__ = ["EvaluationPlan", "EvaluationText", "evaluate"]
 
-RECOVERABLE = (EngineError, ValueError, RuntimeError, MemoryError, OSError)
-
 
 def evaluate(
     source: SourceModel, checkpoint: Path, plan: EvaluationPlan, watch: Watch, device: str
@@ -104,7 +102,7 @@ class _Bench:
             return self._measure_text(wanted, watch, with_layers=with_layers)
         except CalibrationInterrupted:
             raise
-        except RECOVERABLE as error:
+        except Exception as error:  # noqa: BLE001  recorded: the artifact is written and stays
             message = self._report_failure(wanted.label, error)
             record = TextMeasurement(
                 dataset=wanted.label, status=EvaluationStatus.FAILED, message=message
@@ -117,7 +115,7 @@ class _Bench:
             scores = self._tasks.measure(family)
         except CalibrationInterrupted:
             raise
-        except RECOVERABLE as error:
+        except Exception as error:  # noqa: BLE001  as above
             message = self._report_failure(family.value, error)
             return TaskMeasurement(
                 family=family.value, status=EvaluationStatus.FAILED, message=message
@@ -163,7 +161,9 @@ class _Bench:
             raise DatasetUnavailable(wanted.error)
         text = _named(read_text(wanted.path, BuiltinText.EVALUATION), wanted)
         ids = tokenize(load_tokenizer(self.checkpoint), text)
-        return consecutive_windows(text, ids, self.plan.windows, self.plan.length)
+        windows = consecutive_windows(text, ids, self.plan.windows, self.plan.length)
+        windows.check_vocabulary(self.source.architecture.vocab)
+        return windows
 
     def _compare(self, windows: TokenWindows, watch: Watch) -> Comparison:
         tokens, kv_bits = windows.tokens, self._loaded.spec.kv_bits

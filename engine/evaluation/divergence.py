@@ -66,7 +66,7 @@ def compare_chains(
 
     Raises:
         CalibrationInterrupted: if the watch says to stop.
-        ValueError: if a probability is not finite.
+        ValueError: if a probability, a perplexity or a layer's output is not finite.
     """
     watch.check()
     on_windows = count_steps(watch, source.steps + result.steps)
@@ -97,7 +97,10 @@ def _relative_error(
         difference = to_source_basis(seen).float() - wanted.float()
         off += float(difference.square().sum(dtype=torch.float64))
         whole += float(wanted.float().square().sum(dtype=torch.float64))
-    return off / whole if whole > 0 else 0.0
+    error = off / whole if whole > 0 else 0.0
+    if not math.isfinite(error):
+        raise ValueError("the output of a layer is not finite")
+    return error
 
 
 @dataclass(slots=True, kw_only=True)

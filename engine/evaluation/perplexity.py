@@ -9,6 +9,7 @@ Shape legend: W windows, T tokens, H hidden size.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -26,6 +27,7 @@ __all__ = ["Perplexity", "count_steps", "measure_perplexity"]
 
 HEAD_CHUNK = 512
 """Tokens whose logits are in memory at once."""
+MAX_MEAN_LOSS = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +43,13 @@ class Perplexity:
         """Relate sums of negative log-likelihoods to the tokens they stand for.
 
         Raises:
-            ValueError: if a probability is not finite.
+            ValueError: if a probability is not finite, or the perplexity.
         """
         mean = math.fsum(losses) / tokens
         if not math.isfinite(mean):
             raise ValueError("the model gives probabilities that are not finite")
+        if mean > MAX_MEAN_LOSS:
+            raise ValueError(f"the perplexity is not finite: {mean:.0f} nats a token")
         return cls(value=math.exp(mean), tokens=tokens)
 
 
@@ -69,7 +73,7 @@ def measure_perplexity(
 
     Raises:
         CalibrationInterrupted: if the watch says to stop.
-        ValueError: if a probability is not finite.
+        ValueError: if a probability is not finite, or the perplexity.
     """
     watch.check()
     chain = Chain.start(model, tokens, kv_bits=kv_bits, device=device)

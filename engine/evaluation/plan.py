@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from engine.datasets import TaskFamily, TextName
-from engine.fields import read_choice
+from engine.errors import SpecError
+from engine.fields import check_range, read_choice
 
 __all__ = ["EvaluationPlan", "EvaluationText"]
+
+MAX_WINDOWS = 2**31 - 1
+MAX_LENGTH = 2**24
+"""More than any model has positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +63,32 @@ class EvaluationPlan:
     task_limit: int | None = None
     """At most so many examples of each task; None takes all."""
 
+    def __post_init__(self) -> None:
+        if self.enabled:
+            check_range("evaluation.windows", self.windows, 1, MAX_WINDOWS)
+            # the first token of a window is given, not predicted
+            check_range("evaluation.length", self.length, 2, MAX_LENGTH)
+
+    def check_positions(self, max_positions: int) -> None:
+        """Refuse windows that are longer than a model's context.
+
+        Raises:
+            SpecError: naming the length and the positions.
+        """
+        if self.enabled and self.length > max_positions:
+            raise SpecError(
+                "evaluation.length",
+                self.length,
+                f"the model has {max_positions} positions; use at most that",
+            )
+
     @classmethod
     def from_json(cls, record: Mapping[str, Any], texts: tuple[EvaluationText, ...]) -> Self:
         """Read the part of a job file that describes the evaluation.
 
         Raises:
             KeyError: if `enabled`, `windows` or `length` is missing.
-            SpecError: naming a task that there is not.
+            SpecError: naming a task that there is not, or a size that measures nothing.
         """
         task_dir = record.get("task_dir")
         tasks = [

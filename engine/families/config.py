@@ -37,6 +37,11 @@ MAX_TOKEN_ID = 1_000_000
 MAX_STOP_TOKENS = 64
 
 
+def as_it_is(value: Any) -> Any:
+    """Keep a value."""
+    return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldRule:
     """One field of a config that the model class may see."""
@@ -44,6 +49,8 @@ class FieldRule:
     check: Check
     nullable: bool = False
     """Whether null means something else than silence, as `sliding_window` does."""
+    convert: Callable[[Any], Any] = as_it_is
+    """Makes a value that passed what the model class takes."""
 
 
 def whole(low: int, high: int, *, nullable: bool = False) -> FieldRule:
@@ -58,13 +65,16 @@ def whole(low: int, high: int, *, nullable: bool = False) -> FieldRule:
 
 
 def number(low: float, high: float, *, nullable: bool = False) -> FieldRule:
-    """Keep a number from `low` to `high`; NaN is none."""
+    """Keep a number from `low` to `high`; NaN is none.
+
+    A writer of JSON may say 30 for 30.0, and the model class takes a float alone.
+    """
 
     def check(name: str, value: Any) -> None:
         if not _is_number(value) or not low <= value <= high:
             raise unsupported(name, value, f"a number from {low:g} to {high:g}")
 
-    return FieldRule(check=check, nullable=nullable)
+    return FieldRule(check=check, nullable=nullable, convert=float)
 
 
 def flag(*, only: bool | None = None) -> FieldRule:

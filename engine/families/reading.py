@@ -75,7 +75,7 @@ def read_fields(family: Family, config: Mapping[str, Any], sizes: Sizes) -> dict
         value = config.get(name)
         if value is not None:
             rule.check(name, value)
-            kept[name] = value
+            kept[name] = rule.convert(value)
         elif rule.nullable and name in config:
             kept[name] = None
     kinds = kept.get("layer_types")

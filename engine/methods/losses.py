@@ -4,7 +4,8 @@
     cosine     C = -log |mean over tokens of cos(seen_t, wanted_t)|            (ABQ-LLM eq. 2, DLC)
     loss       E(wanted) + own E(own) + cosine (C(wanted) + C(own))
 
-`own` is the full-precision block's output on the quantized chain's inputs (OmniQuant's `aug_loss`).
+`own` is the full-precision block's output on the quantized chain's inputs (OmniQuant's `aug_loss`);
+equation 2 has both cosines, whatever the weight of E(own).
 The maps' divergence (ABQ-LLM eq. 4, as written in the paper) takes, for every head and query, both
 rows as distributions p (full precision) and q,
 
@@ -32,7 +33,7 @@ class BlockLoss:
 
     def __init__(self, *, own: float = 0.0, cosine: float = 0.0) -> None:
         self._own, self._cosine = own, cosine
-        self.needs_own = own > 0
+        self.needs_own = own > 0 or cosine > 0
 
     def __call__(self, outputs: BlockOutputs) -> torch.Tensor:
         """Compare ``[B, T, H]`` outputs; the result is a scalar."""
@@ -40,10 +41,10 @@ class BlockLoss:
         loss = _square_error(outputs.seen, outputs.wanted, weight)
         if self._cosine:
             loss = loss + self._cosine * _cosine_error(outputs.seen, outputs.wanted)
-        if outputs.own is not None:
-            loss = loss + self._own * _square_error(outputs.seen, outputs.own, weight)
-            if self._cosine:
-                loss = loss + self._cosine * _cosine_error(outputs.seen, outputs.own)
+        if self._own:
+            loss = loss + self._own * _square_error(outputs.seen, _own(outputs), weight)
+        if self._cosine:
+            loss = loss + self._cosine * _cosine_error(outputs.seen, _own(outputs))
         return loss
 
 
@@ -77,6 +78,11 @@ def map_divergence(
     """
     difference = (full_log_p.exp() - quant_log_p.exp()) * (full_log_p - quant_log_p)
     return difference.masked_fill(~mask, 0.0).sum(-1).mean()
+
+
+def _own(outputs: BlockOutputs) -> torch.Tensor:
+    assert outputs.own is not None, "a loss that needs_own gets it"
+    return outputs.own
 
 
 def _square_error(

@@ -6,6 +6,7 @@ built from the kept fields alone, and weights are assigned by name.
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_DEPTH = 20
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,7 @@ class SourceModel:
 
     @classmethod
     def open(cls, directory: Path, dtype: torch.dtype = torch.float32) -> Self:
-        """Check config and tensor names; read no weight.
+        """Check config and the names, shapes and dtypes of the tensors; read no weight.
 
         Raises:
             UnsupportedModel: naming the field of the config.
@@ -106,7 +108,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Read `config.json` of a model directory.
 
     Raises:
-        UnsupportedModel: if it is missing, larger than 1 MB, nested deeper than 20, or no object.
+        UnsupportedModel: if it is missing, larger than 1 MB, nested deeper than 20, or no object,
+            or naming the field that holds NaN or infinity, which is no JSON.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -123,6 +126,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise UnsupportedModel(
             "config.json", f"config.json must be an object nested at most {MAX_CONFIG_DEPTH} deep"
         )
+    field = _find_non_finite(config)
+    if field is not None:
+        raise UnsupportedModel(field, f"{field} of config.json is no finite number; write one")
     return config
 
 
@@ -141,7 +147,7 @@ def build_model_config(config: Mapping[str, Any]) -> PretrainedConfig:
             **copy.deepcopy(fields),
             pad_token_id=None,
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # the library has classes of its own for a value of a wrong type
         raise UnsupportedModel("config.json", f"the config is not consistent: {error}") from error
     built._attn_implementation = family.attention  # noqa: SLF001  the only switch that both 5.17 and 5.23 have
     return built
@@ -180,9 +186,9 @@ def load_full_precision(directory: Path, dtype: torch.dtype = torch.float32) -> 
 def _find_tensors(
     architecture: Architecture, skeleton: nn.Module, files: TensorFiles
 ) -> TensorFiles:
-    """Find every tensor of the model in the files, before any is read."""
-    parts = {}
-    for name in skeleton.state_dict():
+    """Find every tensor of the model in the files, and check its header, before any is read."""
+    parts, shapes = {}, {}
+    for name, empty in skeleton.state_dict().items():
         if architecture.tied and name == architecture.head_name:
             continue
         part = architecture.find_stored(name, files.file_of)
@@ -190,18 +196,41 @@ def _find_tensors(
             raise CheckpointInvalid(f"the model lacks the tensor {name}")
         if part.tensor != name:
             parts[name] = part
-    return files.with_parts(parts)
+        shapes[name] = tuple(empty.shape)
+    found = files.with_parts(parts)
+    for header in found.headers(shapes):
+        _check_shape(header.name, header.shape, shapes[header.name])
+        # integers and eight-bit floats would need a scale that nothing here knows
+        if header.dtype not in WEIGHT_DTYPES:
+            raise CheckpointInvalid(
+                f"{header.name} is {header.dtype}; store it as one of {', '.join(WEIGHT_DTYPES)}"
+            )
+    return found
 
 
 def _assign(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
     for name, empty in module.state_dict().items():
-        if tensors[name].shape != empty.shape:
-            raise CheckpointInvalid(
-                f"{prefix}{name} has shape {tuple(tensors[name].shape)},"
-                f" the config promises {tuple(empty.shape)}"
-            )
+        _check_shape(f"{prefix}{name}", tuple(tensors[name].shape), tuple(empty.shape))
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(requires_grad=False).eval()
+
+
+def _check_shape(name: str, shape: tuple[int, ...], promised: tuple[int, ...]) -> None:
+    if shape != promised:
+        raise CheckpointInvalid(f"{name} has shape {shape}, the config promises {promised}")
+
+
+def _find_non_finite(value: object) -> str | None:
+    """Find the first number of a parsed JSON that is not finite: `a.b.0`, or "" for itself."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ""
+    if not isinstance(value, dict | list):
+        return None
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        found = _find_non_finite(each)
+        if found is not None:
+            return f"{key}.{found}".rstrip(".")
+    return None
 
 
 def _is_deeper(value: object, depth: int) -> bool:

@@ -1,7 +1,7 @@
 """The safetensors files of a model directory, read tensor by tensor through memory maps."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -12,11 +12,22 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import CheckpointInvalid, UnsupportedModel
 from engine.families.stored import StoredPart
 
-__all__ = ["TensorFiles"]
+__all__ = ["TensorFiles", "TensorHeader"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorHeader:
+    """What a file says of a tensor before its values."""
+
+    name: str
+    """The engine's."""
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors writes it: `BF16`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,34 +77,65 @@ class TensorFiles:
         Raises:
             CheckpointInvalid: naming the tensor that is missing or the file that is broken.
         """
+        # a clone, so that nothing points into the map of a file that may be deleted;
+        # converted on the device, so that half the bytes cross
+        return {name: tensor.to(device).to(dtype, copy=True) for name, tensor in self.stream(names)}
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Give some tensors one after the other, file by file, as they are stored.
+
+        A tensor may point into the map of its file; nothing else is in memory.
+
+        Raises:
+            CheckpointInvalid: as `read`.
+        """
+        for file, members in self._by_file(names).items():
+            with _opened(self.directory / file) as tensors:
+                for name, part in members.items():
+                    yield name, _take(tensors, part, file)
+
+    def headers(self, names: Iterable[str]) -> Iterator[TensorHeader]:
+        """Say what the files promise of some tensors; no weight is read.
+
+        Raises:
+            CheckpointInvalid: as `read`.
+        """
+        for file, members in self._by_file(names).items():
+            with _opened(self.directory / file) as tensors:
+                for name, part in members.items():
+                    whole = _slice_of(tensors, part, file)
+                    shape = part.shape(tuple(whole.get_shape()))
+                    yield TensorHeader(name=name, shape=shape, dtype=str(whole.get_dtype()))
+
+    def _by_file(self, names: Iterable[str]) -> dict[str, dict[str, StoredPart]]:
         by_file: dict[str, dict[str, StoredPart]] = {}
         for name in names:
             part = self.parts.get(name, StoredPart(tensor=name))
             if part.tensor not in self.file_of:
                 raise CheckpointInvalid(f"the model lacks the tensor {name}")
             by_file.setdefault(self.file_of[part.tensor], {})[name] = part
-        found: dict[str, torch.Tensor] = {}
-        for file, members in by_file.items():
-            with _opened(self.directory / file) as tensors:
-                # a clone, so that nothing points into the map of a file that may be deleted;
-                # converted on the device, so that half the bytes cross
-                found |= {
-                    name: _take(tensors, part).to(device).to(dtype, copy=True)
-                    for name, part in members.items()
-                }
-        return found
+        return by_file
 
 
-def _take(tensors: Any, part: StoredPart) -> torch.Tensor:
+def _take(tensors: Any, part: StoredPart, file: str) -> torch.Tensor:
+    whole = _slice_of(tensors, part, file)
     if part.expert is None:
-        whole: torch.Tensor = tensors.get_tensor(part.tensor)
-        return whole
-    fused = tensors.get_slice(part.tensor)
-    shape = tuple(fused.get_shape())
-    if not part.shape(shape):
-        raise CheckpointInvalid(f"{part.tensor} of shape {shape} holds no expert {part.expert}")
-    taken: torch.Tensor = fused[part.expert, part.rows(shape)]
+        tensor: torch.Tensor = tensors.get_tensor(part.tensor)
+        return tensor
+    taken: torch.Tensor = whole[part.expert, part.rows(tuple(whole.get_shape()))]
     return taken
+
+
+def _slice_of(tensors: Any, part: StoredPart, file: str) -> Any:
+    """Find the tensor that holds a part, unread."""
+    try:
+        whole = tensors.get_slice(part.tensor)
+    except SafetensorError as error:
+        raise CheckpointInvalid(f"{file} lacks the tensor {part.tensor}") from error
+    shape = tuple(whole.get_shape())
+    if part.expert is not None and not part.shape(shape):
+        raise CheckpointInvalid(f"{part.tensor} of shape {shape} holds no expert {part.expert}")
+    return whole
 
 
 def _read_index(directory: Path) -> dict[str, str]:

@@ -99,7 +99,8 @@ def choose_bits(tables: Sequence[UnitTable], target: BitTarget, reach: Reach) ->
     else:
         limit = math.log1p(target.perplexity_increase)
         chosen = _within_loss(frontier, tables, target.perplexity_increase, least_a)
-        share = limit - frontier.loss_of(chosen)
+        # the weights may have left exactly that, and sums in another order differ in the last bit
+        share = max(least_a, limit - frontier.loss_of(chosen))
     w_bits = tuple(list(each.stored)[j] for each, j in zip(tables, chosen, strict=True))
     return Choice(w_bits=w_bits, a_bits=_choose_inputs(tables, w_bits, share))
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.manifest import digest_of, verify_directory
@@ -28,6 +27,14 @@ def noisy(job, watch):
     os.write(1, b"stray bytes\\n")
     return quantize(job, watch)
 pipeline.quantize_model = noisy
+sys.exit(child.main(sys.argv[1:]))
+"""
+FULL = """
+import errno, sys
+import worker.child as child
+def fill(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", "/srv/secret/block-00000.safetensors")
+child._run = fill
 sys.exit(child.main(sys.argv[1:]))
 """
 
@@ -182,7 +189,8 @@ def test_a_supervisor_that_dies_before_torch_is_there_leaves_no_orphan(source, t
 def test_a_diverging_layer_is_named_in_the_last_record(tmp_path):
     source = save_tiny_model(tmp_path / "source", layers=LAYERS)
     weights = load_file(source / "model.safetensors")
-    weights["model.layers.1.self_attn.v_proj.weight"][0, 0] = torch.nan
+    # the largest finite weights: rotated they are not
+    weights["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
 
     with started(write_job(source, tmp_path)) as child:
@@ -190,7 +198,7 @@ def test_a_diverging_layer_is_named_in_the_last_record(tmp_path):
         assert child.wait(60) == 1
 
     assert records[-1]["code"] == "calibration_diverged"
-    assert records[-1]["layer"] == "model.layers.1.self_attn.v_proj"
+    assert records[-1]["layer"] == "model.layers.1.mlp.down_proj"
     assert (tmp_path / "state" / "block-00000.json").is_file()
 
 
@@ -205,3 +213,12 @@ def test_a_job_that_is_not_possible_ends_with_the_engines_code_though_its_superv
 
     assert (first["type"], first["code"]) == ("error", "invalid_spec")
     assert "w_bits = 9" in first["message"]
+
+
+def test_a_full_disk_ends_the_child_with_its_code(tmp_path):
+    with started(write_job(tmp_path / "source", tmp_path), command=["-c", FULL]) as child:
+        records = rest_of(child)
+        assert child.wait(60) == 1
+
+    assert records[-1]["code"] == "disk_full"
+    assert "secret" not in records[-1]["message"]

@@ -51,6 +51,14 @@ def test_the_source_is_measured_in_full_precision(source, capsys):
     assert "over 31 tokens" in capsys.readouterr().out
 
 
+def test_windows_that_predict_nothing_are_refused(source, tmp_path, capsys):
+    assert run("perplexity", source, "--eval-length", 1) == 1
+    assert run("quantize", source, tmp_path / "out", *SMALL, "--eval-length", 1) == 1
+
+    assert capsys.readouterr().err.count("evaluation.length = 1") == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_measured_when_nothing_is_asked_for(source, tmp_path):
     run("quantize", source, tmp_path / "out", "--recipe", "rtn", *SMALL[:-1], 0)
 

@@ -1,6 +1,8 @@
 """The engine from source directory to checkpoint directory, on tiny models of every family."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -240,11 +242,18 @@ def test_a_damaged_block_is_calibrated_again(source, coarse, tmp_path):
     assert bytes_of(tmp_path) == bytes_of(coarse)
 
 
-def test_a_diverging_layer_is_named_and_finished_blocks_are_kept(source, tmp_path):
-    broken = save_tiny_model(tmp_path / "source", layers=LAYERS)
+def changed_source(folder, name, value):
+    """A model with every weight of one tensor, or a single one, replaced."""
+    broken = save_tiny_model(folder, layers=LAYERS)
     weights = load_file(broken / "model.safetensors")
-    weights["model.layers.2.mlp.down_proj.weight"][5, 6] = torch.inf
+    weights[name].view(-1)[: None if math.isfinite(value) else 1] = value
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    return broken
+
+
+def test_a_diverging_layer_is_named_and_finished_blocks_are_kept(tmp_path):
+    # the largest finite weights: rotated they are not
+    broken = changed_source(tmp_path / "source", "model.layers.2.mlp.down_proj.weight", 3e38)
     job = job_of(broken, tmp_path)
 
     with pytest.raises(CalibrationDiverged) as diverged:
@@ -256,6 +265,36 @@ def test_a_diverging_layer_is_named_and_finished_blocks_are_kept(source, tmp_pat
         "block-00000.json",
         "block-00001.json",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.2.mlp.down_proj.weight", torch.nan),
+        ("lm_head.weight", torch.nan),
+        ("model.norm.weight", torch.inf),
+        ("model.embed_tokens.weight", -torch.inf),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named_before_any_work(tmp_path, name, value):
+    job = job_of(changed_source(tmp_path / "source", name, value), tmp_path)
+
+    with pytest.raises(CalibrationDiverged, match="its weight is not finite") as diverged:
+        quantize(job)
+
+    assert diverged.value.layer == name.removesuffix(".weight")
+    assert not job.state_dir.exists()
+
+
+def test_logits_that_are_not_finite_are_not_tuned_and_leave_no_result(tmp_path):
+    broken = changed_source(tmp_path / "source", "lm_head.weight", 3e38)
+    job = job_of(broken, tmp_path)
+
+    with pytest.raises(CalibrationDiverged, match="divergence of the logits"):
+        quantize(job)
+
+    assert not list(job.state_dir.glob("block-99999*"))
+    assert not job.out_dir.exists()
 
 
 def test_a_failing_evaluation_leaves_the_artifact(source, tmp_path):
@@ -343,6 +382,7 @@ def test_evaluation_sees_the_keys_and_values_that_generation_keeps(source, tmp_p
     [
         ({"spec": QuantSpec(w_bits=4, group_size=96)}, SpecError),
         ({"spec": QuantSpec(w_bits=4, calibration=CalibrationSpec(length=1024))}, SpecError),
+        ({"evaluation": EvaluationPlan(length=1024)}, SpecError),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused_before_any_work(source, tmp_path, fields, error):
@@ -354,11 +394,37 @@ def test_a_spec_that_does_not_fit_is_refused_before_any_work(source, tmp_path, f
     assert not job.state_dir.exists()
 
 
+def test_the_source_is_never_replaced_by_its_result(source, tmp_path):
+    before = sorted(path.name for path in source.iterdir())
+    job = replace(job_of(source, tmp_path), out_dir=source)
+
+    with pytest.raises(SpecError, match="out_dir"):
+        quantize(job)
+
+    assert sorted(path.name for path in source.iterdir()) == before
+    assert not job.state_dir.exists()
+
+
 def test_a_text_that_is_too_short_is_refused(source, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
 
     with pytest.raises(DatasetUnavailable, match="9 tokens"):
         quantize(job_of(source, tmp_path, calibration_text=tmp_path / "short.txt"))
+
+
+def test_tokens_that_the_model_lacks_are_refused_and_cost_an_evaluation_alone(tmp_path):
+    # the tokenizer ends its words at 259
+    source = save_tiny_model(tmp_path / "source", vocab_size=257)
+    text = tmp_path / "turns.txt"
+    text.write_text("Good day.<|user|>" * 40)
+
+    with pytest.raises(DatasetUnavailable, match=r"turns\.txt has the token 258 .* ends at 256"):
+        quantize(job_of(source, tmp_path, calibration_text=text))
+
+    plan = replace(SMALL_PLAN, texts=(EvaluationText(path=text),))
+    spec = QuantSpec(w_bits=4, recipe=Recipe.RTN, calibration=CALIBRATION)
+    report, _ = quantize(job_of(source, tmp_path, spec=spec, evaluation=plan))
+    assert "ends at 256" in report.evaluation.texts[0].message
 
 
 def test_a_config_with_foreign_code_is_refused(tmp_path):

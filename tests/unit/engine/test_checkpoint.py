@@ -119,6 +119,13 @@ def test_counted_bits_per_weight_are_the_promised_ones(tmp_path, notation, bits)
     assert summary.bits.promised_per_weight == pytest.approx(bits, abs=1e-12)
 
 
+def test_counted_bits_are_the_promised_ones_where_rows_end_inside_a_word(tmp_path):
+    bits = save_checkpoint(tmp_path, "w3a16", intermediate_size=50)[2].bits
+
+    assert bits.per_weight > 3 + 24 / 50
+    assert bits.promised_per_weight == pytest.approx(bits.per_weight, abs=1e-12)
+
+
 def test_every_stored_byte_is_counted_once(tmp_path):
     _, directory, summary = save_checkpoint(tmp_path, "w4a8")
 
@@ -161,11 +168,13 @@ def test_a_left_over_partial_directory_and_an_old_result_are_replaced(tmp_path):
     (partial / "rest").write_text("of an attempt that died")
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "old").write_text("result")
+    (tmp_path / "checkpoint" / "abq_manifest.json").write_text("{}")
 
     directory = save_checkpoint(tmp_path, "w4a8")[1]
 
     assert not partial.exists()
     assert not (directory / "old").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "checkpoint"}
     verify_directory(directory)
 
 

@@ -8,7 +8,7 @@ import torch
 from engine.calibration.watch import Watch
 from engine.checkpoint.manifest import read_manifest, verify_directory
 from engine.datasets import TaskFamily
-from engine.errors import CalibrationInterrupted
+from engine.errors import CalibrationInterrupted, SpecError
 from engine.evaluation.comparison import evaluate
 from engine.evaluation.plan import EvaluationPlan, EvaluationText
 from engine.events import EvaluationDivergence, EvaluationFailed, EvaluationResult, Progress
@@ -102,6 +102,35 @@ def test_a_message_of_the_machine_stays_out_of_the_manifest(folder, monkeypatch)
     assert evaluation.status == "failed"
     assert str(folder) in of_type(events, EvaluationFailed)[0].message
     assert str(folder) not in (folder / "checkpoint" / "abq_manifest.json").read_text()
+
+
+@pytest.mark.parametrize("kind", [IndexError, ZeroDivisionError, AssertionError, ImportError])
+def test_whatever_goes_wrong_with_a_text_costs_that_text_alone(folder, monkeypatch, kind):
+    def fail(*_, **__):
+        raise kind("of a library")
+
+    monkeypatch.setattr("engine.evaluation.comparison.compare_chains", fail)
+
+    evaluation, events = measure(folder, texts=(BUILTIN,))
+
+    assert evaluation.status == "failed"
+    assert kind.__name__ in evaluation.texts[0].message
+    assert of_type(events, EvaluationFailed)[0].message == "of a library"
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"windows": 0}, "evaluation.windows = 0"),
+        ({"length": 1}, "evaluation.length = 1"),
+        ({"length": 0}, "evaluation.length = 0"),
+    ],
+)
+def test_a_plan_that_predicts_nothing_is_refused(fields, complaint):
+    with pytest.raises(SpecError, match=complaint):
+        EvaluationPlan(**fields)
+
+    assert not EvaluationPlan(enabled=False, **fields).enabled
 
 
 def test_a_stop_is_no_failure(folder):

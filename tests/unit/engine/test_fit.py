@@ -153,8 +153,9 @@ def test_second_order_rounding_takes_the_inputs_moments():
     assert estimate_of(Recipe.FAST).memory_bytes > plain.memory_bytes + 6 * 4 * 11008**2
 
 
-def test_outputs_of_the_own_inputs_are_one_more_chain():
-    own = estimate_of(Recipe.DEFAULT, ingredients=Ingredients(own_input_loss=1.0))
+@pytest.mark.parametrize("loss", ["own_input_loss", "cosine_loss"])
+def test_outputs_of_the_own_inputs_are_one_more_chain(loss):
+    own = estimate_of(Recipe.DEFAULT, ingredients=Ingredients(**{loss: 1.0}))
 
     assert own.chain_bytes == estimate_of(Recipe.DEFAULT).chain_bytes * 4 // 3
 

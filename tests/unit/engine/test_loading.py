@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,14 +104,42 @@ def test_a_missing_tensor_is_named_before_any_weight_is_read(tmp_path):
         SourceModel.open(folder)
 
 
-def test_a_tensor_of_another_shape_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_a_tensor_of_another_shape_is_named_before_any_weight_is_read(tmp_path, name):
     folder = save_tiny_model(tmp_path)
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(128, 32)
+    weights[name] = torch.zeros(100, 64)
     save_file(weights, folder / "model.safetensors")
 
-    with pytest.raises(CheckpointInvalid, match=r"layers\.1\.mlp\.up_proj.* \(128, 32\)"):
-        SourceModel.open(folder).load_block(1)
+    with pytest.raises(CheckpointInvalid, match=rf"{name} has shape \(100, 64\), the config"):
+        SourceModel.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [(torch.float64, "F64"), (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")],
+)
+def test_weights_that_are_no_plain_floats_are_refused(tmp_path, dtype, said):
+    folder = save_tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, folder / "model.safetensors")
+
+    with pytest.raises(CheckpointInvalid, match=f"{name} is {said}; store it as one of F32"):
+        SourceModel.open(folder)
+
+
+def test_a_tensor_that_the_index_promises_and_no_file_has_is_named(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors")
+
+    with pytest.raises(CheckpointInvalid, match=r"lacks the tensor .*1\.mlp\.up_proj\.weight"):
+        SourceModel.open(folder)
 
 
 def test_a_model_with_pickles_only_is_refused(tmp_path):
@@ -157,6 +186,58 @@ def test_a_config_that_is_no_small_object_is_refused(tmp_path, content):
         read_config(tmp_path)
 
     assert refused.value.field == "config.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ('{"foo": NaN}', "foo"),
+        ('{"foo": {"bar": [1.0, -Infinity]}}', "foo.bar.1"),
+        ('{"foo": 1e999}', "foo"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_named_though_nobody_asks_for_it(tmp_path, content, field):
+    (tmp_path / "config.json").write_text(content)
+
+    with pytest.raises(UnsupportedModel, match=f"{field} of config.json") as refused:
+        read_config(tmp_path)
+
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "value"),
+    [
+        ("gemma2", "final_logit_softcapping", 30),
+        ("gemma2", "attn_logit_softcapping", 50),
+        ("gemma3_text", "rope_local_base_freq", 10_000),
+        ("llama", "rms_norm_eps", 0),
+        ("llama", "rope_theta", 10_000),
+        ("opt", "init_std", 1),
+        ("falcon-rw", "layer_norm_epsilon", 0),
+    ],
+)
+def test_a_whole_number_is_a_float_where_the_class_wants_one(tmp_path, model_type, name, value):
+    config = read_config(save_tiny_model(tmp_path, model_type))
+
+    whole = build_model_config({**config, name: value})
+
+    assert whole.to_dict() == build_model_config({**config, name: float(value)}).to_dict()
+
+
+def test_what_the_library_refuses_in_its_own_way_is_refused(tmp_path, monkeypatch):
+    class OfTheLibrary(Exception):
+        pass
+
+    def refuse(**_):
+        raise OfTheLibrary("of a wrong type")
+
+    config = read_config(save_tiny_model(tmp_path))
+    library = SimpleNamespace(LlamaConfig=refuse)
+    monkeypatch.setattr("engine.models.loading.transformers", library)
+
+    with pytest.raises(UnsupportedModel, match="not consistent: of a wrong type"):
+        build_model_config(config)
 
 
 def test_a_directory_without_config_is_refused(tmp_path):

@@ -42,12 +42,14 @@ def test_every_token_counts_by_its_weight():
     assert float(found) == pytest.approx(float((SEEN - WANTED)[1, 3].square().mean()))
 
 
-def test_the_distribution_correction_is_the_logarithm_of_the_mean_cosine():
+def test_the_distribution_correction_is_the_logarithm_of_both_mean_cosines():
     plain, corrected = BlockLoss(), BlockLoss(cosine=0.7)
 
-    added = float(corrected(outputs()) - plain(outputs()))
+    added = float(corrected(outputs(own=OWN)) - plain(outputs()))
 
-    assert added == pytest.approx(-0.7 * math.log(abs(mean_cosine(SEEN, WANTED))), rel=1e-4)
+    cosines = [-math.log(abs(mean_cosine(SEEN, each))) for each in (WANTED, OWN)]
+    assert corrected.needs_own
+    assert added == pytest.approx(0.7 * sum(cosines), rel=1e-4)
 
 
 def test_both_teachers_are_compared_where_their_own_inputs_count():

@@ -6,7 +6,7 @@ import torch
 from engine.calibration.watch import Watch
 from engine.errors import CalibrationInterrupted
 from engine.evaluation import perplexity
-from engine.evaluation.perplexity import measure_perplexity
+from engine.evaluation.perplexity import Perplexity, measure_perplexity
 from engine.events import Progress
 from engine.models.loading import SourceModel
 from tests.tiny_models import FAMILIES, load_reference, save_tiny_model
@@ -48,6 +48,13 @@ def test_coarser_keys_and_values_change_perplexity(folder):
     rounded = measure_perplexity(source, TOKENS, watch, kv_bits=2)
 
     assert rounded.value != plain.value
+
+
+def test_a_perplexity_beyond_every_number_is_a_failure():
+    assert Perplexity.of_losses([700.0], 1).value == math.exp(700)
+
+    with pytest.raises(ValueError, match="not finite: 710 nats"):
+        Perplexity.of_losses([1420.0], 2)
 
 
 def test_a_stop_ends_the_measurement(folder):

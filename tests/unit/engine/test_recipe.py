@@ -15,7 +15,8 @@ from engine.recipe import (
     SecondOrder,
     resolve,
 )
-from engine.spec import QuantSpec
+from engine.spec import LayerOverride, QuantSpec
+from engine.target import BitTarget
 
 OTHER_ANSWERS = {
     "rotation": (True, False),
@@ -83,6 +84,24 @@ def test_whole_channels_and_rounded_inputs_are_rotated(
         found = resolve(recipe, Ingredients(), a_bits=a_bits, per_channel=per_channel)
 
         assert (found.rotation, found.online_hadamard) == (rotates, transforms_online)
+
+
+@pytest.mark.parametrize(
+    ("fields", "narrowest"),
+    [
+        ({}, 16),
+        ({"overrides": (LayerOverride(pattern="*.down_proj", a_bits=4),)}, 4),
+        ({"overrides": (LayerOverride(pattern="*.down_proj", w_bits=16, a_bits=4),)}, 16),
+        ({"overrides": (LayerOverride(pattern="*.down_proj", w_bits=3),)}, 16),
+        ({"target": BitTarget(average_bits=4.8, a_choices=(6, 16))}, 6),
+        ({"a_bits": 4, "target": BitTarget(average_bits=4.8, a_choices=(8, 16))}, 4),
+    ],
+)
+def test_a_recipe_is_resolved_by_the_narrowest_inputs_that_a_layer_may_have(fields, narrowest):
+    spec = QuantSpec(w_bits=4, group_size=32, **fields)
+
+    assert spec.narrowest_inputs == narrowest
+    assert spec.resolved.rotation is spec.resolved.online_hadamard is (narrowest < 16)
 
 
 def test_the_accurate_recipe_passes_three_times_as_often():

@@ -1,7 +1,12 @@
+import errno
+import math
+
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from engine.calibration.resume import BlockStore, SavedBlock, fingerprint
+from engine.calibration.resume import BlockStore, SavedBlock, Tuning, fingerprint
+from engine.checkpoint.durable import save_tensors
 from engine.models.loading import read_config
 from engine.models.tensors import TensorFiles
 from engine.spec import CalibrationSpec, QuantSpec
@@ -77,6 +82,31 @@ def test_a_torn_record_does_not_count(tmp_path):
     (tmp_path / "state" / "block-00000.json").write_text('{"sha256": ')
 
     assert store.load(0) is None
+
+
+def test_a_full_disk_is_told_with_the_systems_number(tmp_path, monkeypatch):
+    def fill(*_, **__):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr("engine.checkpoint.durable.save_file", fill)
+
+    with pytest.raises(OSError, match="No space left") as full:
+        opened(tmp_path).save(3, BLOCK)
+
+    assert full.value.errno == errno.ENOSPC
+    assert opened(tmp_path).load(3) is None
+
+
+def test_the_library_says_the_systems_number(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        save_tensors({"a": torch.zeros(1)}, tmp_path / "missing" / "a.safetensors")
+
+
+def test_a_last_stage_that_measured_nothing_is_run_again(tmp_path):
+    store = opened(tmp_path)
+    store.save_tuned(Tuning(tensors={}, before=math.nan, after=math.nan))
+
+    assert store.load_tuned() is None
 
 
 @pytest.fixture(scope="module")

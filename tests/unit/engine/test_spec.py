@@ -3,8 +3,10 @@ import json
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.architecture import LinearShape
 from engine.checkpoint.format import quantization_section, spec_of_section
 from engine.errors import SpecError
+from engine.reach import stored_bits
 from engine.spec import CalibrationSpec, LayerOverride, QuantSpec, Recipe
 from engine.target import BitTarget
 
@@ -97,6 +99,14 @@ def test_a_grid_promises_its_planes_and_its_scales(notation, planes, promised):
     assert grid.promised_bits(4096) == promised
 
 
+def test_a_row_that_ends_inside_a_word_pays_for_the_whole_word():
+    grid = QuantSpec.from_notation("w3a16").weight_grid("model.layers.0.mlp.up_proj")
+    linear = LinearShape(name="up_proj", out_features=7, in_features=50)
+
+    assert grid.promised_bits(50) == 3 * 64 / 50 + 24 / 50
+    assert 7 * 50 * grid.promised_bits(50) == pytest.approx(stored_bits(linear, grid))
+
+
 def test_what_a_search_finds_for_a_large_model_survives_json():
     found = tuple(
         LayerOverride(pattern=f"model.layers.{index}.mlp.up_proj", w_bits=2 + index % 5)
@@ -146,3 +156,24 @@ def test_pydantic_reads_a_spec_as_a_field_and_refuses_unknown_ones():
     assert request.spec.calibration.seed == 5
     with pytest.raises(ValidationError, match="groupsize"):
         Request.model_validate({"spec": {"w_bits": 3, "groupsize": 64}})
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({}, "w_bits"),
+        ({"w_bits": 4, "overrides": None}, "overrides"),
+        ({"w_bits": 4, "overrides": "abc"}, "overrides"),
+        ({"w_bits": 4, "overrides": ["abc"]}, "overrides"),
+        ({"w_bits": 4, "overrides": [{"w_bits": 3}]}, "overrides.pattern"),
+        ({"w_bits": 4, "overrides": [{"pattern": 3, "w_bits": 3}]}, "overrides.pattern"),
+        ({"w_bits": 4, "calibration": None}, "calibration"),
+        ({"w_bits": 4, "target": {"average_bits": 4, "w_choices": 4}}, "target.w_choices"),
+        ({"w_bits": 4, "target": {"average_bits": 4, "a_choices": None}}, "target.a_choices"),
+    ],
+)
+def test_json_that_is_no_spec_is_refused_by_its_field(record, field):
+    with pytest.raises(SpecError) as refused:
+        QuantSpec.from_json(record)
+
+    assert refused.value.field == field
