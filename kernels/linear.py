@@ -255,7 +255,9 @@ def launch_plan(
                 Plan(route=Route.TILE), tokens, weight, bias, out_dtype=out_dtype, counters=counters
             )
         case Route.TILE:
-            config = config or _select_tile(tokens, weight)
+            config = (config or _select_tile(tokens, weight)).fitted(
+                weight.field_bits, weight.slice_bytes, grouped=weight.groups > 1
+            )
             workspace = _workspace(config, tokens, weight, counters)
             return tile_linear(
                 tokens, weight, bias, out_dtype=out_dtype, config=config, workspace=workspace

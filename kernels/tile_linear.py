@@ -91,7 +91,7 @@ def tile_linear(
         return out
     padded_n, groups, slice_bytes = weight.padded_rows, weight.groups, weight.slice_bytes
     config = config or select_config(_shape_of(m, weight))
-    config = config.fitted(slice_bytes, grouped=groups > 1)
+    config = config.fitted(weight.field_bits, slice_bytes, grouped=groups > 1)
     workspace = workspace or SplitWorkspace.for_launch(config, m, padded_n, out.device)
     _check_workspace(workspace, config, _tiles(config, m, padded_n))
     codes: torch.Tensor | TensorDescriptor = tokens.codes

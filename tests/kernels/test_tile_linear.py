@@ -218,5 +218,5 @@ def test_a_table_overrides_the_model():
 def test_scale_groups_take_whole_slices():
     config = dataclasses.replace(SMALL, block_k=32)
 
-    assert config.fitted(64, grouped=True).block_k == 64
-    assert config.fitted(128, grouped=False).block_k == 32
+    assert config.fitted((2,), 64, grouped=True).block_k == 64
+    assert config.fitted((2,), 128, grouped=False).block_k == 32
