@@ -25,7 +25,7 @@ import triton.language as tl
 
 from kernels.field_codes import hold_run
 from kernels.half_codes import centred_codes
-from kernels.shared_memory import LoopOperands, fit_loop
+from kernels.shared_memory import SHARED_BYTES, LoopOperands, fit_loop, room_of
 from kernels.sliced import SlicedWeight
 from kernels.split_sum import share_of_turns, sum_splits
 from kernels.unpack import unpack_half
@@ -51,18 +51,26 @@ class HalfConfig:
     splits: int = 1
     """Programs that share the K of one tile."""
 
-    def fitted(self, field_bits: tuple[int, ...], slice_bytes: int, *, grouped: bool) -> Self:
+    def fitted(
+        self,
+        field_bits: tuple[int, ...],
+        slice_bytes: int,
+        *,
+        grouped: bool,
+        room: int = SHARED_BYTES,
+    ) -> Self:
         """Hold the launch to a stored slice and to shared memory, see `fit_loop`.
 
         Args:
             field_bits: of the weight.
             slice_bytes: of the weight; a scale group takes whole ones.
             grouped: whether scales belong to groups.
+            room: bytes of shared memory.
         """
         operands = LoopOperands(
             field_bits=field_bits, slice_bytes=slice_bytes, grouped=grouped, token_bytes=HALF_BYTES
         )
-        return fit_loop(self, operands)
+        return fit_loop(self, operands, room)
 
 
 def half_configs(*, bits: int, m: int, n: int, columns: int) -> list[HalfConfig]:
@@ -175,7 +183,7 @@ def _launch(
 ) -> None:
     m, n = out.shape
     width, groups = weight.slice_bytes, weight.groups
-    config = config.fitted(weight.field_bits, width, grouped=groups > 1)
+    config = config.fitted(weight.field_bits, width, grouped=groups > 1, room=room_of(out.device))
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(weight.padded_rows, config.block_n)
     split_tiles = tiles if config.splits > 1 else 0
     size = config.splits * split_tiles * config.block_n * config.block_m

@@ -18,10 +18,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
-__all__ = ["SHARED_BYTES", "LoopOperands", "fit_loop", "loop_bytes", "turn_slices"]
+import torch
+import triton
+
+__all__ = ["SHARED_BYTES", "LoopOperands", "fit_loop", "loop_bytes", "room_of", "turn_slices"]
 
 SHARED_BYTES = 227 * 1024
-"""Of an H100; one program may use them all."""
+"""Of an H100; one program may use them all. An A100 has 163 KiB, an RTX 4090 99."""
 LEAST_STAGES = 2
 """With one, a turn begins to read when the one before has ended."""
 LEAST_COLUMNS = 32
@@ -66,6 +69,17 @@ class LoopOperands:
     """Of an activation: 1 or 2."""
 
 
+def room_of(device: torch.device) -> int:
+    """Bytes that one program may use: on a GPU what the driver says, else those of an H100."""
+    return _room_of(device.index or 0) if device.type == "cuda" else SHARED_BYTES
+
+
+@lru_cache(maxsize=16)
+def _room_of(device_index: int) -> int:
+    properties = triton.runtime.driver.active.utils.get_device_properties(device_index)
+    return int(properties["max_shared_mem"])
+
+
 def turn_slices(field_bits: tuple[int, ...]) -> int:
     """Slices that hold whole runs of every field."""
     return BYTE_BITS // field_bits[-1]
@@ -86,25 +100,30 @@ def loop_bytes(config: LoopConfig, operands: LoopOperands) -> int:
     return config.block_k * copies
 
 
-def fit_loop(config: Config, operands: LoopOperands) -> Config:
+def fit_loop(config: Config, operands: LoopOperands, room: int = SHARED_BYTES) -> Config:
     """Hold a launch to a stored slice and to shared memory; one that fits stays as it is.
 
     It loses stages down to two, then columns of a product, then tokens of a tile. A table may have
     the launch of a neighbour whose codes are wider and yet take fewer slices in a turn: 4 bits take
     two, 3 bits take eight.
+
+    Args:
+        config: of a tile of at least 8 tokens.
+        operands: of the loop.
+        room: bytes of shared memory, see `room_of`.
     """
     # a cache asks for a hash, which a protocol does not promise
     hashed: Any = config
-    fitted: Config = _fit(hashed, operands)
+    fitted: Config = _fit(hashed, operands, room)
     return fitted
 
 
 @lru_cache(maxsize=4096)
-def _fit(config: Any, operands: LoopOperands) -> Any:
+def _fit(config: Any, operands: LoopOperands, room: int) -> Any:
     """The same without the type, which a cache does not keep."""
     width = operands.slice_bytes
     one = replace(config, block_k=width if operands.grouped else min(config.block_k, width))
-    while not (fitting := _fitting(one, operands)):
+    while not (fitting := _fitting(one, operands, room)):
         if not operands.grouped and one.block_k > LEAST_COLUMNS:
             one = replace(one, block_k=one.block_k // 2)
         elif one.block_m > LEAST_TOKENS:
@@ -115,8 +134,8 @@ def _fit(config: Any, operands: LoopOperands) -> Any:
     return fitting[0]
 
 
-def _fitting(config: Config, operands: LoopOperands) -> list[Config]:
+def _fitting(config: Config, operands: LoopOperands, room: int) -> list[Config]:
     """The launch with as many stages as it has, or fewer down to two, where they fit."""
     most = config.num_stages
     deep = [replace(config, num_stages=n) for n in range(most, min(most, LEAST_STAGES) - 1, -1)]
-    return [one for one in deep if loop_bytes(one, operands) <= SHARED_BYTES]
+    return [one for one in deep if loop_bytes(one, operands) <= room]

@@ -74,18 +74,26 @@ class LaunchConfig:
     pdl: bool = False
     """Start before the kernel that writes the tokens has ended."""
 
-    def fitted(self, field_bits: tuple[int, ...], slice_bytes: int, *, grouped: bool) -> Self:
+    def fitted(
+        self,
+        field_bits: tuple[int, ...],
+        slice_bytes: int,
+        *,
+        grouped: bool,
+        room: int = SHARED_BYTES,
+    ) -> Self:
         """Hold the launch to a stored slice and to shared memory, see `fit_loop`.
 
         Args:
             field_bits: of the weight.
             slice_bytes: of the weight; a scale group takes whole ones.
             grouped: whether scales belong to groups.
+            room: bytes of shared memory.
         """
         operands = LoopOperands(
             field_bits=field_bits, slice_bytes=slice_bytes, grouped=grouped, token_bytes=1
         )
-        return fit_loop(self, operands)
+        return fit_loop(self, operands, room)
 
 
 def select_config(

@@ -27,6 +27,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.field_codes import hold_run, join_fields
+from kernels.shared_memory import room_of
 from kernels.sliced import SlicedWeight
 from kernels.split_sum import share_of_turns, sum_splits
 from kernels.tile_config import LaunchConfig, TileShape, select_config
@@ -125,7 +126,9 @@ def _launch(
     m, n = out.shape
     padded_n, groups, slice_bytes = weight.padded_rows, weight.groups, weight.slice_bytes
     config = config or select_config(_shape_of(m, weight))
-    config = config.fitted(weight.field_bits, slice_bytes, grouped=groups > 1)
+    config = config.fitted(
+        weight.field_bits, slice_bytes, grouped=groups > 1, room=room_of(out.device)
+    )
     workspace = workspace or SplitWorkspace.for_launch(config, m, padded_n, out.device)
     _check_workspace(workspace, config, _tiles(config, m, padded_n))
     codes: torch.Tensor | TensorDescriptor = tokens.codes

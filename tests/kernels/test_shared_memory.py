@@ -1,12 +1,17 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+import triton
 
-from kernels.half_linear import HalfConfig
+from kernels import shared_memory
+from kernels.half_linear import HalfConfig, half_configs
 from kernels.prefill_config import PrefillConfig
 from kernels.prefill_linear import prefill_linear
-from kernels.shared_memory import SHARED_BYTES, LoopOperands, fit_loop, loop_bytes
-from kernels.tile_config import LaunchConfig
+from kernels.shared_memory import SHARED_BYTES, LoopOperands, fit_loop, loop_bytes, room_of
+from kernels.sliced import field_widths
+from kernels.tile_config import LaunchConfig, TileShape, select_config
 from tests.kernels.tile_cases import random_codes, sliced_weight, token_codes
 
 THREE_BITS = LoopOperands(field_bits=(2, 1), slice_bytes=128, grouped=False, token_bytes=1)
@@ -55,6 +60,33 @@ def test_half_activations_fit_at_any_width_and_number_of_tokens(fields, m):
     operands = replace(THREE_BITS, field_bits=fields, token_bytes=2)
     assert fitted.num_stages >= 2
     assert loop_bytes(fitted, operands) <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("room", [99 * 1024, 163 * 1024])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_smaller_gpus_get_launches_that_fit_them(bits, room):
+    eight = LoopOperands(
+        field_bits=field_widths(bits), slice_bytes=128, grouped=False, token_bytes=1
+    )
+    for m in (16, 64, 2048):
+        shape = TileShape(bits=bits, m=m, n=4096, columns=4096, slice_bytes=128)
+        tile = select_config(shape).fitted(eight.field_bits, 128, grouped=False, room=room)
+        half = half_configs(bits=bits, m=min(m, 64), n=4096, columns=4096)[0]
+        half = half.fitted(eight.field_bits, 128, grouped=False, room=room)
+
+        assert tile.num_stages >= 2 <= half.num_stages
+        assert loop_bytes(tile, eight) <= room
+        assert loop_bytes(half, replace(eight, token_bytes=2)) <= room
+
+
+def test_the_driver_says_how_much_a_gpu_has(monkeypatch):
+    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 1000 + index})
+    driver = SimpleNamespace(active=SimpleNamespace(utils=utils))
+    monkeypatch.setattr(triton.runtime, "driver", driver)
+    monkeypatch.setattr(shared_memory, "_room_of", shared_memory._room_of.__wrapped__)  # noqa: SLF001  what others keep
+
+    assert room_of(torch.device("cuda", 1)) == 1001
+    assert room_of(torch.device("cpu")) == SHARED_BYTES
 
 
 @pytest.mark.parametrize(
