@@ -104,7 +104,11 @@ def _half_plans(case: KernelCase) -> Iterator[Plan]:
         return
     decoded = list(_half_decode_plans(case))
     yield from decoded
-    tiled = half_configs(bits=case.w_bits, m=case.m, n=_padded_rows(case), columns=_columns(case))
+    wanted = half_configs(bits=case.w_bits, m=case.m, n=_padded_rows(case), columns=_columns(case))
+    fields, width, grouped = field_widths(case.w_bits), _slice_bytes(case), case.groups > 1
+    fitted = (config.fitted(fields, width, grouped=grouped) for config in wanted)
+    # where shared memory has room for less, two of them may be one
+    tiled = list(dict.fromkeys(fitted))
     for config in tiled[: MOST_SINGLE_TILES if decoded else None]:
         yield Plan(route=Route.HALF, config=config)
 

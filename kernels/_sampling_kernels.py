@@ -223,8 +223,8 @@ def slot_of(slots_ptr, row, SLOTTED: tl.constexpr):
 
 @triton.jit
 def order_key(logits, KEY_SHIFT: tl.constexpr):
-    """int64 keys in the order of float32 logits."""
-    bits = logits.to(tl.int32, bitcast=True)
+    """int64 keys in the order of float32 logits; both zeros have one."""
+    bits = tl.where(logits == 0, 0.0, logits).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered >> KEY_SHIFT).to(tl.int64)
 

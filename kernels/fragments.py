@@ -197,7 +197,8 @@ def fragment_product(tokens: FragmentTokens, weight: FragmentWeight) -> torch.Te
         int64 ``[M, N]``: sums of products of unsigned codes over all of K.
     """
     bits, m = tokens.tokens.bits, tokens.tokens.codes.shape[0]
-    words = tokens.words if tokens.order is ColumnOrder.TOKENS else tokens.words.unsqueeze(2)
+    words = tokens.words[:, : weight.planes.shape[1]]
+    words = words if tokens.order is ColumnOrder.TOKENS else words.unsqueeze(2)
     rows, columns = _a_operand(weight.planes), _b_operand(words)
     # [T, P, 16, B * 256] x [J, Q, 16, B * 256]: float64 is exact below 2^53
     products = torch.einsum("tprk,jqck->pqjctr", rows, columns).to(torch.int64)

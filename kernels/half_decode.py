@@ -182,6 +182,9 @@ def _launch(
     fields = [field.view(torch.int32) for field in weight.fields]
     fields += fields[:1] * (3 - len(fields))
     field_bits = (*weight.field_bits, 0, 0)
+    if m == 1:
+        # no row follows: what its stride says need not be whole words
+        x = x.as_strided(x.shape, (x.shape[1], 1))
     pdl = config.launch_pdl and x.is_cuda and can_overlap(x.device.index)
     half_decode_kernel[(triton.cdiv(n, TILE_ROWS * config.row_tiles),)](
         x.view(torch.int64), x.stride(0) // 4,

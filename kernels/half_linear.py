@@ -17,6 +17,7 @@ a slice.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import torch
 import triton
@@ -24,6 +25,7 @@ import triton.language as tl
 
 from kernels.field_codes import hold_run
 from kernels.half_codes import centred_codes
+from kernels.shared_memory import SHARED_BYTES, LoopOperands, fit_loop, room_of
 from kernels.sliced import SlicedWeight
 from kernels.split_sum import share_of_turns, sum_splits
 from kernels.unpack import unpack_half
@@ -31,6 +33,7 @@ from kernels.unpack import unpack_half
 __all__ = ["HalfConfig", "half_configs", "half_linear", "half_linear_reference"]
 
 MOST_TOKENS = 64
+HALF_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +51,33 @@ class HalfConfig:
     splits: int = 1
     """Programs that share the K of one tile."""
 
+    def fitted(
+        self,
+        field_bits: tuple[int, ...],
+        slice_bytes: int,
+        *,
+        grouped: bool,
+        room: int = SHARED_BYTES,
+    ) -> Self:
+        """Hold the launch to a stored slice and to shared memory, see `fit_loop`.
+
+        Args:
+            field_bits: of the weight.
+            slice_bytes: of the weight; a scale group takes whole ones.
+            grouped: whether scales belong to groups.
+            room: bytes of shared memory.
+        """
+        operands = LoopOperands(
+            field_bits=field_bits, slice_bytes=slice_bytes, grouped=grouped, token_bytes=HALF_BYTES
+        )
+        return fit_loop(self, operands, room)
+
 
 def half_configs(*, bits: int, m: int, n: int, columns: int) -> list[HalfConfig]:
-    """Launches worth timing for a shape of at most 64 tokens, best guess first."""
+    """Launches worth timing for a shape of at most 64 tokens, best guess first.
+
+    Shared memory may have room for less of one, see `HalfConfig.fitted`.
+    """
     block_m = max(8, triton.next_power_of_2(m))
     shapes = [(64, 4), (128, 4), (128, 8)]
     # below 64 outputs a warp multiplies alone, with fewer instructions a weight
@@ -156,6 +183,7 @@ def _launch(
 ) -> None:
     m, n = out.shape
     width, groups = weight.slice_bytes, weight.groups
+    config = config.fitted(weight.field_bits, width, grouped=groups > 1, room=room_of(out.device))
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(weight.padded_rows, config.block_n)
     split_tiles = tiles if config.splits > 1 else 0
     size = config.splits * split_tiles * config.block_n * config.block_m
@@ -180,7 +208,7 @@ def _launch(
         HAS_BIAS=bias is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=width if groups > 1 else min(config.block_k, width),
+        BLOCK_K=config.block_k,
         SPLITS=config.splits,
         INTERP=not isinstance(_half_kernel, triton.JITFunction),
         num_warps=config.num_warps,

@@ -29,6 +29,7 @@ from kernels.decode_linear import decode_linear
 from kernels.fragments import ColumnOrder, FragmentTokens, FragmentWeight
 from kernels.prefill_linear import prefill_linear
 from kernels.quantize_tokens import MAX_FEATURES, TokenForm, code_tokens
+from kernels.shared_memory import room_of
 from kernels.sliced import SlicedWeight, unslice_codes
 from kernels.sliced_reference import sliced_linear_reference
 from kernels.tables import (
@@ -255,7 +256,12 @@ def launch_plan(
                 Plan(route=Route.TILE), tokens, weight, bias, out_dtype=out_dtype, counters=counters
             )
         case Route.TILE:
-            config = config or _select_tile(tokens, weight)
+            config = (config or _select_tile(tokens, weight)).fitted(
+                weight.field_bits,
+                weight.slice_bytes,
+                grouped=weight.groups > 1,
+                room=room_of(tokens.codes.device),
+            )
             workspace = _workspace(config, tokens, weight, counters)
             return tile_linear(
                 tokens, weight, bias, out_dtype=out_dtype, config=config, workspace=workspace

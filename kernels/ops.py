@@ -81,7 +81,8 @@ def quantized_linear(
 def _quantize_tokens(
     x: torch.Tensor, bits: int, groups: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens = code_tokens(x, TokenForm(bits=bits, groups=groups, columns=columns))
+    # a view of leading dimensions may leave features apart, which the kernel does not read
+    tokens = code_tokens(x.contiguous(), TokenForm(bits=bits, groups=groups, columns=columns))
     return tokens.codes, tokens.scale, tokens.zero_point, tokens.sums
 
 

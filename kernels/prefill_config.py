@@ -15,6 +15,9 @@ model has 57. Those that may do better are listed last until they are timed.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
+
+from kernels.shared_memory import SHARED_BYTES, turn_slices
 
 __all__ = [
     "GroupShape",
@@ -25,7 +28,6 @@ __all__ = [
     "select_prefill_config",
 ]
 
-SHARED_BYTES = 227 * 1024
 SCRATCH_BYTES = 24 * 1024
 TERMS_BYTES = 4 * 1024
 """Scales and corrections of a small tile, and what the driver keeps for itself."""
@@ -47,7 +49,12 @@ SPILLS = 100
 """Instructions of a warp and a group that move registers to memory and back."""
 WIDE_PART = 64
 SMALLEST_FITTED = 64
-"""Tokens of a tile below which there is always room."""
+"""Tokens of a tile that is cut by them before it is cut otherwise."""
+LEAST_STAGES = 2
+"""With one nothing is ordered ahead: the kernel would wait for bytes that nobody asked for."""
+LEAST_COLUMNS = 32
+LEAST_OUTPUTS = 64
+WARP_OUTPUTS = 16
 LEAST_TOKENS = 16
 MOST_SMALL = 64
 """Tokens of one small tile."""
@@ -71,7 +78,7 @@ class GroupShape:
     @property
     def least_turn(self) -> int:
         """Slices that hold whole runs and whole groups."""
-        return max(8 // self.field_bits[-1], self.group_slices)
+        return max(turn_slices(self.field_bits), self.group_slices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +116,7 @@ class PrefillConfig:
 
     def shared_bytes(self, field_bits: tuple[int, ...], turn: int | None = None) -> int:
         """Shared memory of the stages, for orders of so many slices."""
-        turn = 8 // field_bits[-1] if turn is None else turn
+        turn = turn_slices(field_bits) if turn is None else turn
         runs = sum(field_bits) * turn // 8
         return self.stages * self.block_k * (runs * self.block_n + turn * self.block_m)
 
@@ -118,9 +125,28 @@ class PrefillConfig:
         tile = 2 * self.block_m * self.block_n
         return tile + TERMS_BYTES if self.staged else min(SCRATCH_BYTES, 2 * tile + TERMS_BYTES)
 
+    def scratch_bytes(self, *, grouped: bool, wide: bool) -> int:
+        """Shared memory beside the stages, at most.
+
+        Args:
+            grouped: whether scales belong to groups.
+            wide: whether results are float32.
+        """
+        scratch = GROUP_SCRATCH_BYTES if grouped else self.result_bytes()
+        return max(scratch, WIDE_SCRATCH_BYTES * self.num_warps) if wide else scratch
+
+    def check_stages(self) -> None:
+        """Refuse what would wait forever.
+
+        Raises:
+            ValueError: if there are fewer than two stages.
+        """
+        if self.stages < LEAST_STAGES:
+            raise ValueError(f"{self.stages} stages order no bytes ahead, {LEAST_STAGES} do")
+
     def turn_slices(self, field_bits: tuple[int, ...], group_slices: int) -> int:
         """Slices of an order with groups of so many slices."""
-        return max(8 // field_bits[-1], group_slices, self.turn)
+        return max(turn_slices(field_bits), group_slices, self.turn)
 
     def fitted(
         self,
@@ -132,14 +158,18 @@ class PrefillConfig:
     ) -> "PrefillConfig":
         """Hold products to a stored slice and stages to what shared memory has.
 
-        A table may have the launch of a neighbour whose slices are wider or whose codes are
-        narrower.
+        A table may have the launch of a neighbour whose slices are wider or whose codes take fewer
+        slices in a turn. Where two stages have no room, the tile is cut until they have, see
+        `_smaller`.
 
         Args:
             field_bits: of the weight.
             slice_bytes: of the weight.
             group_slices: slices of a group, 0 with one scale a row.
             wide: whether results are float32.
+
+        Raises:
+            ValueError: if not even the smallest tile has room for two stages.
         """
         return _fit(self, field_bits, slice_bytes, group_slices, wide)
 
@@ -152,18 +182,44 @@ def _fit(
     group_slices: int,
     wide: bool,  # noqa: FBT001  a cache keys on places
 ) -> PrefillConfig:
-    block_k = slice_bytes if group_slices else min(config.block_k, slice_bytes)
+    grouped = group_slices > 0
+    block_k = slice_bytes if grouped else min(config.block_k, slice_bytes)
+    staged = config.staged and not grouped and not wide
+    one = replace(config, block_k=block_k, staged=staged)
+    while (most := _most_stages(one, field_bits, group_slices, wide=wide)) < LEAST_STAGES:
+        one = _smaller(one, grouped=grouped)
+    return replace(one, stages=max(LEAST_STAGES, min(config.stages, most)))
+
+
+def _most_stages(
+    config: PrefillConfig, field_bits: tuple[int, ...], group_slices: int, *, wide: bool
+) -> int:
+    """Stages that the share of a program in shared memory holds beside its results."""
     turn = config.turn_slices(field_bits, group_slices) if group_slices else None
     share = SHARED_BYTES // max(1, config.programs // PROCESSORS)
-    staged = config.staged and not group_slices and not wide
-    one = replace(config, block_k=block_k, stages=1, staged=staged)
-    while True:
-        scratch = GROUP_SCRATCH_BYTES if group_slices else one.result_bytes()
-        room = share - (max(scratch, WIDE_SCRATCH_BYTES * one.num_warps) if wide else scratch)
-        most = room // one.shared_bytes(field_bits, turn)
-        if most > 1 or one.block_m <= SMALLEST_FITTED:
-            return replace(one, stages=max(1, min(config.stages, most)))
-        one = replace(one, staged=False) if one.staged else replace(one, block_m=one.block_m // 2)
+    room = share - config.scratch_bytes(grouped=group_slices > 0, wide=wide)
+    return room // replace(config, stages=1).shared_bytes(field_bits, turn)
+
+
+def _smaller(config: PrefillConfig, *, grouped: bool) -> PrefillConfig:
+    """Cut a launch: many tokens first, then columns, then outputs, then programs side by side."""
+    cut: dict[str, Any]
+    if config.block_m > SMALLEST_FITTED and config.staged:
+        cut = {"staged": False}
+    elif config.block_m > SMALLEST_FITTED:
+        fewer = config.block_m // 2
+        cut = {"block_m": fewer, "part_m": min(config.part_m, fewer)}
+    elif not grouped and config.block_k > LEAST_COLUMNS:
+        cut = {"block_k": config.block_k // 2}
+    elif grouped and config.turn:
+        cut = {"turn": 0}
+    elif config.block_n > max(LEAST_OUTPUTS, WARP_OUTPUTS * config.num_warps):
+        cut = {"block_n": config.block_n // 2}
+    elif config.programs >= 2 * PROCESSORS:
+        cut = {"programs": config.programs - PROCESSORS}
+    else:
+        raise ValueError(f"shared memory has no room for {LEAST_STAGES} stages of {config}")
+    return replace(config, **cut)
 
 
 def select_prefill_config(field_bits: tuple[int, ...], slice_bytes: int, m: int) -> PrefillConfig:
@@ -267,12 +323,20 @@ def _paired_programs(shape: GroupShape) -> list[PrefillConfig]:
     A warp that multiplies codes from its registers waits until the tensor cores take them; where
     all warps meet every turn, they wait together and scale together. Programs do not meet.
     """
-    one = PrefillConfig(
+    wide = PrefillConfig(
         block_m=128, block_n=128, block_k=shape.slice_bytes, stages=4, num_warps=4,
         programs=2 * PROCESSORS, turn=shape.least_turn, round_slices=shape.group_slices,
         convert=True,
-    ).fitted(shape.field_bits, shape.slice_bytes, shape.group_slices)  # fmt: skip
-    if one.block_m >= 2 * max(shape.m, 64) or one.stages < 2:
+    )  # fmt: skip
+    for one in (wide, replace(wide, block_m=SMALLEST_FITTED)):
+        stages = _most_stages(one, shape.field_bits, shape.group_slices, wide=False)
+        if stages >= LEAST_STAGES:
+            return _paired_ways(replace(one, stages=min(one.stages, stages)), shape.m)
+    return []
+
+
+def _paired_ways(one: PrefillConfig, m: int) -> list[PrefillConfig]:
+    if one.block_m >= 2 * max(m, 64):
         return []
     return [one, replace(one, part_m=32), replace(one, convert=False, subnormal=False)]
 

@@ -89,7 +89,7 @@ def prefill_linear(
         ``[M, N]`` of that dtype.
 
     Raises:
-        ValueError: if the columns or groups differ, or the groups are not for this kernel.
+        ValueError: if the columns or groups differ, or groups or config are not for this kernel.
     """
     _check_operands(tokens, weight)
     m = tokens.codes.shape[0]
@@ -178,6 +178,7 @@ def _launch_groups(
 
 
 def _common_constants(weight: SlicedWeight, config: PrefillConfig) -> dict[str, int]:
+    config.check_stages()
     return {
         **dict(zip(("F0", "F1", "F2"), (*weight.field_bits, 0, 0), strict=False)),
         "SLICE": weight.slice_bytes,

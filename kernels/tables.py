@@ -4,11 +4,11 @@
     bucket(M) = the least of 1, 2, 4, ... 2048 that is at least M, else 2048
 
 A shape that was not measured takes the entry of the same activations, group and bucket whose width
-is nearest from above (a launch that holds wider codes holds narrower ones too), and among those the
-one whose N*K is nearest as a ratio, up to 16 times. Where there is none, and on a GPU that was
-never measured and for which none stands in, there is no answer: the kernel's own default holds.
-Activations of 2..7 bits run the kernels of 8, so `a8` answers for them, unless an entry of
-their own and of exactly that weight width says that a narrower route is faster.
+is nearest from above, and among those the one whose N*K is nearest as a ratio, up to 16 times; what
+shared memory has no room for is cut at the launch (`kernels.shared_memory`). Where there is
+none, and on a GPU that was never measured and for which none stands in, there is no answer: the
+kernel's own default holds. Activations of 2..7 bits run the kernels of 8, so `a8` answers for them,
+unless an entry of their own and of exactly that weight width says that a narrower route is faster.
 
 Shape legend: M tokens, N outputs, K inputs.
 """

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
 
+from kernels.shared_memory import SHARED_BYTES, LoopOperands, fit_loop
+
 __all__ = ["LaunchConfig", "TileShape", "select_config", "tile_configs"]
 
 MULTIPROCESSORS = 132
-SHARED_BYTES = 227 * 1024
 REGISTERS = 65536
 MOST_ACCUMULATORS = 128
 MOST_GROUPED = 32
@@ -73,10 +74,26 @@ class LaunchConfig:
     pdl: bool = False
     """Start before the kernel that writes the tokens has ended."""
 
-    def fitted(self, slice_bytes: int, *, grouped: bool) -> Self:
-        """Hold the width of a product to a stored slice; a scale group takes whole ones."""
-        block_k = slice_bytes if grouped else min(self.block_k, slice_bytes)
-        return dataclasses.replace(self, block_k=block_k)
+    def fitted(
+        self,
+        field_bits: tuple[int, ...],
+        slice_bytes: int,
+        *,
+        grouped: bool,
+        room: int = SHARED_BYTES,
+    ) -> Self:
+        """Hold the launch to a stored slice and to shared memory, see `fit_loop`.
+
+        Args:
+            field_bits: of the weight.
+            slice_bytes: of the weight; a scale group takes whole ones.
+            grouped: whether scales belong to groups.
+            room: bytes of shared memory.
+        """
+        operands = LoopOperands(
+            field_bits=field_bits, slice_bytes=slice_bytes, grouped=grouped, token_bytes=1
+        )
+        return fit_loop(self, operands, room)
 
 
 def select_config(

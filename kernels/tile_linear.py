@@ -27,12 +27,18 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.field_codes import hold_run, join_fields
+from kernels.shared_memory import room_of
 from kernels.sliced import SlicedWeight
 from kernels.split_sum import share_of_turns, sum_splits
 from kernels.tile_config import LaunchConfig, TileShape, select_config
 from kernels.tokens import TokenCodes
 
 __all__ = ["SplitWorkspace", "tile_linear"]
+
+MOST_OFFSET = (1 << 31) - 1
+"""Of a token, in codes: the kernel counts in int32. More tokens take several launches."""
+ALIGNED_ROWS = 16
+"""So that every launch finds its scales at 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +95,40 @@ def tile_linear(
     out = tokens.codes.new_empty((m, n), dtype=out_dtype)
     if not m:
         return out
+    most = MOST_OFFSET // max(1, tokens.codes.stride(0)) // ALIGNED_ROWS * ALIGNED_ROWS
+    if m <= most:
+        _launch(tokens, weight, bias, out, config, workspace)
+        return out
+    for first in range(0, m, most):
+        part = slice(first, first + most)
+        _launch(_tokens_of(tokens, part), weight, bias, out[part], config, workspace)
+    return out
+
+
+def _tokens_of(tokens: TokenCodes, part: slice) -> TokenCodes:
+    return TokenCodes(
+        codes=tokens.codes[part],
+        scale=tokens.scale[part],
+        zero_point=tokens.zero_point[part],
+        sums=tokens.sums[part],
+        bits=tokens.bits,
+    )
+
+
+def _launch(
+    tokens: TokenCodes,
+    weight: SlicedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: LaunchConfig | None,
+    workspace: SplitWorkspace | None,
+) -> None:
+    m, n = out.shape
     padded_n, groups, slice_bytes = weight.padded_rows, weight.groups, weight.slice_bytes
     config = config or select_config(_shape_of(m, weight))
-    config = config.fitted(slice_bytes, grouped=groups > 1)
+    config = config.fitted(
+        weight.field_bits, slice_bytes, grouped=groups > 1, room=room_of(out.device)
+    )
     workspace = workspace or SplitWorkspace.for_launch(config, m, padded_n, out.device)
     _check_workspace(workspace, config, _tiles(config, m, padded_n))
     codes: torch.Tensor | TensorDescriptor = tokens.codes
@@ -131,7 +168,6 @@ def tile_linear(
         enable_fp_fusion=False,
         **({"launch_pdl": True} if config.pdl else {}),
     )  # fmt: skip
-    return out
 
 
 @triton.jit

@@ -199,6 +199,21 @@ def test_long_rows_and_many_runs_give_the_same_bits_on_a_gpu(k, m):
     assert all(torch.equal(case.run(order), expected) for _ in range(20))
 
 
+@pytest.mark.parametrize(("order", "m", "a_bits"), [(BITS, 2, 8), (TOKENS, 3, 2)])
+def test_tokens_of_a_sliced_weight_may_be_longer_than_the_bits(copies, order, m, a_bits):
+    case = Case(m, 20, 700, 2, a_bits)
+    expected = case.expected()
+    # three steps hold bits; blocks of eight slices of 128 bytes end a step later
+    codes = torch.nn.functional.pad(case.tokens.codes, (0, 1024 - 700))
+    case.tokens = replace(case.tokens, codes=codes)
+
+    longer = FragmentTokens.from_tokens(case.tokens, order)
+
+    assert (longer.words.shape[1], case.weight.planes.shape[1]) == (4, 3)
+    assert torch.equal(case.run(order), expected)
+    assert torch.equal(binary_linear_reference(longer, case.weight, case.bias).cpu(), expected)
+
+
 def test_operands_that_do_not_fit_are_refused():
     case, longer = Case(2, 16, 256, 2, 4), Case(2, 16, 512, 2, 4, groups=4)
     tokens = FragmentTokens.from_tokens(case.tokens, BITS)

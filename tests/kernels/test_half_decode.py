@@ -124,6 +124,16 @@ def test_rows_may_lie_apart(device):
     assert within_the_bound(actual, x, codes, weight)
 
 
+@pytest.mark.parametrize("stride", [1, 515])
+def test_where_a_row_after_the_only_one_would_lie_does_not_matter(device, stride):
+    weight, codes = sliced_weight(random_codes(20, 512, 4), 4, device=device)
+    x = torch.randn(1030, device=device).half().as_strided((1, 512), (stride, 1))
+
+    actual = half_decode(x, weight, config=SMALL)
+
+    assert within_the_bound(actual, x, codes, weight)
+
+
 def test_no_tokens_are_no_product():
     weight, _ = sliced_weight(random_codes(20, 512, 4), 4)
 

@@ -64,6 +64,18 @@ def test_both_operators_in_turn_give_the_same():
     assert torch.equal(out, expected(x, weight))
 
 
+def test_features_that_lie_apart_are_brought_together(monkeypatch):
+    x, weight = torch.randn(96, 3).t(), weight_of(4)
+    seen = []
+    reference = ops.code_tokens
+    monkeypatch.setattr(ops, "code_tokens", lambda x, form: seen.append(x) or reference(x, form))
+
+    tokens = ops.quantize_tokens(x, 8, weight)
+
+    assert [each.stride() for each in seen] == [(96, 1)]
+    assert torch.equal(tokens.codes, ops.quantize_tokens(x.contiguous(), 8, weight).codes)
+
+
 @pytest.mark.parametrize(("bits", "groups"), WIDTHS)
 def test_operators_are_well_formed(bits, groups):
     x, weight = torch.randn(3, 96), weight_of(bits, groups=groups)

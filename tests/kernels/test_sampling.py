@@ -89,6 +89,18 @@ def test_greedy_takes_the_first_of_equals_and_ignores_all_limits(sampling, devic
     assert sampling.sample_tokens(logits, rows, sampling.Filters(**ALL)).tolist() == [12, 0]
 
 
+def test_both_zeros_are_one_logit_to_every_limit(sampling, device):
+    logits = torch.full((3, 40), -3.0, device=device)
+    logits[:, 1:20] = -0.0
+    logits[:, 30] = 0.0
+    rows = rows_of(sampling, 3, device, top_k=[1, 0, 5], top_p=[1.0, 0.5, 0.5], seed=range(3))
+
+    tokens = sampling.sample_tokens(logits, rows, sampling.Filters(**ALL))
+
+    assert tokens.tolist() == sample_tokens_reference(logits, rows).tolist()
+    assert any(logits[i, token].signbit() for i, token in enumerate(tokens.tolist()))
+
+
 def test_a_row_that_cannot_be_drawn_from_says_so_and_leaves_the_others(sampling, device):
     logits = torch.randn(5, 40, device=device)
     logits[0, 3] = float("nan")

@@ -3,8 +3,9 @@
 import pytest
 from triton.experimental.gluon import language as gl
 
-from kernels.half_linear import half_configs
-from kernels.prefill_config import prefill_configs
+from kernels.half_linear import HalfConfig, half_configs
+from kernels.prefill_config import PrefillConfig, prefill_configs
+from kernels.shared_memory import SHARED_BYTES, LoopOperands, loop_bytes
 from kernels.sliced import field_widths
 from kernels.tile_config import LaunchConfig, TileShape, select_config
 from tests.kernels.machine_code import compile_kernel
@@ -26,6 +27,13 @@ def widths(bits):
 
 def weights_of_a_turn(bits, block_n, width, warps):
     return block_n * width * (8 // field_widths(bits)[-1]) / (32 * warps)
+
+
+def reckoned(config, bits, token_bytes):
+    operands = LoopOperands(
+        field_bits=field_widths(bits), slice_bytes=128, grouped=False, token_bytes=token_bytes
+    )
+    return loop_bytes(config, operands)
 
 
 def tile_code(bits, config, group_slices=0, slice_bytes=128):
@@ -70,6 +78,7 @@ def test_larger_batches_keep_one_warp_group_matrix_instruction_per_32_columns(bi
     products = sum(n for op, n in code.product_loop.items() if op.startswith("IGMMA"))
     assert products == turns * tiles * config.block_k // 32
     assert not code.spills
+    assert code.shared_bytes == reckoned(config, bits, token_bytes=1) <= SHARED_BYTES
 
 
 @pytest.mark.parametrize(("bits", "group_slices", "m"), [(2, 1, 16), (4, 2, 2048)])
@@ -90,31 +99,36 @@ def test_a_dependent_launch_waits_before_it_reads_tokens():
     assert tile_code(2, config).count("ACQBULK")
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(4, "fp16"), (3, "bf16")])
-def test_half_activations_use_tensor_cores_without_spills(bits, kind):
+def half_code(bits, kind, config, slice_bytes=128):
     types = {
         "x_ptr": f"*{kind}", "x_sums_ptr": "*fp32", "w0_ptr": "*i16", "w1_ptr": "*i16",
         "w2_ptr": "*i16", "w_scale_ptr": "*fp16", "w_zero_ptr": "*i32", "bias_ptr": "*fp16",
         "out_ptr": f"*{kind}", "partial_ptr": "*fp32", "arrivals_ptr": "*i32",
     }  # fmt: skip
-    config = half_configs(bits=bits, m=1, n=22016, columns=4096)[0]
     constants = {
-        **widths(bits), "BITS": bits, "SLICE": 128, "STORED_N": 64, "GROUP_SLICES": 0,
+        **widths(bits), "BITS": bits, "SLICE": slice_bytes, "STORED_N": 64, "GROUP_SLICES": 0,
         "MULTIPLIER": 1, "HAS_BIAS": True, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k, "SPLITS": config.splits, "INTERP": False,
     }  # fmt: skip
-
-    code = compile_kernel(
+    return compile_kernel(
         "kernels.half_linear", "_half_kernel",
         types=types, constants=constants, unaligned=UNALIGNED,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(4, "fp16"), (3, "bf16")])
+def test_half_activations_use_tensor_cores_without_spills(bits, kind):
+    config = half_configs(bits=bits, m=1, n=22016, columns=4096)[0]
+
+    code = half_code(bits, kind, config)
 
     loop = code.product_loop
     weights = weights_of_a_turn(bits, config.block_n, config.block_k, config.num_warps)
     assert not code.spills
     assert any(op.startswith(("HGMMA", "HMMA")) for op in loop)
     assert loop.total() / weights <= BUDGET[bits]
+    assert code.shared_bytes == reckoned(config, bits, token_bytes=2)
 
 
 def descriptor(kind, block, width):
@@ -127,11 +141,9 @@ def result_descriptor(tokens, outputs):
     return f"tensordesc<bf16{[tokens, outputs]},{layout!r}>"
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_prefill_unpacks_while_a_product_is_under_way(bits):
+def prefill_code(bits, config):
     fields = field_widths(bits)
     turn = 8 // fields[-1]
-    config = next(each for each in prefill_configs(fields, 128) if each.staged)
     types = POINTERS | {
         f"w{i}_desc": descriptor(
             "i8" if bits == 8 else "u8",
@@ -149,11 +161,19 @@ def test_prefill_unpacks_while_a_product_is_under_way(bits):
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "STAGES": config.stages, "GROUP_M": config.group_m, "num_warps": config.num_warps,
     }  # fmt: skip
-
-    code = compile_kernel(
+    return compile_kernel(
         "kernels.prefill_linear", "_prefill_kernel",
         types=types, constants=constants, unaligned=UNALIGNED, num_warps=config.num_warps,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_prefill_unpacks_while_a_product_is_under_way(bits):
+    fields = field_widths(bits)
+    turn = 8 // fields[-1]
+    config = next(each for each in prefill_configs(fields, 128) if each.staged)
+
+    code = prefill_code(bits, config)
 
     loop = code.product_loop
     products = turn * config.block_n // (16 * config.num_warps) * config.block_k // 32
@@ -166,3 +186,34 @@ def test_prefill_unpacks_while_a_product_is_under_way(bits):
     # every wait leaves one product under way
     waits = [operands for op, operands in code.instructions if op.startswith("WARPGROUP.DEPBAR")]
     assert sum("0x1" in operands for operands in waits) == turn
+
+
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "programs", "warps"), [(16, 64, 3, 4), (64, 256, 1, 8)]
+)
+def test_a_pipeline_that_three_bits_borrow_of_four_asks_for_no_more_than_reckoned(
+    block_m, block_n, programs, warps
+):
+    borrowed = PrefillConfig(
+        block_m=block_m, block_n=block_n, block_k=128, stages=4, num_warps=warps,
+        programs=132 * programs, staged=True, pdl=True,
+    )  # fmt: skip
+    config = borrowed.fitted((2, 1), 128)
+
+    code = prefill_code(3, config)
+
+    most = config.shared_bytes((2, 1)) + config.scratch_bytes(grouped=False, wide=False)
+    assert code.shared_bytes <= most <= SHARED_BYTES // programs
+
+
+@pytest.mark.parametrize(("bits", "m", "slice_bytes"), [(7, 32, 128), (3, 64, 32), (1, 16, 128)])
+def test_half_activations_ask_for_the_shared_memory_that_is_reckoned(bits, m, slice_bytes):
+    fields = field_widths(bits)
+    wanted = HalfConfig(
+        block_m=m, block_n=64, block_k=128 if bits < 5 else 64, num_warps=4, num_stages=4
+    )
+    config = wanted.fitted(fields, slice_bytes, grouped=False)
+
+    code = half_code(bits, "bf16", config, slice_bytes)
+
+    assert code.shared_bytes == reckoned(config, bits, token_bytes=2) <= SHARED_BYTES

@@ -49,6 +49,21 @@ def test_any_number_of_tokens_is_exact(tile_linear, device, m):
     assert equal_to_int64(tile_linear, tokens, weight, codes, config)
 
 
+def test_tokens_whose_offsets_pass_32_bits_take_several_launches(tile_linear, device, monkeypatch):
+    weight, codes = sliced_weight(random_codes(65, 256, 3), 3, device=device)
+    tokens = token_codes(70, weight, 8, device=device)
+    config = dataclasses.replace(SMALL, splits=2)
+    launches = []
+    launch = tile_linear._launch  # noqa: SLF001  launches are counted
+    monkeypatch.setattr(tile_linear, "MOST_OFFSET", 40 * weight.columns)
+    monkeypatch.setattr(
+        tile_linear, "_launch", lambda part, *rest: launches.append(part) or launch(part, *rest)
+    )
+
+    assert equal_to_int64(tile_linear, tokens, weight, codes, config)
+    assert [len(part.codes) for part in launches] == [32, 32, 6]
+
+
 @pytest.mark.parametrize(("slice_bytes", "block_rows"), [(32, 64), (128, 128)])
 @pytest.mark.parametrize(("block_n", "bits"), [(64, 3), (256, 4)])
 def test_tiles_need_not_be_those_that_are_stored(
@@ -218,5 +233,5 @@ def test_a_table_overrides_the_model():
 def test_scale_groups_take_whole_slices():
     config = dataclasses.replace(SMALL, block_k=32)
 
-    assert config.fitted(64, grouped=True).block_k == 64
-    assert config.fitted(128, grouped=False).block_k == 32
+    assert config.fitted((2,), 64, grouped=True).block_k == 64
+    assert config.fitted((2,), 128, grouped=False).block_k == 32
