@@ -103,6 +103,23 @@ def test_results_that_leave_by_one_copy_are_those_that_threads_write(bits, outpu
     assert torch.equal(*written)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_launch_that_three_bits_borrow_of_four_ends_and_is_exact(late):
+    weight, codes = sliced_weight(random_codes(100, 1100, 3), 3, slice_bytes=128)
+    tokens = token_codes(11, weight, 8)
+    four_bits = PrefillConfig(
+        block_m=16, block_n=64, block_k=128, stages=5, num_warps=4, programs=3 * 132
+    )
+    config = four_bits.fitted(weight.field_bits, weight.slice_bytes)
+
+    actual = emulated_prefill(late=late)(
+        tokens, weight, None, out_dtype=torch.float32, config=replace(config, programs=1)
+    )
+
+    assert (config.block_k, config.stages) == (64, 3)
+    assert torch.equal(actual, product_of_codes(tokens, codes, weight, None))
+
+
 def test_half_step_grids_double_their_codes():
     weight, codes = sliced_weight(random_codes(64, 256, 3), 3, half_step=True)
     tokens = token_codes(5, weight, 4)
