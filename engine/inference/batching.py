@@ -130,6 +130,12 @@ class BatchingEngine:
             tokens=self._limits.max_waiting_tokens,
         )
 
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """See `engine.inference.scoring.PromptScorer.check_prompt`."""
+        request = GenerationRequest(prompt_ids=tuple(prompt_ids))
+        check_ids(request, self._shape.vocabulary)
+        check_scored(request, self._shape.context_length, self._shape.cache_tokens)
+
     def score_prompt(
         self,
         prompt_ids: Sequence[int],
@@ -143,8 +149,7 @@ class BatchingEngine:
         request = GenerationRequest(
             prompt_ids=tuple(prompt_ids), logprobs=top, tenant=tenant, cache_salt=cache_salt
         )
-        check_ids(request, self._shape.vocabulary)
-        check_scored(request, self._shape.context_length, self._shape.cache_tokens)
+        self.check_prompt(request.prompt_ids)
         if len(request.prompt_ids) == 1:
             self._loop.check_open()
             return (None,)

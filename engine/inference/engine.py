@@ -150,7 +150,8 @@ def _dtype_on(device: torch.device | str | None) -> torch.dtype:
 def _serve(
     decoder: Decoder, text: TextCodec, kv_bits: int, options: EngineOptions
 ) -> BatchingEngine:
-    guides = GuideCompiler(text)
+    # none is compiled a second time, in the engine's thread, while its request waits or runs
+    guides = GuideCompiler(text, kept=options.max_sequences + options.max_waiting)
     sizes = RunnerOptions(
         kv_bits=kv_bits,
         max_sequences=options.max_sequences,

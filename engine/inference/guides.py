@@ -26,15 +26,22 @@ __all__ = ["GuideCompiler", "GuideMatcher"]
 
 MAX_COMPILE_S = 1.0
 """Seconds for a parser and its first two masks; who takes more would hold up every step after."""
-CACHED = 32
-"""Compiled guides kept for requests that repeat one."""
+KEPT = 32
+"""Compiled guides kept where nobody says how many requests there may be."""
 
 
 class GuideCompiler:
     """Compiles guides for the tokens of one model; many threads may use it."""
 
-    def __init__(self, codec: TextCodec) -> None:
-        self._codec = codec
+    def __init__(self, codec: TextCodec, *, kept: int = KEPT) -> None:
+        """Compile nothing yet.
+
+        Args:
+            codec: of the model.
+            kept: compiled guides that stay, those used last; as many as requests run and wait, and
+                none of these is compiled again when it starts.
+        """
+        self._codec, self._kept = codec, max(kept, KEPT)
         self._prototypes: OrderedDict[Guide, LLMatcher] = OrderedDict()
         self._turn = threading.Lock()
 
@@ -68,7 +75,7 @@ class GuideCompiler:
         prototype = run_on_deep_stack(lambda: self._compile(guide))
         with self._turn:
             self._prototypes[guide] = prototype
-            while len(self._prototypes) > CACHED:
+            while len(self._prototypes) > self._kept:
                 self._prototypes.popitem(last=False)
             return self._begin(prototype)
 

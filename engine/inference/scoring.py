@@ -19,6 +19,14 @@ __all__ = ["PromptScorer", "score_tokens"]
 class PromptScorer(Protocol):
     """An engine that can score prompts; one that cannot refuses `echo` with `logprobs`."""
 
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """Refuse what `score_prompt` would, without computing anything.
+
+        Raises:
+            ContextLengthExceeded: if the prompt never fits context or cache.
+            RequestInvalid: if a token id is not in the vocabulary.
+        """
+
     def score_prompt(
         self,
         prompt_ids: Sequence[int],

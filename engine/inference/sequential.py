@@ -73,6 +73,13 @@ class SequentialEngine:
         answer = Answer(request, max_tokens, self.text)
         return self._chunks(request, answer, runner.new_cache(), is_cancelled)
 
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """See `PromptScorer.check_prompt`."""
+        runner = self._live_runner()
+        check_ids(GenerationRequest(prompt_ids=tuple(prompt_ids)), runner.vocabulary)
+        if len(prompt_ids) > runner.context_length:
+            raise ContextLengthExceeded("prompt", len(prompt_ids), runner.context_length)
+
     def score_prompt(
         self,
         prompt_ids: Sequence[int],
@@ -83,10 +90,8 @@ class SequentialEngine:
         cache_salt: str | None = None,
     ) -> tuple[TokenLogprobs | None, ...]:
         """See `PromptScorer.score_prompt`; requests share nothing here."""
+        self.check_prompt(prompt_ids)
         runner = self._live_runner()
-        check_ids(GenerationRequest(prompt_ids=tuple(prompt_ids)), runner.vocabulary)
-        if len(prompt_ids) > runner.context_length:
-            raise ContextLengthExceeded("prompt", len(prompt_ids), runner.context_length)
         cache, scores = runner.new_cache(), list[TokenLogprobs | None]([None])
         for start in range(0, len(prompt_ids), SCORED_TOKENS):
             if is_cancelled():

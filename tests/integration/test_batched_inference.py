@@ -197,6 +197,16 @@ def test_prompts_are_echoed_with_the_log_probabilities_of_their_tokens(client, s
         assert answers_of(response) == answers_of(generate(client, **wanted))
 
 
+@pytest.mark.parametrize(
+    "ids", [[-1], [1 << 40], [100_000], [5] * 9000], ids=["negative", "huge", "beyond", "long"]
+)
+def test_a_prompt_that_is_echoed_alone_is_checked_like_any_other(client, ids):
+    refused = generate(client, prompts=[ids], echo=True, max_tokens=0)
+
+    assert refused.status_code == 400
+    assert "prompt" in refused.json()["param"]
+
+
 def test_metrics_are_fed_from_the_engine(client):
     prompt = "a prompt that fills more than one page"
     generate(client, prompt)

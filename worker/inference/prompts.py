@@ -14,6 +14,7 @@ from api.errors import (
 from engine.errors import ContextLengthExceeded, EngineError, EngineOverloaded
 from engine.inference.engine import InferenceEngine
 from engine.inference.request import GenerationRequest, RequestInvalid
+from engine.inference.scoring import PromptScorer
 from engine.inference.text import TextCodec
 from worker.inference.schemas import DetokenizeBody, GenerateBody, MessageBody, TokenizeBody
 
@@ -35,13 +36,17 @@ def read_requests(body: GenerateBody, engine: InferenceEngine) -> tuple[Generati
     """Make one request of each prompt.
 
     Raises:
+        ContextTooLong: a prompt that is only echoed has too many tokens.
         GenerationRefused: naming the field.
         UnsupportedParameter: the model has no place for a field.
     """
-    try:
-        return tuple(_request(body, ids) for ids in _prompt_ids(body, engine.text))
-    except RequestInvalid as error:
-        raise _refused(error, body) from error
+    with named_for(body):
+        requests = tuple(_request(body, ids) for ids in _prompt_ids(body, engine.text))
+        if body.max_tokens == 0 and isinstance(engine, PromptScorer):
+            # where nothing may be computed of them nobody else would refuse them
+            for request in requests:
+                engine.check_prompt(request.prompt_ids)
+    return requests
 
 
 @contextmanager

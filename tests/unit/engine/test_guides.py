@@ -194,6 +194,25 @@ def test_a_guide_that_takes_too_long_is_refused(compiler, monkeypatch):
         compiler.check(Guide(kind=GuideKind.REGEX, text="slow"))
 
 
+def test_no_guide_is_compiled_again_while_as_many_wait_as_may(codec, monkeypatch):
+    compiled = []
+    compile_guide = GuideCompiler._compile
+    monkeypatch.setattr(
+        GuideCompiler,
+        "_compile",
+        lambda compiler, guide: compiled.append(guide) or compile_guide(compiler, guide),
+    )
+    waiting = [Guide(kind=GuideKind.REGEX, text=f"a{{{count}}}") for count in range(1, 41)]
+    compiler = GuideCompiler(codec, kept=40)
+
+    for guide in waiting:
+        compiler.check(guide)
+    for guide in waiting:
+        compiler.start(guide)
+
+    assert compiled == waiting
+
+
 def test_a_tokenizer_whose_bytes_are_unknown_follows_no_guide(codec):
     damaged = TextCodec(codec.tokenizer, frozenset({10**6}))
 
