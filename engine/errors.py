@@ -16,6 +16,7 @@ __all__ = [
     "EngineError",
     "EngineOverloaded",
     "EvaluationUnavailable",
+    "GuideFailed",
     "NoTokenDrawn",
     "SpecError",
     "UnsupportedModel",
@@ -96,6 +97,12 @@ class DeviceFailed(EngineError):
     """The device failed while the request ran; send it again."""
 
     code: ClassVar[str] = "device_failed"
+
+
+class GuideFailed(EngineError):
+    """The guide of a running answer cannot be followed any further; make it simpler."""
+
+    code: ClassVar[str] = "guide_failed"
 
 
 class NoTokenDrawn(EngineError):

@@ -7,6 +7,7 @@ import httpx
 
 from api.errors import (
     ContextTooLong,
+    GuideNotFollowed,
     InferenceDraining,
     InferenceOverloaded,
     InferenceUnavailable,
@@ -29,9 +30,11 @@ BY_CODE: Mapping[str, type[ServiceError]] = {
     each.code: each
     for each in (
         ContextTooLong,
+        GuideNotFollowed,
         InferenceDraining,
         InferenceOverloaded,
         InferenceUnavailable,
+        InvalidRequest,
         ModelLoading,
         ModelNotHosted,
         UnsupportedParameter,

@@ -37,7 +37,8 @@ class OpenRequest(Protocol):
             How many tokens were delivered.
 
         Raises:
-            NoTokenDrawn: if a logit was not finite, or a guide allows nothing.
+            GuideFailed: if the guide cannot be followed any further.
+            NoTokenDrawn: if a logit was not finite.
         """
 
     def end_cancelled(self) -> None:

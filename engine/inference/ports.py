@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from engine.errors import GuideFailed
 from engine.inference.decoder.batch import TokenBatch
 from engine.inference.sampling_params import SamplingParams
 from kernels.kv_pages import KvPages
@@ -73,8 +74,8 @@ class TokenSampler(Protocol):
     def send_guides(self, slots: Iterable[int]) -> None:
         """Send what the guides of these slots allow, before the draw that looks at it."""
 
-    def accept(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Let the guide of a slot go on by tokens that the host has read."""
+    def accept(self, slot: int, token_ids: Sequence[int]) -> GuideFailed | None:
+        """Let the guide of a slot go on by tokens that the host has read; why it cannot."""
 
     def draw(
         self, logits: torch.Tensor, slots: torch.Tensor, *, full: bool, limited: bool

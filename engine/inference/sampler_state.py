@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from engine.errors import GuideFailed
 from engine.inference.draws import DrawMode, Draws, DrawTables, KernelDraws, TorchDraws
 from engine.inference.guides import GuideCompiler
 from engine.inference.sampling_params import MAX_BIASES, MAX_ENDS, SamplingParams
@@ -138,9 +139,13 @@ class SamplerState:
         """
         self._guides.send(slots)
 
-    def accept(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Let the guide of a slot, if it has one, go on by the tokens that the host has read."""
-        self._guides.accept(slot, token_ids)
+    def accept(self, slot: int, token_ids: Sequence[int]) -> GuideFailed | None:
+        """Let the guide of a slot, if it has one, go on by the tokens that the host has read.
+
+        Returns:
+            Why the guide allowed nothing, where that is why no token was drawn.
+        """
+        return self._guides.accept(slot, token_ids)
 
     def draw(
         self,

@@ -4,11 +4,11 @@ Shape legend: S slots, V vocabulary, W = V / 32 words rounded up.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 
 import torch
 
-from engine.inference.guides import GuideCompiler, GuideFailed, GuideMatcher
+from engine.errors import GuideFailed
+from engine.inference.guides import GuideCompiler, GuideMatcher
 from engine.inference.sampling_params import Guide
 
 __all__ = ["ANYTHING", "SlotGuides"]
@@ -30,6 +30,7 @@ class SlotGuides:
         self._masks = masks
         self._compiler = compiler
         self._matchers: dict[int, GuideMatcher] = {}
+        self._failures: dict[int, GuideFailed] = {}
         # a row is written again when the draw that used it was waited for
         self._rows = torch.zeros(masks.shape, dtype=torch.int32, pin_memory=masks.is_cuda)
 
@@ -56,6 +57,7 @@ class SlotGuides:
     def close(self, slot: int) -> None:
         """Forget the guide of a slot, if it has one."""
         self._matchers.pop(slot, None)
+        self._failures.pop(slot, None)
 
     def send(self, slots: Iterable[int]) -> None:
         """Send the masks of those of these slots that have a guide, ahead of their draw.
@@ -67,15 +69,25 @@ class SlotGuides:
                 row = self._rows[slot]
                 try:
                     matcher.fill(row)
-                except GuideFailed:
+                except GuideFailed as failure:
                     row.zero_()
+                    self._failures.setdefault(slot, failure)
                 self._masks[slot].copy_(row, non_blocking=True)
 
-    def accept(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Go on by tokens that a slot drew, if it has a guide; -1 is the end of it."""
-        if (matcher := self._matchers.get(slot)) is None or min(token_ids, default=-1) < 0:
-            return
-        # a matcher that fails remembers it, and allows nothing from here on
-        with suppress(GuideFailed):
+    def accept(self, slot: int, token_ids: Sequence[int]) -> GuideFailed | None:
+        """Go on by tokens that a slot drew, if it has a guide; -1 is the end of it.
+
+        Returns:
+            Why its guide allowed nothing, where it drew -1 for that.
+        """
+        if (matcher := self._matchers.get(slot)) is None:
+            return None
+        if min(token_ids, default=-1) < 0:
+            return self._failures.get(slot)
+        try:
             for token_id in token_ids:
                 matcher.accept(token_id)
+        except GuideFailed as failure:
+            # it allows nothing from here on
+            self._failures[slot] = failure
+        return None

@@ -9,20 +9,21 @@ Host buffers take turns; one that nobody has waited for yet is read before it is
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 
 import numpy as np
 import torch
 
+from engine.errors import GuideFailed
 from engine.inference.steps import Drawn, SequenceStep, StepResult, TokenLogprobs
 from kernels.token_logprobs import RowLogprobs
 
 __all__ = ["LaunchedStep", "Reading", "StepResults"]
 
 BUFFERS = 3
-Accept = Callable[[int, Sequence[int]], None]
-"""Takes a slot and its tokens."""
+Accept = Callable[[int, Sequence[int]], GuideFailed | None]
+"""Takes a slot and its tokens; says why its guide allowed none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +97,12 @@ class LaunchedStep:
     def wait(self) -> StepResult:
         """See `engine.inference.steps.PendingStep`."""
         if self._result is None:
-            self._result = self._buffer.interpret(self._reading)
+            drawn = self._buffer.interpret(self._reading)
             self._buffer.step = None
             for slot in self._reading.guided:
-                self._accept(slot, self._result.drawn[slot].token_ids)
+                failure = self._accept(slot, drawn[slot].token_ids)
+                drawn[slot] = replace(drawn[slot], failure=failure)
+            self._result = StepResult(drawn=drawn)
         return self._result
 
 
@@ -127,7 +130,7 @@ class _HostBuffer:
             self._enqueue(reading)
             self._event.record(stream)
 
-    def interpret(self, reading: Reading) -> StepResult:
+    def interpret(self, reading: Reading) -> dict[int, Drawn]:
         if self._event is not None:
             self._event.synchronize()
         tokens = self._tokens[: reading.tokens].tolist()
@@ -146,7 +149,7 @@ class _HostBuffer:
             scores = _tell(self._score_copies, at, step.score_ids, step.score_top)
             drawn[step.slot] = Drawn(scores=scores)
             at += len(step.score_ids)
-        return StepResult(drawn=drawn)
+        return drawn
 
     def _enqueue(self, reading: Reading) -> None:
         count = reading.tokens

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.errors import GuideFailed
 from engine.inference.sampling_params import SamplingParams
 
 __all__ = [
@@ -87,6 +88,8 @@ class Drawn:
     """One a token where the request asks for them."""
     scores: tuple[TokenLogprobs, ...] = ()
     """Of the step's `score_ids`."""
+    failure: GuideFailed | None = None
+    """Why the token is -1, where the sequence's guide is the cause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,8 +86,11 @@ class Ticket:
             How many of the tokens belong to the answer.
 
         Raises:
-            NoTokenDrawn: if a logit was not finite, or a guide allows nothing.
+            GuideFailed: if the guide cannot be followed any further.
+            NoTokenDrawn: if a logit was not finite.
         """
+        if drawn.failure is not None:
+            raise drawn.failure
         answer = self._answers[sequence]
         for place, token_id in enumerate(drawn.token_ids):
             chunk = replace(

@@ -224,6 +224,19 @@ def test_a_bad_request_is_refused_and_stops_nothing(fields, status, code, param,
     assert generate(client).status_code == 200
 
 
+def test_a_guide_that_becomes_too_much_work_ends_its_answer_with_field_and_remedy(client):
+    late = {"guided_regex": "[bc]{5}(a?){300}a{300}", "ignore_eos": False, "max_tokens": 40}
+
+    start, *_, fault = records(generate(client, **late))
+
+    assert start["type"] == "start"
+    assert (fault["type"], fault["code"], fault["param"]) == (
+        "error", "guide_failed", "guided_regex",
+    )  # fmt: skip
+    assert fault["message"].endswith("make it simpler")
+    assert generate(client).status_code == 200
+
+
 def test_only_who_knows_the_token_is_served(client):
     refused = client.get("/models", headers={HEADER: "guess"})
 

@@ -15,7 +15,7 @@ from api.errors import (
     UnsupportedParameter,
 )
 from api.telemetry import get_logger
-from engine.errors import DeviceFailed, EngineError
+from engine.errors import DeviceFailed, EngineError, GuideFailed
 from engine.inference.request import GenerationChunk, GenerationRequest
 from engine.inference.scoring import PromptScorer
 from engine.inference.steps import TokenLogprobs
@@ -23,7 +23,7 @@ from worker.inference.activity import end_of
 from worker.inference.arrivals import Arrivals
 from worker.inference.metrics import InferenceMetrics
 from worker.inference.pool import ModelInUse, ModelPool
-from worker.inference.prompts import GenerationRefused, named_for, read_requests
+from worker.inference.prompts import GenerationRefused, guide_field, named_for, read_requests
 from worker.inference.records import Batch, RecordWriter, error_record
 from worker.inference.schemas import GenerateBody
 from worker.inference.timing import RequestTiming
@@ -159,11 +159,16 @@ class _Run:
             # another replica, or this one after a new start, may well answer it
             is_lost = isinstance(error, DeviceFailed) or end_of(self.model.engine) is not None
             code = InferenceUnavailable.code if is_lost else error.code
-            yield [error_record(code, error.message)]
+            log.warning("answer_failed", code=error.code, reason=error.message)
+            yield [error_record(code, error.message, self._field_of(error))]
         except Exception:
             # a fault of one request is that request's end, not the process's
             log.exception("generation_failed")
             yield [error_record("internal_error", "the generation failed")]
+
+    def _field_of(self, error: EngineError) -> str | None:
+        """The field of the request that is at fault, if one is."""
+        return guide_field(self.body) if isinstance(error, GuideFailed) else None
 
     async def _score(self) -> list[Scores]:
         """Log-probabilities of the prompts, where they are asked for."""

@@ -17,7 +17,9 @@ from engine.inference.request import GenerationRequest, RequestInvalid
 from engine.inference.text import TextCodec
 from worker.inference.schemas import DetokenizeBody, GenerateBody, MessageBody, TokenizeBody
 
-__all__ = ["GenerationRefused", "detokenize", "named_for", "read_requests", "tokenize"]
+__all__ = [
+    "GenerationRefused", "detokenize", "guide_field", "named_for", "read_requests", "tokenize",
+]  # fmt: skip
 
 GUIDE = "guide"
 
@@ -60,6 +62,11 @@ def named_for(body: GenerateBody) -> Iterator[None]:
     except EngineError as error:
         # unloaded meanwhile, or broken for good
         raise InferenceUnavailable(error.message) from error
+
+
+def guide_field(body: GenerateBody) -> str:
+    """Which of the two fields that make a guide the caller sent."""
+    return "response_format" if body.guided_regex is None else "guided_regex"
 
 
 def tokenize(body: TokenizeBody, engine: InferenceEngine) -> dict[str, Any]:
@@ -146,6 +153,5 @@ def _chat_ids(
 
 def _refused(error: RequestInvalid, body: GenerateBody) -> GenerationRefused:
     """Name the field as the caller does, who knows two that make a guide."""
-    given = "response_format" if body.guided_regex is None else "guided_regex"
-    param = given if error.field == GUIDE else error.field
+    param = guide_field(body) if error.field == GUIDE else error.field
     return GenerationRefused(error.message, param=param)

@@ -455,6 +455,22 @@ def test_a_fault_in_the_middle_of_a_stream_is_an_event_and_its_end(hosting, infe
     assert "secret" not in streamed[-1] + whole.text
 
 
+def test_a_guide_that_fails_on_the_way_is_the_callers_fault(hosting, inference):
+    fault = {"type": "error", "code": "guide_failed", "message": "make it simpler"}
+    fault["param"] = "guided_regex"
+    inference.records = [START, token("bb"), fault]
+
+    whole = hosting.post(CHAT_URL, json=CHAT)
+    streamed = read_data(hosting.post(CHAT_URL, json=CHAT | {"stream": True}))
+
+    assert whole.status_code == 400
+    assert whole.json()["error"] == {
+        "message": "make it simpler", "type": "invalid_request_error", "param": "guided_regex",
+        "code": "guide_failed",
+    }  # fmt: skip
+    assert json.loads(streamed[-1]) == whole.json()
+
+
 @pytest.mark.parametrize(
     ("records", "status"),
     [([], 503), ([{"type": "error", "code": "context_length_exceeded", "message": "m"}], 400)],

@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
-from engine.inference.guides import MAX_TEXT, GuideCompiler, GuideFailed
+from engine.errors import GuideFailed
+from engine.inference.guide_grammars import MAX_TEXT
+from engine.inference.guides import GuideCompiler
 from engine.inference.request import RequestInvalid
 from engine.inference.sampler_state import SamplerState
 from engine.inference.sampling_params import Guide, GuideKind, SamplingParams
@@ -15,6 +17,8 @@ from tests.tiny_llama import save_tiny_llama
 
 VOCABULARY = 300
 """More than the tokenizer has."""
+LATE = "[bc]{5}(a?){300}a{300}"
+"""Becomes too much work behind its sixth token."""
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -135,6 +139,8 @@ def test_behind_the_end_only_an_end_token_may_follow(compiler, codec):
             "response_format",
             "Unsatisfiable",
         ),
+        (Guide(kind=GuideKind.REGEX, text=r"[^\s\S]"), "guided_regex", "no text follows it"),
+        (schema_guide({"$ref": "#"}), "response_format", "no text follows it"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_field_and_reason(compiler, guide, field, reason):
@@ -143,6 +149,31 @@ def test_what_cannot_be_followed_is_refused_by_field_and_reason(compiler, guide,
 
     assert caught.value.field == field
     assert len(caught.value.message) < 700
+
+
+@pytest.mark.parametrize(
+    ("guide", "field"),
+    [
+        (Guide(kind=GuideKind.REGEX, text="a{100000}"), "guided_regex"),
+        (Guide(kind=GuideKind.REGEX, text="(a?){300}a{300}"), "guided_regex"),
+        (
+            schema_guide(
+                {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(800)}}
+            ),
+            "response_format",
+        ),
+    ],
+)
+def test_what_is_too_much_work_behind_its_first_token_is_refused(compiler, guide, field):
+    with pytest.raises(RequestInvalid, match="make it simpler") as caught:
+        compiler.check(guide)
+
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("expression", ["", "a", "a?", "é"])
+def test_a_guide_may_end_at_its_first_token_or_before(compiler, expression):
+    compiler.check(Guide(kind=GuideKind.REGEX, text=expression))
 
 
 def test_references_as_deep_as_a_text_can_hold_do_not_overflow_a_stack(compiler, codec):
@@ -235,6 +266,28 @@ def test_a_guide_that_fails_draws_nothing_more(compiler, codec):
     state.accept(1, codec.encode("q"))
 
     assert answer(state, 2) == [-1, -1]
+
+
+def test_a_slot_tells_why_its_guide_failed_until_it_is_closed(compiler, codec):
+    state = guided_state(compiler, LATE)
+    drawn = answer(state, 7)
+
+    failure = state.accept(1, drawn[-1:])
+    state.close(1)
+
+    assert re.fullmatch("[bc]{5}a", codec.decode(drawn[:-1]))
+    assert drawn[-1] == -1
+    assert isinstance(failure, GuideFailed)
+    assert "expressions" in failure.message
+    assert failure.message.endswith("make it simpler")
+    assert state.accept(1, [-1]) is None
+
+
+def test_a_token_that_no_guide_withheld_fails_without_a_reason(compiler):
+    state = guided_state(compiler, "ab")
+
+    assert state.accept(1, [-1]) is None
+    assert state.accept(0, [-1]) is None
 
 
 def test_the_next_sequence_of_a_slot_is_free(compiler):
