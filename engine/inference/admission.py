@@ -1,10 +1,12 @@
 """What of a request depends on the model: whether its ids exist and its tokens fit; no tensors."""
 
+from collections.abc import Sequence
+
 from engine.errors import CacheExceeded, ContextLengthExceeded
 from engine.inference.request import GenerationRequest, RequestInvalid
 from engine.inference.sampling_params import Guide
 
-__all__ = ["check_ids", "check_scored", "fitting_tokens", "refuse_guide"]
+__all__ = ["check_ids", "check_scored", "check_together", "fitting_tokens", "refuse_guide"]
 
 
 def check_ids(request: GenerationRequest, vocabulary: int) -> None:
@@ -61,6 +63,35 @@ def check_scored(
     limit, error = _limit_of(context_length, cache_tokens)
     if len(request.prompt_ids) > limit:
         raise error("prompt", len(request.prompt_ids), limit)
+
+
+def check_together(requests: Sequence[GenerationRequest], *, answers: int, tokens: int) -> None:
+    """Refuse requests that come as one and never find room, whatever else runs.
+
+    A single one always does: it is taken when nobody waits.
+
+    Args:
+        requests: with equal `n`.
+        answers: that may run and wait.
+        tokens: of prompts that may wait.
+
+    Raises:
+        RequestInvalid: naming `n`, or the prompt.
+    """
+    if len(requests) < 2:
+        return
+    n, count = requests[0].n, len(requests)
+    if count * n > answers:
+        fitting = answers // count
+        remedy = f"use up to {fitting} for {count} prompts" if fitting else "send fewer prompts"
+        raise RequestInvalid("n", n, f"{remedy}: at most {answers} answers find room")
+    asked = n * sum(len(each.prompt_ids) for each in requests)
+    if asked > tokens:
+        raise RequestInvalid(
+            "prompt",
+            f"{asked} tokens in {count * n} answers",
+            f"send fewer prompts at once: at most {tokens} tokens of them find room",
+        )
 
 
 def refuse_guide(guide: Guide) -> None:

@@ -4,7 +4,13 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 
-from engine.inference.admission import check_ids, check_scored, fitting_tokens, refuse_guide
+from engine.inference.admission import (
+    check_ids,
+    check_scored,
+    check_together,
+    fitting_tokens,
+    refuse_guide,
+)
 from engine.inference.answer import Answer
 from engine.inference.limits import RunnerShape, SchedulerLimits
 from engine.inference.request import GenerationRequest
@@ -54,7 +60,8 @@ class BatchingEngine:
         self.context_length = min(runner.context_length, self._shape.cache_tokens)
         self._draft_tokens = draft_tokens
         self._check_guide = check_guide or refuse_guide
-        self._scheduler = Scheduler(self._shape, limits or SchedulerLimits())
+        self._limits = limits or SchedulerLimits()
+        self._scheduler = Scheduler(self._shape, self._limits)
         self._book = TicketBook(self._scheduler)
         self._loop = StepLoop(runner, self._book, reopen)
 
@@ -100,6 +107,21 @@ class BatchingEngine:
         ticket = Ticket(answers, deliver, is_cancelled, time.monotonic())
         self._loop.submit(ticket)
         return ticket
+
+    def check_together(self, requests: Sequence[GenerationRequest]) -> None:
+        """Refuse several requests that never find room at one time, however little else runs.
+
+        Args:
+            requests: to be submitted one behind the other, with equal `n`.
+
+        Raises:
+            RequestInvalid: naming `n`, or the prompt.
+        """
+        check_together(
+            requests,
+            answers=self._shape.max_sequences + self._limits.max_waiting,
+            tokens=self._limits.max_waiting_tokens,
+        )
 
     def score_prompt(
         self,

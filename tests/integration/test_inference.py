@@ -206,6 +206,7 @@ def test_equal_seeds_give_equal_texts(client):
         ({"prompts": ["a"] * 5}, 400, "invalid_request", "prompt"),
         ({"logprobs": 21}, 400, "invalid_request", "logprobs"),
         ({"n": 0}, 400, "invalid_request", "n"),
+        ({"prompts": ["a"] * 3, "n": 2}, 400, "invalid_request", "n"),
         ({"guided_regex": "(", "ignore_eos": False}, 400, "invalid_request", "guided_regex"),
         (
             {"prompts": None, "messages": [{"role": "user", "content": "a"}], "tools": [{}]},
@@ -265,6 +266,15 @@ def test_several_prompts_are_answered_in_one_request_as_each_alone(client):
     assert {each["index"] for each in records(together) if each["type"] == "finish"} == {0, 1, 2}
     assert records(together)[-1]["completion_tokens"] == 12
     assert records(together)[-1]["prompt_tokens"] == len("onceupon") + 2
+
+
+def test_answers_to_several_prompts_fill_the_queue_that_they_are_counted_in(client):
+    together = generate(client, prompts=["a", "b"], n=2)
+    alone = generate(client, n=16)
+
+    assert records(together)[-1]["completion_tokens"] == 4 * 4
+    # a single prompt is taken whatever its answers, when nobody waits
+    assert records(alone)[-1]["completion_tokens"] == 16 * 4
 
 
 def test_an_echo_has_the_log_probabilities_that_generation_has(client):

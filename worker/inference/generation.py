@@ -47,6 +47,9 @@ class Submitting(Protocol):
     ) -> object:
         """Take a request; raises as `InferenceEngine.generate` does."""
 
+    def check_together(self, requests: Sequence[GenerationRequest]) -> None:
+        """Refuse several requests that never find room at one time."""
+
 
 class Generations:
     """The queue in front of the models."""
@@ -62,7 +65,7 @@ class Generations:
 
     @property
     def count(self) -> int:
-        """Prompts that run or wait."""
+        """Answers that run or wait."""
         return self._admitted
 
     async def run(self, body: GenerateBody) -> AsyncGenerator[Batch]:
@@ -76,7 +79,7 @@ class Generations:
             ServiceError: the model or the request cannot be served.
         """
         admitted = time.perf_counter()
-        with self._admit(body.count):
+        with self._admit(body.count, body.answers):
             async with self._pool.use(body.artifact_id) as model:
                 requests = await asyncio.to_thread(read_requests, body, model.engine)
                 run = _Run(
@@ -92,14 +95,16 @@ class Generations:
                         yield batch
 
     @contextmanager
-    def _admit(self, count: int) -> Iterator[None]:
+    def _admit(self, prompts: int, answers: int) -> Iterator[None]:
         if self._pool.is_draining:
             raise InferenceDraining
-        if count > self._limit:
+        if prompts > self._limit:
             raise GenerationRefused(
-                f"prompt = {count} prompts is not possible: use up to {self._limit} at once",
+                f"prompt = {prompts} prompts is not possible: use up to {self._limit} at once",
                 param="prompt",
             )
+        # whether so many ever find room is the engine's to say: alone they are let through
+        count = min(answers, self._limit)
         if self._admitted + count > self._limit:
             raise InferenceOverloaded
         self._admitted += count
@@ -213,6 +218,7 @@ class _Run:
         ]
 
     def _submit(self, engine: Submitting, arrivals: Arrivals) -> None:
+        engine.check_together(self.requests)
         for prompt, request in enumerate(self.requests):
             engine.submit(request, arrivals.deliver_to(prompt), self.cancelled.is_set)
 

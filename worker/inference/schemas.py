@@ -85,6 +85,11 @@ class GenerateBody(_Body):
         return 1 if self.prompts is None else len(self.prompts)
 
     @property
+    def answers(self) -> int:
+        """What is generated or, of a prompt that is only scored, waits for its turn."""
+        return self.count if self.max_tokens == 0 else self.count * max(self.n, 1)
+
+    @property
     def guide(self) -> Guide | None:
         """The language of the answer, whichever field names it."""
         if self.guided_regex is not None:

@@ -275,6 +275,35 @@ def test_a_step_of_which_nothing_is_left_stops_nobody(open_engine, codec):
     assert outcome_of(list(engine.generate(request_of()))) == answer_alone(request_of(), codec)
 
 
+@pytest.mark.parametrize(
+    ("count", "n", "field", "remedy"),
+    [
+        (3, 4, "n", "use up to 3 for 3 prompts"),
+        (11, 1, "n", "send fewer prompts"),
+        (2, 5, "prompt", "send fewer prompts at once"),
+    ],
+)
+def test_what_never_finds_room_together_is_refused_for_good(open_engine, count, n, field, remedy):
+    limits = SchedulerLimits(max_waiting=6, max_waiting_tokens=9 * len(PROMPT))
+    engine = open_engine(limits=limits)
+
+    with pytest.raises(RequestInvalid, match=remedy) as caught:
+        engine.check_together([request_of(n=n)] * count)
+
+    assert caught.value.field == field
+
+
+def test_what_just_finds_room_together_and_any_single_request_are_answered(open_engine):
+    engine = open_engine(limits=SchedulerLimits(max_waiting=6))
+    several, single = [request_of(n=5)] * 2, [request_of(n=16)]
+
+    for requests in (several, single):
+        engine.check_together(requests)
+        streams = [engine.generate(each) for each in requests]
+        ended = [each for stream in streams for each in stream if each.finish_reason]
+        assert len(ended) == sum(each.n for each in requests)
+
+
 def test_a_guide_is_checked_before_its_request_is_taken(open_engine):
     def check(guide):
         if guide.text == "(":
