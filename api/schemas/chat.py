@@ -39,7 +39,7 @@ def read_text(value: object) -> object:
 
 
 class ChatMessage(Schema):
-    """A turn of a conversation."""
+    """A turn of a conversation; clients send an answer's turn back with all members that it has."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     name: JsonText | None = None
@@ -50,6 +50,19 @@ class ChatMessage(Schema):
         JsonText | None,
         BeforeValidator(read_text, json_schema_input_type=str | list[dict[str, str]] | None),
     ] = Field(default=None, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unused(cls, record: object) -> object:
+        """Drop members that say nothing; what is left over is refused by name."""
+        if not isinstance(record, Mapping):
+            return record
+        return {
+            name: value
+            for name, value in record.items()
+            if name in cls.model_fields
+            or not (value is None or (name == "annotations" and value == []))
+        }
 
     @field_validator("content")
     @classmethod

@@ -7,6 +7,8 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from openai.types import completion_create_params
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from api.db.connection import Database
 from api.settings import InferenceSettings, Settings
@@ -141,9 +143,55 @@ def test_parts_of_text_are_joined_and_values_that_mean_unused_are_accepted(hosti
     assert inference.requests[0]["messages"][0]["content"] == "ab"
 
 
+def test_an_answers_turn_is_taken_back_as_a_client_writes_it(hosting, inference):
+    answer = {
+        "role": "assistant", "content": "Hello", "refusal": None, "annotations": [], "audio": None,
+        "function_call": None, "tool_calls": None,
+    }  # fmt: skip
+    turns = [*CHAT["messages"], answer, *CHAT["messages"]]
+
+    response = hosting.post(CHAT_URL, json=CHAT | {"messages": turns})
+
+    assert response.status_code == 200
+    assert inference.requests[0]["messages"][1] == {"role": "assistant", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    "member", [{"refusal": "no"}, {"annotations": [{"type": "url_citation"}]}, {"audio": {}}]
+)
+def test_a_member_of_a_turn_that_says_something_is_refused(hosting, inference, member):
+    (name,) = member
+
+    response = hosting.post(
+        CHAT_URL, json=CHAT | {"messages": [{"role": "assistant", "content": "a", **member}]}
+    )
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, f"messages.0.{name}")
+    assert inference.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        (CHAT_URL, CompletionCreateParamsBase),
+        (TEXT_URL, completion_create_params.CompletionCreateParamsBase),
+    ],
+)
+def test_every_field_of_the_official_client_may_be_null(hosting, inference, url, kind):
+    wanted = CHAT if url == CHAT_URL else TEXT
+    unused = dict.fromkeys(kind.__annotations__) | wanted
+
+    response = hosting.post(url, json=unused)
+
+    assert response.status_code == 200
+    assert len(inference.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("url", "field", "value", "code"),
     [
+        (CHAT_URL, "reasoning_effort", "low", "unsupported_parameter"),
+        (CHAT_URL, "temprature", None, "unsupported_parameter"),
         (CHAT_URL, "functions", [{"name": "f"}], "unsupported_parameter"),
         (CHAT_URL, "echo", True, "unsupported_parameter"),
         (CHAT_URL, "temprature", 0.5, "unsupported_parameter"),

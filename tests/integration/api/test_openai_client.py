@@ -131,6 +131,20 @@ def test_a_chat_streams_the_text_that_it_also_answers_as_a_whole(client):
     assert whole.usage.completion_tokens == 24
 
 
+def test_a_conversation_goes_on_from_the_answer_that_the_client_has(client):
+    wanted = {"model": "tiny", "max_tokens": 4, "seed": 3}
+    answer = client.chat.completions.create(**wanted, messages=MESSAGES).choices[0].message
+    plain = {"role": "assistant", "content": answer.content}
+
+    answers = [
+        client.chat.completions.create(**wanted, messages=[*MESSAGES, turn, *MESSAGES])
+        for turn in (answer, answer.model_dump(), plain)
+    ]
+
+    assert len({each.usage.prompt_tokens for each in answers}) == 1
+    assert len({each.choices[0].message.content for each in answers}) == 1
+
+
 def test_a_seed_repeats_a_sample_and_stop_ends_it(client):
     wanted = {"model": "tiny", "prompt": "once", "max_tokens": 16, "temperature": 1.0}
 
