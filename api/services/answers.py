@@ -16,7 +16,7 @@ from api.schemas.answers import (
 from api.schemas.chat import ChatCompletionRequest
 from api.schemas.completions import CompletionRequest
 from api.schemas.sampling import GenerationRequest
-from api.services.logprobs import Token, chat_logprobs, completion_logprobs
+from api.services.logprobs import Token, chat_logprobs, completion_logprobs, width_of
 from api.services.tally import Tally
 
 __all__ = ["AnswerShape", "Draft", "shape_of"]
@@ -184,7 +184,7 @@ class _TextShape(_Shape):
         if self.has_logprobs:
             offset = self.offsets.get(index, 0)
             logprobs = completion_logprobs(tokens, offset).model_dump()
-            self.offsets[index] = offset + sum(len(each["token"]) for each in tokens)
+            self.offsets[index] = offset + sum(width_of(each) for each in tokens)
         return self._piece(index, text, tally, logprobs=logprobs)
 
     def finish(self, index: int, reason: str, tally: Tally) -> Chunk:

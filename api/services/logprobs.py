@@ -1,7 +1,8 @@
 """Log-probabilities in OpenAI's two shapes.
 
-A token of the inference service is `{"token", "bytes", "logprob", "top": [[token, bytes,
-logprob], ...]}`; one without anything before it has the logprob null.
+A token of the inference service is `{"token", "bytes", "characters", "logprob", "top": [[token,
+bytes, logprob], ...]}`; one without anything before it has the logprob null. `characters` are those
+of the choice's text that it completes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from api.schemas.answers import (
     TopLogprob,
 )
 
-__all__ = ["chat_logprobs", "completion_logprobs"]
+__all__ = ["chat_logprobs", "completion_logprobs", "width_of"]
 
 Token = Mapping[str, Any]
 
@@ -47,13 +48,18 @@ def completion_logprobs(tokens: Sequence[Token], offset: int) -> CompletionLogpr
     offsets = []
     for each in tokens:
         offsets.append(offset)
-        offset += len(each["token"])
+        offset += width_of(each)
     return CompletionLogprobs(
         tokens=tuple(each["token"] for each in tokens),
         token_logprobs=tuple(each["logprob"] for each in tokens),
         top_logprobs=tuple(_top(each) for each in tokens),
         text_offset=tuple(offsets),
     )
+
+
+def width_of(token: Token) -> int:
+    """Characters of the choice's text that a token completes; its own where it does not say."""
+    return int(token.get("characters", len(token["token"])))
 
 
 def _top(token: Token) -> dict[str, float] | None:

@@ -22,6 +22,8 @@ class TokenText:
     text: str
     bytes: tuple[int, ...]
     """In UTF-8; of a part of a character, that part."""
+    is_special: bool = False
+    """Whether it is no text: an answer leaves it out."""
 
 
 class Spelling:
@@ -47,7 +49,7 @@ class Spelling:
         if not name:
             return TokenText(text="", bytes=())
         if token_id in self._specials:
-            return TokenText(text=name, bytes=tuple(name.encode()))
+            return TokenText(text=name, bytes=tuple(name.encode()), is_special=True)
         text = self._decode([token_id]).removeprefix(self._anchor_text)
         if UNDECIDED not in text:
             return TokenText(text=text, bytes=tuple(text.encode()))

@@ -285,6 +285,7 @@ def test_an_echo_has_the_log_probabilities_that_generation_has(client):
     [echo] = start["echo"]
     assert echo["text"] == text
     assert [entry["token"] for entry in echo["logprobs"]] == list(text)
+    assert [entry["characters"] for entry in echo["logprobs"]] == [1] * len(text)
     assert echo["logprobs"][0]["logprob"] is None
     assert (finish["finish_reason"], end["completion_tokens"]) == ("length", 0)
     for place in (1, 6, 10):
@@ -295,6 +296,18 @@ def test_an_echo_has_the_log_probabilities_that_generation_has(client):
         tops = zip(entry["top"], scored["top"], strict=True)
         assert all(one[2] == pytest.approx(other[2], abs=1e-3) for one, other in tops)
         assert entry["logprob"] == entry["top"][0][2] >= scored["logprob"]
+
+
+def test_an_echo_is_the_text_that_came_and_ids_are_read(client):
+    text = "h🎉<|end|>"
+    ids = client.post("/tokenize", json={"artifact_id": "art_a", "prompt": text}).json()["tokens"]
+
+    asked = {"echo": True, "max_tokens": 0, "logprobs": 0}
+    [start, *_] = records(generate(client, prompts=[text, ids], **asked))
+
+    assert [each["text"] for each in start["echo"]] == [text, text]
+    for each in start["echo"]:
+        assert [entry["characters"] for entry in each["logprobs"]] == [1, 0, 0, 0, 1, 7]
 
 
 def test_texts_become_ids_and_ids_texts(client):

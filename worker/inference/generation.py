@@ -127,8 +127,8 @@ class _Run:
 
     async def batches(self) -> AsyncGenerator[Batch]:
         """Yield the records from start to end."""
-        prompts = [each.prompt_ids for each in self.requests]
-        writer = RecordWriter(self.model.engine.text, prompts, self.body.n)
+        prompts, body = [each.prompt_ids for each in self.requests], self.body
+        writer = RecordWriter(self.model.engine.text, prompts, body.n, body.written)
         arrivals, pulls = Arrivals(), list[asyncio.Task[None]]()
         try:
             echoed = await self._score() if self.body.echo else None

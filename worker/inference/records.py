@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from engine.inference.request import FinishReason
+from engine.inference.spelling import TokenText
 from engine.inference.steps import TokenLogprobs
 from engine.inference.text import TextCodec
 from worker.inference.arrivals import Arrival
+from worker.inference.token_widths import AnswerWidths, widths_in
 
 __all__ = ["Batch", "Record", "RecordWriter", "error_record"]
 
@@ -27,13 +29,29 @@ def error_record(code: str, message: str, param: str | None = None) -> Record:
 class RecordWriter:
     """Writes one request's records and knows which answers are still open."""
 
-    def __init__(self, text: TextCodec, prompts: Sequence[Sequence[int]], n: int) -> None:
+    def __init__(
+        self,
+        text: TextCodec,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        written: Sequence[str | None] = (),
+    ) -> None:
+        """Nothing is answered yet.
+
+        Args:
+            text: of the model.
+            prompts: their ids.
+            n: answers to each.
+            written: the prompts as the caller wrote them, None for one that came as ids.
+        """
         self._text = text
         self._prompts = prompts
+        self._written = written or [None] * len(prompts)
         self._n = n
         self._open = set(range(len(prompts) * n))
         self._tokens = dict.fromkeys(self._open, 0)
         self._cached = dict.fromkeys(range(len(prompts)), 0)
+        self._widths: dict[int, AnswerWidths] = {}
         self.is_cancelled = False
         """Whether an answer ended because somebody ended it."""
 
@@ -61,7 +79,7 @@ class RecordWriter:
         record: Record = {"type": "start", "prompt_tokens": self.prompt_tokens}
         if echoed is not None:
             record["echo"] = [
-                self._echo(prompt * self._n + place, self._prompts[prompt], scores)
+                self._echo(prompt, prompt * self._n + place, scores)
                 for prompt, scores in enumerate(echoed)
                 for place in range(self._n)
             ]
@@ -82,7 +100,8 @@ class RecordWriter:
             piece["text"] += chunk.text
             piece["tokens"] = chunk.completion_tokens
             if chunk.logprobs is not None:
-                piece.setdefault("logprobs", []).append(self._spelled(chunk.logprobs))
+                token = self._answered(index, chunk.logprobs)
+                piece.setdefault("logprobs", []).append(token)
             if chunk.finish_reason is not None:
                 ends.append(self._finish(index, chunk.finish_reason))
         return [each for each in pieces.values() if each["text"] or "logprobs" in each] + ends
@@ -105,25 +124,31 @@ class RecordWriter:
         self.is_cancelled |= reason is FinishReason.CANCELLED
         return {"type": "finish", "index": index, "finish_reason": str(reason)}
 
-    def _echo(
-        self, index: int, ids: Sequence[int], scores: Sequence[TokenLogprobs | None]
-    ) -> Record:
-        record: Record = {"index": index, "text": self._text.decode(ids, with_specials=True)}
+    def _echo(self, prompt: int, index: int, scores: Sequence[TokenLogprobs | None]) -> Record:
+        """The caller's own text, or what the ids read that he sent."""
+        ids, text = self._prompts[prompt], self._written[prompt]
+        if text is None:
+            text = self._text.decode(ids, with_specials=True)
+        record: Record = {"index": index, "text": text}
         if scores:
-            record["logprobs"] = [
-                self._unscored(token_id) if score is None else self._spelled(score)
-                for token_id, score in zip(ids, scores, strict=True)
-            ]
+            spelled = [self._text.spell(token_id) for token_id in ids]
+            rows = zip(spelled, widths_in(text, spelled), scores, strict=True)
+            record["logprobs"] = [self._told(*row) for row in rows]
         return record
 
-    def _unscored(self, token_id: int) -> Record:
-        """A token with nothing before it."""
-        spelled = self._text.spell(token_id)
-        return {"token": spelled.text, "bytes": spelled.bytes, "logprob": None, "top": []}
+    def _answered(self, index: int, score: TokenLogprobs) -> Record:
+        token = self._text.spell(score.token_id)
+        width = self._widths.setdefault(index, AnswerWidths()).add(token)
+        return self._told(token, width, score)
 
-    def _spelled(self, score: TokenLogprobs) -> Record:
-        top = [(self._text.spell(token_id), logprob) for token_id, logprob in score.top]
-        return self._unscored(score.token_id) | {
-            "logprob": score.logprob,
-            "top": [[each.text, each.bytes, logprob] for each, logprob in top],
+    def _told(self, token: TokenText, width: int, score: TokenLogprobs | None) -> Record:
+        """A token and how likely it was; nothing stands before one without a score."""
+        top = () if score is None else score.top
+        spelled = [(self._text.spell(token_id), logprob) for token_id, logprob in top]
+        return {
+            "token": token.text,
+            "bytes": token.bytes,
+            "characters": width,
+            "logprob": None if score is None else score.logprob,
+            "top": [[each.text, each.bytes, logprob] for each, logprob in spelled],
         }

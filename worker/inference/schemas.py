@@ -90,6 +90,11 @@ class GenerateBody(_Body):
         return self.count if self.max_tokens == 0 else self.count * max(self.n, 1)
 
     @property
+    def written(self) -> tuple[str | None, ...]:
+        """The prompts as texts, None for one that came as ids."""
+        return tuple(each if isinstance(each, str) else None for each in self.prompts or ())
+
+    @property
     def guide(self) -> Guide | None:
         """The language of the answer, whichever field names it."""
         if self.guided_regex is not None:

@@ -423,6 +423,26 @@ def test_log_probabilities_have_the_shape_of_their_route(hosting, inference):
     assert [each["text_offset"] for each in pieces if each] == [[0], [1], [3]]
 
 
+def test_parts_of_a_character_start_where_it_does(hosting, inference):
+    parts = [("bytes:\\xf0\\x9f", 0), ("bytes:\\x8e\\x89", 1), (" ok", 3), ("!", 1)]
+    tokens = [
+        {"token": text, "bytes": [], "characters": width, "logprob": -1.0, "top": []}
+        for text, width in parts
+    ]
+    start = START | {"echo": [{"index": 0, "text": "🎉", "logprobs": tokens[:2]}]}
+    inference.records = [start, token(" ok", logprobs=tokens[2:3])]
+    inference.records += [token("!", logprobs=tokens[3:]), FINISH, END]
+    asked = TEXT | {"logprobs": 0, "echo": True}
+
+    whole = hosting.post(TEXT_URL, json=asked).json()["choices"][0]
+    *chunks, _ = read_data(hosting.post(TEXT_URL, json=asked | {"stream": True}))
+
+    assert whole["text"] == "🎉 ok!"
+    assert whole["logprobs"]["text_offset"] == [0, 0, 1, 4]
+    pieces = [json.loads(each)["choices"][0]["logprobs"] for each in chunks]
+    assert [each["text_offset"] for each in pieces if each] == [[0, 0], [1], [4]]
+
+
 def test_a_stream_counts_along_where_asked(hosting):
     options = {"include_usage": True, "continuous_usage_stats": True}
 
