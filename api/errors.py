@@ -6,14 +6,13 @@ A class's docstring is its default message; `problems.py` alone turns these into
 from typing import Any, ClassVar
 
 __all__ = [
-    "ArtifactNotFound", "BodyTooLarge", "ConfigRejected", "ContextTooLong",
-    "DeploymentConflict", "DeploymentNotFound", "DiskTooSmall", "FileNotInArtifact",
-    "GuideNotFollowed", "HubUnavailable", "IdempotencyConflict", "IdempotencyMismatch",
-    "InferenceDraining", "InferenceOverloaded", "InferenceUnavailable", "InvalidRequest",
-    "JobNotFound", "JobStateConflict", "KeyMissing", "KeyNotFound", "KeyRejected", "ModelGated",
-    "ModelLoading", "ModelNotFound", "ModelNotHosted", "ModelTooLarge", "QuotaExceeded",
-    "RangeNotSatisfiable", "RevisionNotFound", "ScopeMissing", "ServiceError",
-    "UnsupportedFormat", "UnsupportedParameter",
+    "ArtifactNotFound", "BodyTooLarge", "ConfigRejected", "ContextTooLong", "DeploymentConflict",
+    "DeploymentNotFound", "DiskTooSmall", "FileNotInArtifact", "GuideNotFollowed", "HubUnavailable",
+    "IdempotencyConflict", "IdempotencyMismatch", "InferenceDraining", "InferenceOverloaded",
+    "InferenceUnavailable", "InvalidRequest", "JobNotFound", "JobStateConflict", "KeyMissing",
+    "KeyNotFound", "KeyRejected", "ModelGated", "ModelLoading", "ModelNotFound", "ModelNotHosted",
+    "ModelTooLarge", "QuotaExceeded", "RangeNotSatisfiable", "RevisionNotFound", "ScopeMissing",
+    "ServiceError", "UnsupportedFormat", "UnsupportedParameter",
 ]  # fmt: skip
 
 
@@ -151,11 +150,10 @@ class IdempotencyConflict(ServiceError):
     status: ClassVar[int] = 409
 
 
-class IdempotencyMismatch(ServiceError):
+class IdempotencyMismatch(InvalidRequest):
     """This Idempotency-Key was used with another request body."""
 
     code: ClassVar[str] = "idempotency_mismatch"
-    status: ClassVar[int] = 422
 
 
 class KeyMissing(ServiceError):
@@ -232,11 +230,10 @@ class ContextTooLong(ServiceError):
     status: ClassVar[int] = 400
 
 
-class GuideNotFollowed(ServiceError):
+class GuideNotFollowed(InvalidRequest):
     """The language that the answer is to stay in takes too much work; make it simpler."""
 
     code: ClassVar[str] = "guide_failed"
-    status: ClassVar[int] = 400
 
 
 class UnsupportedParameter(ServiceError):

@@ -3,8 +3,7 @@
 The only place that knows both the service's errors and their form on the wire.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -18,8 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from api.errors import InvalidRequest, KeyRejected, ServiceError, UnsupportedParameter
 from api.schemas.base import FieldError, OpenAIError, Problem
-from api.schemas.json_values import JsonValueInvalid
-from engine.errors import SpecError
+from api.schemas.field_errors import UNKNOWN_FIELD, field_errors, one_message
 
 __all__ = ["error_response", "install_error_handlers", "is_openai_path"]
 
@@ -30,11 +28,6 @@ TYPE_ROOT = "urn:abq:problem:"
 DOC_ROOT = "/problems/"
 RETRY_AFTER_S = 5
 """Sent with 429 and 503 where the error names no other time."""
-# the parts of a request that pydantic names first in an error's location
-REQUEST_PARTS = ("body", "query", "path", "header")
-UNKNOWN_FIELD = ("extra_forbidden", "unexpected_keyword_argument")
-MISSING_FIELD = ("missing", "missing_argument", "missing_keyword_only_argument")
-MAX_SHOWN = 100
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -123,20 +116,19 @@ def _on_service_error(request: Request, error: Exception) -> Response:
 
 def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - what it is registered for
-    items = [_encodable(_field_error(each)) for each in _innermost(error.errors())]
-    named = ", ".join(str(each.param) for each in items)
-    several = f"{len(items)} fields are not valid: {named}."
-    message = items[0].message if len(items) == 1 else several
+    items = field_errors(error.errors())
     is_unsupported = is_openai_path(request.url.path) and items[0].code in UNKNOWN_FIELD
     kind = UnsupportedParameter if is_unsupported else InvalidRequest
-    return error_response(request.scope, kind(message, param=items[0].param, errors=items))
+    return error_response(
+        request.scope, kind(one_message(items), param=items[0].param, errors=items)
+    )
 
 
 def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - what the handler is registered for
     phrase = HTTPStatus(error.status_code).phrase
     messages = {
-        400: "The request could not be read.",
+        400: _unread(error.__cause__),
         404: f"No such resource: {request.url.path}.",
         405: f"{request.method} is not possible here.",
     }
@@ -149,94 +141,21 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     return _render(request.scope, failure)
 
 
+def _unread(cause: BaseException | None) -> str:
+    """Say why a body could not be read, and what would do."""
+    match cause:
+        case RecursionError():
+            return "The body nests too deep: use fewer lists and objects inside of each other."
+        case UnicodeDecodeError():
+            return "The body is no valid UTF-8: encode it so."
+        case ValueError():
+            # Python reads no integer of more digits
+            return "The body has an integer of too many digits: use up to 4300."
+        case _:
+            return "The request could not be read."
+
+
 def _on_data_error(request: Request, _error: Exception) -> Response:
     # PostgreSQL holds no NUL, wherever in a request it came from
     refusal = InvalidRequest("The request has a text or a number that cannot be stored.")
     return error_response(request.scope, refusal)
-
-
-def _innermost(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    # a list whose only item is wrong is also reported as too short; the item is what matters
-    places = [tuple(each["loc"]) for each in found]
-    return [
-        each
-        for each, place in zip(found, places, strict=True)
-        if not any(other != place and other[: len(place)] == place for other in places)
-    ]
-
-
-def _field_error(found: Mapping[str, Any]) -> FieldError:
-    location = tuple(found["loc"])
-    location = location[1:] if location and location[0] in REQUEST_PARTS else location
-    cause = found.get("ctx", {}).get("error")
-    if isinstance(cause, SpecError):
-        return _spec_item(location, cause)
-    if isinstance(cause, JsonValueInvalid):
-        return _json_item(location, cause)
-    if found["type"] == "json_invalid":
-        return FieldError(param=None, code=found["type"], message="The body is no valid JSON.")
-    param = ".".join(str(part) for part in location if part != "[key]") or None
-    message = _sentence(param, found)
-    value = _shown(found.get("input")) if found["type"] not in MISSING_FIELD else None
-    return FieldError(param=param, code=found["type"], message=message, value=value)
-
-
-def _spec_item(location: tuple[Any, ...], error: SpecError) -> FieldError:
-    """Join where pydantic was with the field that the vocabulary names, each part once."""
-    parts = [part for part in error.field.split(".") if part not in location]
-    return FieldError(
-        param=".".join(str(part) for part in (*location, *parts)),
-        code=error.code,
-        message=error.message,
-        value=_shown(error.value),
-        remedy=error.remedy,
-    )
-
-
-def _json_item(location: tuple[Any, ...], error: JsonValueInvalid) -> FieldError:
-    param = ".".join(str(part) for part in (*location, *error.place))
-    value = _shown(error.value)
-    return FieldError(
-        param=param,
-        code=error.code,
-        message=f"{param} = {value!r} is not possible: {error.remedy}.",
-        value=value,
-        remedy=error.remedy,
-    )
-
-
-def _sentence(param: str | None, found: Mapping[str, Any]) -> str:
-    subject = param or "the body"
-    if found["type"] in MISSING_FIELD:
-        return f"{subject} is required."
-    value = _shown(found.get("input"))
-    given = f"{subject} = {value!r}" if value is not None else subject
-    if found["type"] in UNKNOWN_FIELD:
-        return f"{given} is no supported field; remove it or correct its name."
-    text = str(found["msg"]).removeprefix("Value error, ")
-    return f"{given} is not valid: {text[:1].lower()}{text[1:]}."
-
-
-def _shown(value: object) -> str | int | float | None:
-    """What of a refused value an answer repeats."""
-    if isinstance(value, str):
-        return value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
-    return value if isinstance(value, int | float) else None
-
-
-def _encodable(item: FieldError) -> FieldError:
-    """Spell out what a refused text or number has that no answer can hold."""
-    value = item.value
-    if isinstance(value, float) and not math.isfinite(value):
-        value = str(value)
-    return item.model_copy(
-        update={
-            "param": None if item.param is None else _escaped(item.param),
-            "message": _escaped(item.message),
-            "value": _escaped(value) if isinstance(value, str) else value,
-        }
-    )
-
-
-def _escaped(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()

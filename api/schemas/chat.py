@@ -17,6 +17,7 @@ from api.errors import InvalidRequest
 from api.schemas.base import Schema
 from api.schemas.json_values import JsonObject, JsonText
 from api.schemas.sampling import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
+from api.schemas.scalars import Integer, Switch
 
 __all__ = ["ChatCompletionRequest", "ChatMessage", "Tool"]
 
@@ -34,7 +35,9 @@ def read_text(value: object) -> object:
     for part in value:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             raise ValueError("only parts of the type text are supported")
-        texts.append(str(part.get("text", "")))
+        if not isinstance(part.get("text"), str):
+            raise ValueError("a part of the type text has a text")  # noqa: TRY004 - for pydantic
+        texts.append(part["text"])
     return "".join(texts)
 
 
@@ -96,9 +99,9 @@ class ChatCompletionRequest(GenerationRequest):
     )
 
     messages: tuple[ChatMessage, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+    max_completion_tokens: Integer | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    logprobs: Switch = False
+    top_logprobs: Integer = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
     tools: tuple[Tool, ...] = Field(default=(), max_length=MAX_TOOLS)
     """Shown to the model where its template has a place for them; else refused."""
     tool_choice: Literal["none", "auto"] = "auto"

@@ -1,11 +1,14 @@
 """Texts to continue as clients send them."""
 
+from collections.abc import Sequence
 from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from api.errors import InvalidRequest
+from api.schemas.json_values import JsonValueInvalid, check_text
 from api.schemas.sampling import MAX_TOKENS, MAX_TOP_LOGPROBS, GenerationRequest
+from api.schemas.scalars import Integer, Switch
 
 __all__ = ["CompletionRequest", "Prompt"]
 
@@ -20,18 +23,21 @@ Prompt = str | tuple[int, ...]
 def read_prompts(value: object) -> tuple[Prompt, ...]:
     """Make a list of prompts of any of OpenAI's four shapes."""
     if isinstance(value, str):
-        return (value,)
+        return (_checked_text(value),)
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(SHAPES)
     if _are_ids(value):
-        return (tuple(value),)
+        return (_checked_ids(value),)
     if not all(isinstance(each, str) or (each and _are_ids(each)) for each in value):
         raise ValueError(SHAPES)
     if len({isinstance(each, str) for each in value}) > 1:
         raise ValueError("write texts or token ids, not both in one request")
     if len(value) > MAX_PROMPTS:
         raise ValueError(f"use up to {MAX_PROMPTS} prompts in one request")
-    return tuple(each if isinstance(each, str) else tuple(each) for each in value)
+    return tuple(
+        _checked_text(each, str(at)) if isinstance(each, str) else _checked_ids(each, str(at))
+        for at, each in enumerate(value)
+    )
 
 
 def read_count(value: object) -> object:
@@ -45,20 +51,20 @@ class CompletionRequest(GenerationRequest):
     """Texts to continue, each by itself."""
 
     prompt: Annotated[
-        tuple[Annotated[str, Field(max_length=MAX_CHARACTERS)] | tuple[int, ...], ...],
+        tuple[Prompt, ...],
         BeforeValidator(
             read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
         ),
     ]
-    max_tokens: int | None = Field(default=16, ge=0, le=MAX_TOKENS)
+    max_tokens: Integer | None = Field(default=16, ge=0, le=MAX_TOKENS)
     """0 only together with `echo`: then the prompt is scored and nothing generated."""
     logprobs: Annotated[
-        int | None,
+        Integer | None,
         BeforeValidator(read_count, json_schema_input_type=int | None),
         Field(ge=0, le=MAX_TOP_LOGPROBS),
     ] = None
     """How many of the likeliest tokens are told beside each token."""
-    echo: bool = False
+    echo: Switch = False
     """Whether the answer starts with the prompt, and its log-probabilities where asked for."""
 
     @model_validator(mode="after")
@@ -73,5 +79,18 @@ class CompletionRequest(GenerationRequest):
 def _are_ids(value: object) -> bool:
     # a bool is an int to Python, and no token
     return isinstance(value, list | tuple) and all(
-        isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value
+        isinstance(each, int) and not isinstance(each, bool) for each in value
     )
+
+
+def _checked_ids(ids: Sequence[int], *place: str) -> tuple[int, ...]:
+    if (least := min(ids)) < 0:
+        raise JsonValueInvalid(place, least, "token ids are not negative; use 0 or more")
+    return tuple(ids)
+
+
+def _checked_text(text: str, *place: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        shown = f"{len(text)} characters"
+        raise JsonValueInvalid(place, shown, f"use up to {MAX_CHARACTERS} in one prompt")
+    return check_text(text, *place)

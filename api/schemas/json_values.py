@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator
 
-__all__ = ["JsonObject", "JsonText", "JsonValueInvalid"]
+__all__ = ["JsonObject", "JsonText", "JsonValueInvalid", "check_text"]
 
 Place = tuple[str, ...]
 
@@ -36,9 +36,27 @@ def check_value(value: Any) -> Any:
     for place, found in _walk(value):
         if isinstance(found, float) and not math.isfinite(found):
             raise JsonValueInvalid(place, found, "write a finite number or null")
-        if isinstance(found, str) and not _is_unicode(found):
-            raise JsonValueInvalid(place, found, "write whole characters, not half of a pair")
+        if isinstance(found, str):
+            check_text(found, *place)
     return value
+
+
+def check_text(text: str, *place: str) -> str:
+    """Refuse a text with half of a surrogate pair.
+
+    Args:
+        text: as JSON gave it.
+        place: of the text below the validated field.
+
+    Raises:
+        JsonValueInvalid: naming it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        remedy = "write whole characters, not half of a pair"
+        raise JsonValueInvalid(place, text, remedy) from error
+    return text
 
 
 JsonText = Annotated[str, AfterValidator(check_value)]
@@ -57,11 +75,3 @@ def _walk(value: Any) -> Iterator[tuple[Place, Any]]:
                 left += [((*place, name), each) for name, each in found.items()]
             case list() | tuple():
                 left += [((*place, str(at)), each) for at, each in enumerate(found)]
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from api.errors import InvalidRequest
 from api.schemas.base import Schema
 from api.schemas.json_values import JsonObject
+from api.schemas.scalars import Integer, Number, Switch
 
 __all__ = [
     "MAX_TOKENS",
@@ -62,15 +63,19 @@ UNUSED: Mapping[str, tuple[Any, ...]] = {
 
 def read_stops(value: object) -> object:
     """Make a list of one stop text."""
-    return (value,) if isinstance(value, str) else value or ()
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    if not isinstance(value, list | tuple):
+        raise ValueError("write a text or a list of texts")  # noqa: TRY004 - for pydantic
+    return value
 
 
 class StreamOptions(Schema):
     """What a stream tells beside the text."""
 
-    include_usage: bool = False
+    include_usage: Switch = False
     """Token counts in a last chunk without choices."""
-    continuous_usage_stats: bool = False
+    continuous_usage_stats: Switch = False
     """Token counts so far in every chunk. vLLM's."""
 
 
@@ -80,7 +85,7 @@ class JsonSchemaFormat(Schema):
     name: str = Field(default="answer", max_length=64)
     description: str | None = None
     schema_: JsonObject = Field(alias="schema")
-    strict: bool | None = None
+    strict: Switch | None = None
     """The schema is always kept to."""
 
 
@@ -95,38 +100,38 @@ class GenerationRequest(Schema):
     """What chat and plain completions share."""
 
     model: str = Field(min_length=1, max_length=200)
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
+    max_tokens: Integer | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    min_tokens: Integer = Field(default=0, ge=0, le=MAX_TOKENS)
     """No end of turn before so many tokens."""
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
-    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int | None = Field(default=None, ge=-1, le=1_000_000)
+    n: Integer = Field(default=1, ge=1, le=MAX_CHOICES)
+    temperature: Number = Field(default=1.0, ge=0.0, le=2.0)
+    top_p: Number = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: Integer | None = Field(default=None, ge=-1, le=1_000_000)
     """0 and -1 keep the whole vocabulary. Not OpenAI's, but every local server has it."""
-    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    min_p: Number = Field(default=0.0, ge=0.0, le=1.0)
     """Tokens less likely than this share of the likeliest one are left out."""
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
-    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]] = (
+    repetition_penalty: Number = Field(default=1.0, ge=0.01, le=10.0)
+    presence_penalty: Number = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: Number = Field(default=0.0, ge=-2.0, le=2.0)
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[Number, Field(ge=-100.0, le=100.0)]] = (
         Field(default_factory=dict, max_length=MAX_BIASES)
     )
     """What is added to the logits of token ids."""
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    seed: Integer | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
         BeforeValidator(read_stops, json_schema_input_type=str | list[str] | None),
         Field(max_length=MAX_STOPS),
     ] = ()
-    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+    stop_token_ids: tuple[Annotated[Integer, Field(ge=0)], ...] = Field(
         default=(), max_length=MAX_STOP_IDS
     )
-    ignore_eos: bool = False
+    ignore_eos: Switch = False
     """Go on behind the end of a turn; for measurements."""
     response_format: ResponseFormat | None = None
     guided_regex: str | None = Field(default=None, min_length=1, max_length=MAX_GUIDE)
     """A regular expression that the whole answer matches."""
-    stream: bool = False
+    stream: Switch = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -9,6 +9,7 @@ from api.schemas.base import Schema
 from api.schemas.chat import MAX_MESSAGES, ChatMessage
 from api.schemas.completions import MAX_CHARACTERS
 from api.schemas.sampling import MAX_TOKENS
+from api.schemas.scalars import Integer, Switch
 
 __all__ = ["DetokenizeRequest", "Detokenized", "TokenizeRequest", "Tokenized"]
 
@@ -21,9 +22,9 @@ class TokenizeRequest(Schema):
     messages: tuple[ChatMessage, ...] | None = Field(
         default=None, min_length=1, max_length=MAX_MESSAGES
     )
-    add_special_tokens: bool = True
+    add_special_tokens: Switch = True
     """Whether a prompt opens with the model's special tokens; a template writes its own."""
-    return_token_strs: bool = False
+    return_token_strs: Switch = False
 
     @model_validator(mode="after")
     def _name_one_input(self) -> Self:
@@ -46,7 +47,7 @@ class DetokenizeRequest(Schema):
     """Token ids to read."""
 
     model: str = Field(min_length=1, max_length=200)
-    tokens: tuple[Annotated[int, Field(ge=0)], ...] = Field(max_length=MAX_TOKENS)
+    tokens: tuple[Annotated[Integer, Field(ge=0)], ...] = Field(max_length=MAX_TOKENS)
 
 
 class Detokenized(Schema):

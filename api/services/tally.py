@@ -22,7 +22,7 @@ class Tally:
         match record["type"]:
             case "start":
                 self._prompt = record["prompt_tokens"]
-            case "token":
+            case "token" | "finish" if "tokens" in record:
                 self._completion[record["index"]] = record["tokens"]
             case "end":
                 self._prompt = record["prompt_tokens"]

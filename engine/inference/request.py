@@ -16,6 +16,8 @@ MAX_STOP_LENGTH = 256
 MAX_STOP_IDS = 32
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
+MIN_REPETITION_PENALTY = 0.01
+"""Logits are divided by it: the least there is makes infinities of them."""
 MAX_REPETITION_PENALTY = 10.0
 MAX_BIAS = 100.0
 MAX_ANSWERS = 128
@@ -127,8 +129,8 @@ class GenerationRequest:
         yield "min_p", 0 <= self.min_p <= 1, "use 0 to 1"
         yield (
             "repetition_penalty",
-            0 < self.repetition_penalty <= MAX_REPETITION_PENALTY,
-            f"use more than 0 and at most {MAX_REPETITION_PENALTY}",
+            MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY,
+            f"use {MIN_REPETITION_PENALTY} to {MAX_REPETITION_PENALTY}",
         )
         for field in ("presence_penalty", "frequency_penalty"):
             penalty = getattr(self, field)

@@ -180,7 +180,7 @@ def test_a_model_is_loaded_on_demand_and_generates(client):
     assert first == {"type": "start", "prompt_tokens": 5}
     assert {(record["type"], record["index"]) for record in tokens} == {("token", 0)}
     assert tokens[-1]["tokens"] == 4
-    assert finish == {"type": "finish", "index": 0, "finish_reason": "length"}
+    assert finish == {"type": "finish", "index": 0, "finish_reason": "length", "tokens": 4}
     assert last == {
         "type": "end", "prompt_tokens": 5, "completion_tokens": 4, "cached_tokens": 0
     }  # fmt: skip

@@ -122,7 +122,13 @@ class RecordWriter:
     def _finish(self, index: int, reason: FinishReason) -> Record:
         self._open.discard(index)
         self.is_cancelled |= reason is FinishReason.CANCELLED
-        return {"type": "finish", "index": index, "finish_reason": str(reason)}
+        # the last token may have no text, and so no record of its own
+        return {
+            "type": "finish",
+            "index": index,
+            "finish_reason": str(reason),
+            "tokens": self._tokens[index],
+        }
 
     def _echo(self, prompt: int, index: int, scores: Sequence[TokenLogprobs | None]) -> Record:
         """The caller's own text, or what the ids read that he sent."""

@@ -318,6 +318,101 @@ def test_a_problem_document_repeats_what_it_cannot_encode_spelled_out(shared_api
     assert fault["value"] in {"half \\ud800", "nan"}
 
 
+@pytest.mark.parametrize(
+    ("url", "fields", "param", "message"),
+    [
+        (TEXT_URL, {"prompt": "\ud800"}, "prompt", "'\\ud800' is not possible: write whole"),
+        (TEXT_URL, {"prompt": ["a", "\ud800"]}, "prompt.1", "write whole characters"),
+        (TEXT_URL, {"prompt": [[1], [2, -3]]}, "prompt.1", "-3 is not possible: token ids are not"),
+        (TEXT_URL, {"prompt": [5, -1]}, "prompt", "-1 is not possible: token ids are not negative"),
+        (CHAT_URL, {"repetition_penalty": 1e-300}, "repetition_penalty", "1e-300 is not valid"),
+        (CHAT_URL, {"messages": 5}, "messages", "5 is not valid: input should be a valid list"),
+        (CHAT_URL, {"messages": ["a"]}, "messages.0", "'a' is not valid: write a JSON object"),
+    ],
+)
+def test_a_refusal_names_field_value_and_remedy(hosting, inference, url, fields, param, message):
+    body = json.dumps((CHAT if url == CHAT_URL else TEXT) | fields)
+
+    response = hosting.post(url, content=body, headers={"Content-Type": "application/json"})
+
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith(param)
+    assert message in error["message"]
+    assert inference.requests == []
+
+
+def test_several_faults_are_told_with_values_and_remedies(hosting):
+    wrong = {"temperature": 3, "n": 0, "logit_bias": {"7": 101}}
+    unknown = {f"field_{number}": number for number in range(6)}
+
+    several = hosting.post(CHAT_URL, json=CHAT | wrong).json()["error"]["message"]
+    many = hosting.post(CHAT_URL, json=CHAT | unknown).json()["error"]["message"]
+
+    assert several.startswith("3 fields are not valid: n = 0 is not valid: ")
+    assert "temperature = 3 is not valid: input should be less than or equal to 2;" in several
+    assert "logit_bias.7 = 101 is not valid: " in several
+    assert "field_4 = 4 is no supported field; remove it" in many
+    assert many.endswith("; also field_5.")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "message"),
+    [
+        (json.dumps(CHAT), None, "send it with Content-Type: application/json"),
+        (json.dumps(CHAT), "text/plain", "send it with Content-Type: application/json"),
+        ('{"model": ', "application/json", "no valid JSON: expecting value at character 10"),
+        ('{"a":' * 5000 + "1" + "}" * 5000, "application/json", "nests too deep"),
+        ('{"seed":' + "1" * 5000 + "}", "application/json", "too many digits"),
+        (b'{"model": "\xff"}', "application/json", "no valid UTF-8"),
+        ("[]", "application/json", "write a JSON object"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused_with_what_would_do(hosting, content, kind, message):
+    headers = {} if kind is None else {"Content-Type": kind}
+
+    response = hosting.post(CHAT_URL, content=content, headers=headers)
+
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (400, "invalid_request_error")
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("url", "fields", "param"),
+    [
+        *((CHAT_URL, {"stop": value}, "stop") for value in (0, False, {})),
+        *((CHAT_URL, {"temperature": value}, "temperature") for value in ("0.5", True)),
+        *((CHAT_URL, {"n": value}, "n") for value in ("2", True)),
+        *((CHAT_URL, {"stream": value}, "stream") for value in ("yes", 1)),
+        (CHAT_URL, {"logprobs": 1}, "logprobs"),
+        (CHAT_URL, {"logit_bias": {"5": "1"}}, "logit_bias.5"),
+        (CHAT_URL, {"stop_token_ids": ["1"]}, "stop_token_ids.0"),
+        (
+            CHAT_URL,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": {"a": 1}}]}]},
+            "messages.0.content",
+        ),
+        (TEXT_URL, {"echo": "true"}, "echo"),
+        (TEXT_URL, {"max_tokens": "5"}, "max_tokens"),
+        (TEXT_URL, {"logprobs": "1"}, "logprobs"),
+    ],
+)
+def test_a_value_of_another_kind_is_not_guessed_at(hosting, inference, url, fields, param):
+    response = hosting.post(url, json=(CHAT if url == CHAT_URL else TEXT) | fields)
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert inference.requests == []
+
+
+@pytest.mark.parametrize("stop", [None, []])
+def test_no_stop_text_is_written_as_null_or_an_empty_list(hosting, inference, stop):
+    response = hosting.post(CHAT_URL, json=CHAT | {"stop": stop, "temperature": 1})
+
+    assert response.status_code == 200
+    assert inference.requests[0]["stop"] == []
+
+
 def test_every_field_of_a_chat_reaches_the_model(hosting, inference):
     schema = {"type": "object"}
     tool = {"type": "function", "function": {"name": "f"}}
@@ -451,6 +546,17 @@ def test_a_stream_counts_along_where_asked(hosting):
     *chunks, _ = read_data(response)
     totals = [json.loads(each)["usage"]["completion_tokens"] for each in chunks]
     assert totals == [1, 2, 2, 2]
+
+
+def test_a_last_token_without_text_is_counted_where_its_answer_ends(hosting, inference):
+    ends = [FINISH | {"tokens": 1}, END | {"completion_tokens": 1}]
+    inference.records = [START, *ends]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+
+    response = hosting.post(TEXT_URL, json=TEXT | {"stream": True, "stream_options": options})
+
+    *chunks, _ = read_data(response)
+    assert [json.loads(each)["usage"]["completion_tokens"] for each in chunks] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,7 @@ def test_a_stop_string_completed_by_the_last_token_is_a_stop(engine):
         ({"stop_token_ids": (1,) * 33}, "stop_token_ids"),
         ({"min_p": 1.5}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty"),
         ({"logit_bias": ((3, 101.0),)}, "logit_bias"),

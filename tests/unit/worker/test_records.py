@@ -2,7 +2,9 @@
 
 import pytest
 
+from engine.inference.request import FinishReason, GenerationChunk
 from engine.inference.spelling import TokenText
+from worker.inference.arrivals import Arrival
 from worker.inference.records import RecordWriter
 
 SPELLED = [
@@ -40,3 +42,12 @@ def test_an_echo_without_scores_has_the_text_alone():
     writer = RecordWriter(OpeningCodec(), [(0, 1)], 2, ["the"])
 
     assert writer.start([()])["echo"] == [{"index": at, "text": "the"} for at in range(2)]
+
+
+def test_an_end_counts_a_last_token_that_has_no_text():
+    chunk = GenerationChunk(text="", completion_tokens=1, finish_reason=FinishReason.STOP)
+    writer = RecordWriter(OpeningCodec(), [(0,)], 1)
+
+    written = writer.write([Arrival(prompt=0, item=chunk, moment=0.0)])
+
+    assert written == [{"type": "finish", "index": 0, "finish_reason": "stop", "tokens": 1}]
