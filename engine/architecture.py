@@ -73,6 +73,13 @@ class Architecture:
         return self.family.decoding(self.sizes, self.fields)
 
     @property
+    def last_linears(self) -> tuple[str, ...]:
+        """The feed-forward's last linears, by their names inside a layer; one for each expert."""
+        fed = [pair for pair in self.pairs if pair.name.startswith("fc2")]
+        # an activation that lets no factor pass leaves no pair
+        return tuple(name for pair in fed for name in pair.consumers) or (self.plan.down,)
+
+    @property
     def linears_per_layer(self) -> tuple[LinearShape, ...]:
         """The linears of decoder layer 0; all layers have the same."""
         return self.linears[: len(self.linears) // self.layers]

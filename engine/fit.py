@@ -11,7 +11,7 @@ from engine.errors import SpecError
 from engine.footprint import Footprint
 from engine.reach import FP_BYTES, Reach, stored_bits
 from engine.recipe import EndToEnd
-from engine.rotation import Rotation, check_rotation
+from engine.rotation import Rotation, check_rotation, online_blocks
 from engine.spec import FULL_BITS, GROUP_STEP, PER_CHANNEL, QuantSpec
 
 __all__ = ["Estimate", "check_spec", "estimate_bytes", "promised_bits"]
@@ -65,6 +65,7 @@ def check_spec(architecture: Architecture, spec: QuantSpec) -> None:
     for linear in architecture.linears:
         _check_group_size(architecture, spec, linear)
     check_rotation(architecture, Rotation.of(spec, architecture))
+    _check_online(architecture, spec)
     _check_attention(architecture, spec)
     if not any(spec.weight_grid(name) for name in names):
         raise SpecError("overrides", len(spec.overrides), "leave at least one layer below 16 bits")
@@ -135,6 +136,17 @@ def _plan_of(architecture: Architecture, spec: QuantSpec, device_type: str) -> S
     if spec.target is None:
         return None
     return plan_search(architecture, spec, search_units(architecture, spec), device_type)
+
+
+def _check_online(architecture: Architecture, spec: QuantSpec) -> None:
+    """Refuse a transform at run time that would be none, where it is asked for by itself."""
+    asked = spec.ingredients.online_hadamard
+    if asked and not online_blocks(architecture, Rotation.of(spec, architecture)):
+        raise SpecError(
+            "ingredients.online_hadamard",
+            asked,
+            f"no linear of {architecture.model_type} takes it with this config; leave it out",
+        )
 
 
 def _check_attention(architecture: Architecture, spec: QuantSpec) -> None:

@@ -36,6 +36,8 @@ class BlockShape:
     norm: NormKind
     pairs: tuple[ChannelPair, ...]
     query_key: QueryKeyPair | None
+    last_linears: tuple[str, ...] = ()
+    """Of the feed-forward, one for each expert, by the name inside the block."""
     hadamards: Mapping[str, int] = field(default_factory=dict)
     """Blocks of online transforms, by the linear's name inside the block."""
     can_record: bool = True
@@ -48,6 +50,7 @@ class BlockShape:
             norm=architecture.family.norm,
             pairs=architecture.pairs,
             query_key=architecture.query_key,
+            last_linears=architecture.last_linears,
             hadamards=hadamards,
             can_record=architecture.family.experts is None,
         )

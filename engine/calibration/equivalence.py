@@ -63,14 +63,11 @@ def install_transform(
 
 
 def install_compensation(student: Student, task: BlockTask) -> list[nn.Parameter]:
-    """Give down_proj its rank-1 change where the layer is among the first or last."""
+    """Give the last linears their rank-1 change where the layer is among the first or last."""
     if not is_compensated(task.index, task.total):
         return []
     parameters: list[nn.Parameter] = []
-    names = [
-        name for pair in task.shape.pairs if pair.name.startswith("fc2") for name in pair.consumers
-    ]
-    for name in names:
+    for name in task.shape.last_linears:
         if name in student.twins:
             twin = student.twins[name]
             change = RankOne(twin.out_features, twin.in_features, task.device)

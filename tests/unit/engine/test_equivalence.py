@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.calibration.block import run_windows
-from engine.calibration.equivalence import fold_transform, install_transform
+from engine.calibration.equivalence import fold_transform, install_compensation, install_transform
 from engine.calibration.learn import learn_block
 from engine.calibration.phases import Phases
 from engine.calibration.statistics import channel_statistics
@@ -226,3 +226,17 @@ def test_clips_are_placed_on_what_an_online_transform_makes_of_a_weight(tmp_path
     turned = rotate_columns(down, task.shape.hadamards["mlp.down_proj"])
     [seen] = [each for each in given if each.shape == (64, 128)]
     assert torch.equal(seen, turned)
+
+
+@pytest.mark.parametrize("model_type", ["falcon-7b", "opt-350m", "opt", "mixtral", "phi3"])
+def test_the_last_linears_of_every_family_are_compensated(tmp_path, model_type):
+    task = make_task(save_tiny_model(tmp_path, model_type))
+    student = make_student(task, SPEC)
+
+    parameters = install_compensation(student, task)
+
+    changed = [name for name, twin in student.twins.items() if twin.changes]
+    assert len(parameters) == 2 * len(changed)
+    wanted = {"falcon-7b": "mlp.dense_4h_to_h", "opt-350m": "fc2", "opt": "fc2"}
+    assert all(name.endswith(wanted.get(model_type, "down_proj")) for name in changed)
+    assert len(changed) == (4 if model_type == "mixtral" else 1)

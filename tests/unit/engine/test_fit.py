@@ -52,6 +52,22 @@ def test_a_group_that_an_override_asks_for_is_checked_as_well():
         check_spec(SMOLLM2, QuantSpec(w_bits=4, overrides=(wrong,)))
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_transform_at_run_time_that_would_be_none_is_refused_where_it_is_asked_for(activation):
+    opt = check_config(
+        SMOLLM2_CONFIG | {"model_type": "opt", "ffn_dim": 1536, "activation_function": activation}
+    )
+    asked = Ingredients(online_hadamard=True)
+
+    # a recipe's own answer is for families that can
+    check_spec(opt, QuantSpec(w_bits=4, a_bits=8))
+    if activation == "relu":
+        check_spec(opt, QuantSpec(w_bits=4, ingredients=asked))
+    else:
+        with pytest.raises(SpecError, match=r"online_hadamard = True .* no linear of opt"):
+            check_spec(opt, QuantSpec(w_bits=4, ingredients=asked))
+
+
 def test_a_pattern_that_matches_no_layer_is_refused():
     misspelt = LayerOverride(pattern="*.down_project", w_bits=8)
 
