@@ -114,7 +114,9 @@ def _sentence(param: str | None, found: Mapping[str, Any]) -> str:
     given = f"{subject} = {value!r}" if value is not None else subject
     if found["type"] in UNKNOWN_FIELD:
         return f"{given} is no supported field; remove it or correct its name."
-    text = str(found["msg"]).removeprefix("Value error, ").replace("valid tuple", "valid list")
+    text = str(found["msg"]).removeprefix("Value error, ")
+    # to whom writes JSON a tuple is a list
+    text = text.replace("valid tuple", "valid list").replace("Tuple should", "List should")
     if found["type"] in NO_OBJECT:
         text = "write a JSON object"
     return f"{given} is not valid: {text[:1].lower()}{text[1:]}."

@@ -113,7 +113,7 @@ class GuideCompiler:
         ahead = matcher.deep_copy()
         if ahead.consume_token(following):
             ahead.compute_bitmask()
-        return f"{ahead.get_error()}; make it simpler" if ahead.is_error() else None
+        return f"{shown(ahead.get_error())}; make it simpler" if ahead.is_error() else None
 
 
 class GuideMatcher:

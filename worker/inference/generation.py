@@ -165,15 +165,13 @@ class _Run:
             is_lost = isinstance(error, DeviceFailed) or end_of(self.model.engine) is not None
             code = InferenceUnavailable.code if is_lost else error.code
             log.warning("answer_failed", code=error.code, reason=error.message)
-            yield [error_record(code, error.message, self._field_of(error))]
+            field = guide_field(self.body) if isinstance(error, GuideFailed) else None
+            message = error.message if field is None else f"{field}: {error.message}"
+            yield [error_record(code, message, field)]
         except Exception:
             # a fault of one request is that request's end, not the process's
             log.exception("generation_failed")
             yield [error_record("internal_error", "the generation failed")]
-
-    def _field_of(self, error: EngineError) -> str | None:
-        """The field of the request that is at fault, if one is."""
-        return guide_field(self.body) if isinstance(error, GuideFailed) else None
 
     async def _score(self) -> list[Scores]:
         """Log-probabilities of the prompts, where they are asked for."""

@@ -327,6 +327,7 @@ def test_a_problem_document_repeats_what_it_cannot_encode_spelled_out(shared_api
         (TEXT_URL, {"prompt": [5, -1]}, "prompt", "-1 is not possible: token ids are not negative"),
         (CHAT_URL, {"repetition_penalty": 1e-300}, "repetition_penalty", "1e-300 is not valid"),
         (CHAT_URL, {"messages": 5}, "messages", "5 is not valid: input should be a valid list"),
+        (CHAT_URL, {"messages": []}, "messages", "is not valid: list should have at least 1 item"),
         (CHAT_URL, {"messages": ["a"]}, "messages.0", "'a' is not valid: write a JSON object"),
     ],
 )
