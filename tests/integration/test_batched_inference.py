@@ -219,6 +219,9 @@ def test_metrics_are_fed_from_the_engine(client):
     assert metric(client, "prefix_cache_queries_total") > cached
     assert metric(client, "num_requests_running") == metric(client, "kv_cache_usage_perc") == 0
     assert model(client)["tokens_per_s"] > 0
+    # nothing is guessed unless the operator asks for it
+    assert metric(client, "spec_decode_num_draft_tokens_total") == 0
+    assert metric(client, "spec_decode_num_accepted_tokens_total") == 0
 
 
 def test_an_engine_that_broke_fails_its_requests_and_is_loaded_again(client, shelf):

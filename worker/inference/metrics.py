@@ -48,6 +48,8 @@ COUNTERS = (
     ("prefix_cache_queries", "prefix_queries", "Prompt tokens looked up in the prefix cache."),
     ("prefix_cache_hits", "prefix_hits", "Prompt tokens found there."),
     ("num_preemptions", "preemptions", "Generations that gave their cache to others."),
+    ("spec_decode_num_draft_tokens", "drafts_proposed", "Tokens guessed ahead."),
+    ("spec_decode_num_accepted_tokens", "drafts_accepted", "Guesses that were right."),
 )
 
 
