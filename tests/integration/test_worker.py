@@ -5,7 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from api.db.tables.jobs import JobStatus
@@ -19,10 +18,11 @@ pytestmark = pytest.mark.parametrize("form", ["files"], indirect=True)
 
 @pytest.fixture
 def poisoned(models):
-    """A model whose second decoder layer holds a NaN."""
+    """A model whose second decoder layer is too large to be rotated."""
     folder = save_tiny_llama(models / "poisoned", layers=2)
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    # finite, or it would be refused before any layer
+    weights["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return "local:models/poisoned"
 
