@@ -17,7 +17,7 @@ a slice.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
+from typing import ClassVar
 
 import torch
 import triton
@@ -25,7 +25,7 @@ import triton.language as tl
 
 from kernels.field_codes import hold_run
 from kernels.half_codes import centred_codes
-from kernels.shared_memory import SHARED_BYTES, LoopOperands, fit_loop, room_of
+from kernels.shared_memory import LoopConfig, room_of
 from kernels.sliced import SlicedWeight
 from kernels.split_sum import share_of_turns, sum_splits
 from kernels.unpack import unpack_half
@@ -33,44 +33,13 @@ from kernels.unpack import unpack_half
 __all__ = ["HalfConfig", "half_configs", "half_linear", "half_linear_reference"]
 
 MOST_TOKENS = 64
-HALF_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HalfConfig:
-    """Tile and launch parameters of one kernel launch."""
+class HalfConfig(LoopConfig):
+    """Tile and launch parameters of one kernel launch, of up to 64 tokens."""
 
-    block_m: int
-    """8..64 tokens."""
-    block_n: int
-    """32..256 outputs."""
-    block_k: int
-    """Bytes of a run in one step, 32..128; a stored slice is cut to it."""
-    num_warps: int
-    num_stages: int
-    splits: int = 1
-    """Programs that share the K of one tile."""
-
-    def fitted(
-        self,
-        field_bits: tuple[int, ...],
-        slice_bytes: int,
-        *,
-        grouped: bool,
-        room: int = SHARED_BYTES,
-    ) -> Self:
-        """Hold the launch to a stored slice and to shared memory, see `fit_loop`.
-
-        Args:
-            field_bits: of the weight.
-            slice_bytes: of the weight; a scale group takes whole ones.
-            grouped: whether scales belong to groups.
-            room: bytes of shared memory.
-        """
-        operands = LoopOperands(
-            field_bits=field_bits, slice_bytes=slice_bytes, grouped=grouped, token_bytes=HALF_BYTES
-        )
-        return fit_loop(self, operands, room)
+    token_bytes: ClassVar[int] = 2
 
 
 def half_configs(*, bits: int, m: int, n: int, columns: int) -> list[HalfConfig]:

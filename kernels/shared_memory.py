@@ -16,12 +16,15 @@ Shape legend: BM tokens, BN outputs and BK columns of a tile.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import triton
 
-__all__ = ["SHARED_BYTES", "LoopOperands", "fit_loop", "loop_bytes", "room_of", "turn_slices"]
+__all__ = [
+    "SHARED_BYTES", "LoopConfig", "LoopOperands", "fit_loop", "loop_bytes", "room_of",
+    "turn_slices",
+]  # fmt: skip
 
 SHARED_BYTES = 227 * 1024
 """Of an H100; one program may use them all. An A100 has 163 KiB, an RTX 4090 99."""
@@ -33,26 +36,6 @@ JOINT_OUTPUTS = 64
 JOINT_WARPS = 4
 """Multiply together on Hopper, from so many outputs on."""
 BYTE_BITS = 8
-
-
-class LoopConfig(Protocol):
-    """The launch of a kernel with such a loop."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def block_m(self) -> int: ...
-    @property
-    def block_n(self) -> int: ...
-    @property
-    def block_k(self) -> int: ...
-    @property
-    def num_warps(self) -> int: ...
-    @property
-    def num_stages(self) -> int: ...
-
-
-Config = TypeVar("Config", bound=LoopConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +50,52 @@ class LoopOperands:
     """Whether scales belong to groups, which take whole slices."""
     token_bytes: int
     """Of an activation: 1 or 2."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """Tile and launch parameters of a kernel with such a loop."""
+
+    token_bytes: ClassVar[int]
+    """Of an activation that the kernel multiplies."""
+
+    block_m: int
+    """Tokens, 8 or more."""
+    block_n: int
+    """Outputs, 32 to 256."""
+    block_k: int
+    """Columns of one product, 32..128; a stored slice is cut to it."""
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+    """Programs that share the K of one tile."""
+
+    def fitted(
+        self,
+        field_bits: tuple[int, ...],
+        slice_bytes: int,
+        *,
+        grouped: bool,
+        room: int = SHARED_BYTES,
+    ) -> Self:
+        """Hold the launch to a stored slice and to shared memory, see `fit_loop`.
+
+        Args:
+            field_bits: of the weight.
+            slice_bytes: of the weight; a scale group takes whole ones.
+            grouped: whether scales belong to groups.
+            room: bytes of shared memory, see `room_of`.
+        """
+        operands = LoopOperands(
+            field_bits=field_bits,
+            slice_bytes=slice_bytes,
+            grouped=grouped,
+            token_bytes=self.token_bytes,
+        )
+        return fit_loop(self, operands, room)
+
+
+Config = TypeVar("Config", bound=LoopConfig)
 
 
 def room_of(device: torch.device) -> int:
@@ -112,9 +141,7 @@ def fit_loop(config: Config, operands: LoopOperands, room: int = SHARED_BYTES) -
         operands: of the loop.
         room: bytes of shared memory, see `room_of`.
     """
-    # a cache asks for a hash, which a protocol does not promise
-    hashed: Any = config
-    fitted: Config = _fit(hashed, operands, room)
+    fitted: Config = _fit(config, operands, room)
     return fitted
 
 

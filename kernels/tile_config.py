@@ -14,9 +14,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
+from typing import ClassVar, Self
 
-from kernels.shared_memory import SHARED_BYTES, LoopOperands, fit_loop
+from kernels.shared_memory import SHARED_BYTES, LoopConfig
 
 __all__ = ["LaunchConfig", "TileShape", "select_config", "tile_configs"]
 
@@ -54,46 +54,20 @@ class TileShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchConfig:
-    """Tile and launch parameters of one kernel launch."""
+class LaunchConfig(LoopConfig):
+    """Tile and launch parameters of one kernel launch.
 
-    block_m: int
-    """8..256 tokens."""
-    block_n: int
-    """64, 128 or 256 outputs; need not be the rows of a stored tile."""
-    block_k: int
-    """Columns of one product, 32..128; a stored slice is cut to it."""
-    num_warps: int
-    num_stages: int
-    splits: int = 1
-    """Programs that share the K of one tile."""
+    Of up to 256 tokens and 64, 128 or 256 outputs, which need not be the rows of a stored tile.
+    """
+
+    token_bytes: ClassVar[int] = 1
+
     group_m: int = 8
     """Tiles of tokens walked before the next tile of weights."""
     x_tma: bool = False
     """Load tokens by tensor descriptor."""
     pdl: bool = False
     """Start before the kernel that writes the tokens has ended."""
-
-    def fitted(
-        self,
-        field_bits: tuple[int, ...],
-        slice_bytes: int,
-        *,
-        grouped: bool,
-        room: int = SHARED_BYTES,
-    ) -> Self:
-        """Hold the launch to a stored slice and to shared memory, see `fit_loop`.
-
-        Args:
-            field_bits: of the weight.
-            slice_bytes: of the weight; a scale group takes whole ones.
-            grouped: whether scales belong to groups.
-            room: bytes of shared memory.
-        """
-        operands = LoopOperands(
-            field_bits=field_bits, slice_bytes=slice_bytes, grouped=grouped, token_bytes=1
-        )
-        return fit_loop(self, operands, room)
 
 
 def select_config(
