@@ -63,12 +63,12 @@ class MixedBatch:
         """
         singles = _count_decodes(plan.steps)
         assert all(step.token_ids for step in plan.steps[singles:]), "decoding sequences come first"
-        steps, chunks = _order(plan.steps, singles)
+        decoded, chunks = _part(plan.steps, singles)
+        steps = (*decoded, *chunks)
         counts = np.array([step.count for step in steps], dtype=np.int32)
-        decodes = int(counts[: len(steps) - chunks].sum())
-        lengths = [
-            _lengths(each, is_chunk=i >= len(steps) - chunks) for i, each in enumerate(steps)
-        ]
+        lengths = [range(step.start + 1, step.start + step.count + 1) for step in decoded]
+        # behind a chunk as a whole
+        lengths += [range(end := step.start + step.count, end + 1) for step in chunks]
         drawing = tuple(step for step in steps if step.draws and not step.drafts)
         drafting = tuple(step for step in steps if step.draws and step.drafts)
         scoring = tuple(step for step in steps if step.score_ids)
@@ -87,8 +87,8 @@ class MixedBatch:
                 [[step.slot] * len(each) for step, each in zip(steps, lengths, strict=True)]
             ),
             lengths=_flatten(lengths),
-            decodes=decodes,
-            cu_seqlens=_flatten([[0], counts[len(steps) - chunks :].cumsum()]),
+            decodes=sum(step.count for step in decoded),
+            cu_seqlens=_flatten([[0], counts[len(decoded) :].cumsum()]),
             logit_rows=np.array(rows or [0], dtype=np.int32),
             drawing=drawing,
             drafting=drafting,
@@ -139,17 +139,13 @@ def _count_decodes(steps: Sequence[SequenceStep]) -> int:
     return next((i for i, step in enumerate(steps) if step.count > 1), len(steps))
 
 
-def _order(steps: Sequence[SequenceStep], singles: int) -> tuple[tuple[SequenceStep, ...], int]:
-    """Put steps with drafts behind the leading ones of one token; also how many chunks follow."""
+def _part(
+    steps: Sequence[SequenceStep], singles: int
+) -> tuple[tuple[SequenceStep, ...], tuple[SequenceStep, ...]]:
+    """Tell what is decoded, the leading steps of one token and those with drafts, from chunks."""
     rest = steps[singles:]
-    chunks = tuple(step for step in rest if not step.drafts)
-    return (*steps[:singles], *(step for step in rest if step.drafts), *chunks), len(chunks)
-
-
-def _lengths(step: SequenceStep, *, is_chunk: bool) -> range:
-    """Tokens in the cache: behind a chunk, else behind each of its tokens."""
-    end = step.start + step.count
-    return range(end if is_chunk else step.start + 1, end + 1)
+    drafted = tuple(step for step in rest if step.drafts)
+    return (*steps[:singles], *drafted), tuple(step for step in rest if not step.drafts)
 
 
 def _rows(step: SequenceStep, end_of: Mapping[int, int], count: int) -> range:

@@ -13,8 +13,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from engine.checkpoint.reader import load_checkpoint
-from engine.errors import ContextLengthExceeded, EngineError
-from engine.inference.admission import check_ids, fitting_tokens
+from engine.errors import EngineError
+from engine.inference.admission import check_ids, check_scored, fitting_tokens
 from engine.inference.answer import Answer
 from engine.inference.request import GenerationChunk, GenerationRequest, RequestInvalid
 from engine.inference.runner import ModelRunner
@@ -76,9 +76,9 @@ class SequentialEngine:
     def check_prompt(self, prompt_ids: Sequence[int]) -> None:
         """See `PromptScorer.check_prompt`."""
         runner = self._live_runner()
-        check_ids(GenerationRequest(prompt_ids=tuple(prompt_ids)), runner.vocabulary)
-        if len(prompt_ids) > runner.context_length:
-            raise ContextLengthExceeded("prompt", len(prompt_ids), runner.context_length)
+        request = GenerationRequest(prompt_ids=tuple(prompt_ids))
+        check_ids(request, runner.vocabulary)
+        check_scored(request, runner.context_length)
 
     def score_prompt(
         self,

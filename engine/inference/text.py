@@ -196,13 +196,14 @@ class StopFilter:
 def _eos_ids(directory: Path, tokenizer_eos: int | None) -> frozenset[int]:
     """Ids that end a turn: of the generation config, else the config; and the tokenizer's."""
     ids = set() if tokenizer_eos is None else {tokenizer_eos}
-    vocabulary = _read_object(directory / "config.json").get("vocab_size")
-    for name in ("generation_config.json", "config.json"):
-        found = _read_object(directory / name).get("eos_token_id")
+    config = _read_object(directory / "config.json")
+    for record in (_read_object(directory / "generation_config.json"), config):
+        found = record.get("eos_token_id")
         listed = found if isinstance(found, list) else [found]
         ids |= {each for each in listed if isinstance(each, int) and not isinstance(each, bool)}
         if found is not None:
             break
+    vocabulary = config.get("vocab_size")
     if isinstance(vocabulary, int):
         # the model never draws what it has no row for
         ids = {each for each in ids if 0 <= each < vocabulary}
