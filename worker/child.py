@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         channel.write_error(error.code, error.message, layer)
         return EXIT_FAILED
     except Exception as error:
-        if lack := _lack(error):
-            channel.write_error(*lack)
+        if _is_out_of_memory(error) or _is_disk_full(error):
+            channel.write_error(*_lack(error))
             return EXIT_FAILED
         # the supervisor records it; the traceback goes to the log
         channel.write_error("engine_error", f"{type(error).__name__}: {error}")
@@ -99,14 +99,16 @@ def _run(path: Path, channel: _Channel, stop: threading.Event) -> dict[str, Any]
     return quantize_model(job, watch).to_json()
 
 
-def _lack(error: Exception) -> tuple[str, str] | None:
-    """Code and message of what ran out, if that is what failed."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _lack(error: Exception) -> tuple[str, str]:
+    """Code and message of what ran out."""
+    if _is_disk_full(error):
         # as the worker says it of its own files; the error names paths
         return "disk_full", "the worker's disk is full"
-    if _is_out_of_memory(error):
-        return "out_of_memory", str(error) or "memory ran out"
-    return None
+    return "out_of_memory", str(error) or "memory ran out"
+
+
+def _is_disk_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
